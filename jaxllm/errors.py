@@ -1,0 +1,40 @@
+"""Errors for the user: each names the file, tensor, key or flag, what was found, what was expected and what to do.
+
+`assert` is for this package's own invariants; what reaches a user is one of these.
+"""
+
+
+class JaxllmError(ValueError):
+  """Something the user can mend.  `exit_code` is what a script that meets it returns."""
+
+  exit_code = 2
+
+
+class ConfigError(JaxllmError):
+  """A flag, a field or a combination of them that cannot be run."""
+
+
+class DataError(JaxllmError):
+  """A corpus or prompt that cannot be used."""
+
+  exit_code = 65
+
+
+class CheckpointError(JaxllmError):
+  """A checkpoint that is missing, damaged, or of another model."""
+
+  exit_code = 65
+
+
+class TokenizerError(JaxllmError):
+  """A tokenizer that does not fit the model, or ids outside the vocabulary."""
+
+  exit_code = 65
+
+
+class SamplingError(JaxllmError):
+  """A sampler parameter or logits that no token can be drawn from."""
+
+
+class QuantError(JaxllmError):
+  """A tensor that a quantization scheme cannot hold."""

@@ -1,0 +1,1 @@
+"""Operations on arrays: einsum, attention cores, losses."""

@@ -1,0 +1,36 @@
+"""Position methods: each is a frozen dataclass that overrides the hooks of `base.Position` it changes.
+
+POSITIONS names them for the command line and for JSON; adding one is a class in one of these files and a line here.
+"""
+
+from jaxllm.position.base import NoPE, Position
+from jaxllm.position.bias import Alibi, alibi_slopes
+from jaxllm.position.query_scale import LogN
+from jaxllm.position.rope import (
+  DynamicNtkRope,
+  NtkFixedRope,
+  NtkMixedRope,
+  NtkOldRope,
+  NtkRope,
+  PiRope,
+  Rope,
+  YarnRope,
+)
+from jaxllm.position.tables import PositionTables, RopeTable
+from jaxllm.position.window import ReRope
+
+POSITIONS: dict[str, type[Position]] = {
+  "nope": NoPE,
+  "alibi": Alibi,
+  "rope": Rope,
+  "pi": PiRope,
+  "ntk_old": NtkOldRope,
+  "ntk": NtkRope,
+  "ntk_fixed": NtkFixedRope,
+  "ntk_mixed": NtkMixedRope,
+  "dynamic_ntk": DynamicNtkRope,
+  "yarn": YarnRope,
+  "rerope": ReRope,
+}
+
+__all__ = ["POSITIONS", "Alibi", "LogN", "NoPE", "Position", "PositionTables", "ReRope", "Rope", "RopeTable", "alibi_slopes"]
