@@ -1,0 +1,25 @@
+"""Greedy decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxllm.sampling.base import Sampler, as_pytree, only_argmax
+
+
+@as_pytree
+@dataclasses.dataclass(frozen=True)
+class Greedy(Sampler):
+  """The most likely token; of equal ones the lowest id.
+
+  token = argmax_v z_v.  The keys are not read.
+  """
+
+  def filter(self, logits_BV, state):
+    return only_argmax(logits_BV.astype(jnp.float32))
+
+  def __call__(self, key_B, logits_BV, state):
+    tokens_B = jnp.argmax(logits_BV.astype(jnp.float32), axis=-1).astype(jnp.int32)
+    return tokens_B, self.update(tokens_B, state)
