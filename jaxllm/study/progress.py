@@ -24,8 +24,8 @@ class Progress:
         sweep = progress.cells("sweep", total=len(groups), done=len(ledger.done))
         sweep.update("rope/yarn/1024")
 
-  The first and the last update of each are always shown. `stream` is stderr unless given, and is flushed after
-  each line.
+  The first and the last update of each are always shown. `stream` is stderr unless given, and is flushed
+  after each line.
   """
 
   def __init__(
