@@ -38,3 +38,10 @@ class SamplingError(JaxllmError):
 
 class QuantError(JaxllmError):
   """A tensor that a quantization scheme cannot hold."""
+
+
+def check_positive(owner: object, **values: float) -> None:
+  """Raise ConfigError for a field that is not a finite number above zero."""
+  for name, value in values.items():
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+      raise ConfigError(f"{type(owner).__name__}.{name}: found {value!r}, expected a finite number above 0")

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxllm.errors import ConfigError
 from jaxllm.ops.einsum import einsum
 
 Params = Mapping[str, jax.Array]
@@ -79,10 +78,3 @@ def add_bias(scores_BKGTS: jax.Array, bias_BNTS: jax.Array | None) -> jax.Array:
     return scores_BKGTS
   _, K, G, T, S = scores_BKGTS.shape
   return scores_BKGTS + bias_BNTS.reshape(-1, K, G, T, S)
-
-
-def check_positive(owner: Any, **values: float) -> None:
-  """Raise ConfigError for a field that is not a finite number above zero."""
-  for name, value in values.items():
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-      raise ConfigError(f"{type(owner).__name__}.{name}: found {value!r}, expected a finite number above 0")

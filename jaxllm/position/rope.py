@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, check_positive
 from jaxllm.ops.einsum import einsum
 from jaxllm.position import phase
-from jaxllm.position.base import Params, Position, check_positive
+from jaxllm.position.base import Params, Position
 from jaxllm.position.tables import RopeTable
 
 LAYOUTS = ("half", "interleaved")

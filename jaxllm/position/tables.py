@@ -37,7 +37,8 @@ class RopeTable:
   def row(self, q_pos: jax.Array) -> RopeTable:
     """The table rows of queries at `q_pos` [...], as a table whose leading axes are those of q_pos."""
     index = jnp.clip(q_pos + 1 - self.start, 0, self.rows - 1)
-    return RopeTable(self.hi[index], self.lo[index], self.scale[index], self.start)
+    hi, lo, scale = (jnp.asarray(x)[index] for x in (self.hi, self.lo, self.scale))
+    return RopeTable(hi, lo, scale, self.start)
 
   def cos_sin(self, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position [...], times the scale, float32 [..., R/2]; for a table of one row."""
@@ -64,7 +65,7 @@ class QueryScale:
     """Queries times the factor of their positions."""
     log_n = jnp.log((pos_BT + 1).astype(jnp.float32))  # in float32: a half type has too few digits for the ratio
     factor_BT = jnp.maximum(self.floor, log_n * self.inverse_log)
-    return (q_BTNH * factor_BT[..., None, None]).astype(q_BTNH.dtype)
+    return q_BTNH * factor_BT[..., None, None]
 
 
 @jax.tree_util.register_dataclass

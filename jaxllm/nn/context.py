@@ -1,0 +1,87 @@
+"""What a call of the model knows beside its tokens: their order and positions, and the keys and values seen before."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import ModelConfig
+from jaxllm.errors import ConfigError
+from jaxllm.ops.attention import Side
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """Order and positions of the tokens of one call; None means the usual: index counts on from the cache, pos = index.
+
+  index_BT: order in the sequence, which masks use.  pos_BT: what position methods rotate by.  segment_BT: the sequence each
+  token of a packed row belongs to.  valid_BT: False for right padding, which the cache then does not count.
+  """
+
+  index: jax.Array | None = None
+  pos: jax.Array | None = None
+  segment: jax.Array | None = None
+  valid: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of the tokens so far: slot j of a row holds the token of index j, and slots from length on are unused.
+
+  k, v: a [B, S, K, H] array a layer (keys unrotated where the position method needs them so); pos_BS: positions of the
+  slots; length_B: how many tokens each row holds, so a row does not depend on the batch it is in.
+  """
+
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
+  pos: jax.Array
+  length: jax.Array
+
+  @property
+  def capacity(self) -> int:
+    """How many tokens a row can hold."""
+    return self.pos.shape[1]
+
+  def check_room(self, new_tokens: int) -> None:
+    """Raise ConfigError if `new_tokens` more do not fit; on the host, as a write past the end is silently clamped."""
+    longest = int(jnp.max(self.length))
+    if longest + new_tokens > self.capacity:
+      raise ConfigError(
+        f"cache: {longest} tokens and {new_tokens} more do not fit in {self.capacity} slots; make it larger (init_cache)"
+      )
+
+
+def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> Cache:
+  """An empty cache for `capacity` tokens a row."""
+  shape = (batch, capacity, cfg.num_kv_heads, cfg.head_dim)
+  empty = lambda: tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers))
+  return Cache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+
+def append(slots_BS: jax.Array, new_BT: jax.Array, length_B: jax.Array) -> jax.Array:
+  """`new_BT...` written into each row's slots from its own length on."""
+  write = lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)
+  return jax.vmap(write)(slots_BS, new_BT, length_B)
+
+
+def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tuple[Side, Side, Cache | None]:
+  """(queries, keys, the cache with positions and lengths moved on) of a call on tokens of `shape` (B, T)."""
+  B, T = shape
+  start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
+  index = context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)
+  pos = context.pos if context.pos is not None else index
+  queries = Side(index, pos, context.segment, context.valid)
+  if cache is None:
+    return queries, queries, None
+  if context.index is not None or context.segment is not None:
+    raise ConfigError("context: index and segment cannot be given with a cache, whose slots are the order of one sequence")
+  new = jnp.full((B,), T, jnp.int32) if context.valid is None else jnp.sum(context.valid, axis=1, dtype=jnp.int32)
+  moved = dataclasses.replace(
+    cache, pos=append(cache.pos, jnp.broadcast_to(pos, shape), cache.length), length=cache.length + new
+  )
+  slot = jnp.arange(cache.capacity, dtype=jnp.int32)[None]
+  return queries, Side(slot, moved.pos, valid=slot < moved.length[:, None]), moved

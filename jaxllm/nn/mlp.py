@@ -1,0 +1,21 @@
+"""The feed-forward layer."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from jaxllm.config import ModelConfig
+from jaxllm.nn.layers import Linear
+
+
+class FeedForward(nn.Module):
+  """down(cfg.mlp(gate(x), up(x))), with the inputs that cfg.mlp names."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    cfg = self.cfg
+    hidden_BTF = cfg.mlp(*(Linear(cfg.mlp_dim, cfg.dtype, name=name)(x_BTD) for name in cfg.mlp.inputs))
+    return Linear(cfg.embed_dim, cfg.dtype, init_scale=(2 * cfg.num_layers) ** -0.5, name="down")(hidden_BTF)

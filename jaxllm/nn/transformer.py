@@ -1,0 +1,150 @@
+"""The decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import Layer, ModelConfig
+from jaxllm.errors import ConfigError
+from jaxllm.nn.attention import Attention
+from jaxllm.nn.context import Cache, Context, sides
+from jaxllm.nn.layers import Norm, weight
+from jaxllm.nn.mlp import FeedForward
+from jaxllm.ops.einsum import einsum
+from jaxllm.position.tables import PositionTables, RopeTable
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then + feed-forward(norm(x))."""
+
+  cfg: ModelConfig
+  layer: Layer
+
+  @nn.compact
+  def __call__(self, x_BTD, q_side, k_side, table, query_scale, cache=None, length_B=None):
+    h_BTD = Norm(self.cfg.norm, name="attn_norm")(x_BTD)
+    attention = Attention(self.cfg, self.layer, name="attn")
+    h_BTD, cache = attention(h_BTD, q_side, k_side, table, query_scale, cache, length_B)
+    x_BTD = x_BTD + h_BTD
+    h_BTD = Norm(self.cfg.norm, name="mlp_norm")(x_BTD)
+    return x_BTD + FeedForward(self.cfg, name="mlp")(h_BTD), cache
+
+
+class Layers(nn.Module):
+  """`repeats` repeats of the layer pattern, named by their numbers: all of the model, or one repeat as the body of a scan."""
+
+  cfg: ModelConfig
+  repeats: int
+
+  @nn.compact
+  def __call__(self, x_BTD, q_side, k_side, tables: PositionTables, cache: Cache | None):
+    cfg, k, v = self.cfg, [], []
+    for i in range(self.repeats * len(cfg.layers)):
+      layer = cfg.layer(i)
+      layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+      length_B = None if cache is None else cache.length
+      block = Block(cfg, layer, name=str(i))
+      x_BTD, layer_cache = block(
+        x_BTD, q_side, k_side, _table(cfg, layer, tables), tables.query_scale, layer_cache, length_B
+      )
+      if layer_cache is not None:
+        k.append(layer_cache[0])
+        v.append(layer_cache[1])
+    return x_BTD, (tuple(k), tuple(v))
+
+
+def _table(cfg: ModelConfig, layer: Layer, tables: PositionTables) -> RopeTable | None:
+  return tables.ropes[cfg.ropes.index(layer.position)] if layer.position in cfg.ropes else None
+
+
+class Transformer(nn.Module):
+  """A decoder: tokens_BT -> (logits_BTV float32, cache).
+
+  `scan` runs the repeats of cfg.layers as one compiled body over stacked parameters (`tree.stack_layers`): less to compile,
+  for training deep models; every checkpoint holds the unstacked layout.
+  """
+
+  cfg: ModelConfig
+  scan: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    context: Context | None = None,
+    cache: Cache | None = None,
+    rope: PositionTables | None = None,
+    logits: Literal["all", "last"] | None = "all",
+  ) -> tuple[jax.Array, Cache | None]:
+    """Logits of all tokens, of each row's last real one ("last": [B, 1, V]), or hidden states [B, T, D] for None.
+
+    `rope` (cfg.rope_tables()) replaces everything the config says of frequencies and query scale, so that methods which
+    differ only there share one compiled program.  Tokens must be in [0, vocab_size): JAX reads the last row otherwise.
+    """
+    cfg = self.cfg
+    context = Context() if context is None else context
+    q_side, k_side, moved = sides(context, cache, tokens_BT.shape)
+    tables = self._tables(rope, context, cache, tokens_BT.shape[1])
+
+    embed_VD = weight(self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5))
+    x_BTD = (embed_VD[tokens_BT] * cfg.embed_scale).astype(cfg.dtype)
+    x_BTD = cfg.layers[0].position.embed(x_BTD, q_side.pos, {})
+    if self.scan:
+      if cache is not None:
+        raise ConfigError("Transformer.scan: decoding with a cache takes the unstacked layout (tree.unstack_layers)")
+      body = nn.scan(
+        Layers,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * 4,
+        length=cfg.num_layers // len(cfg.layers),
+      )
+      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, q_side, k_side, tables, None)
+    else:
+      x_BTD, (k, v) = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")(
+        x_BTD, q_side, k_side, tables, cache
+      )
+      moved = None if cache is None else dataclasses.replace(moved, k=k, v=v)
+    x_BTD = Norm(cfg.norm, name="final_norm")(x_BTD)
+
+    head_DV = embed_VD.T if cfg.tie_embeddings else self._head()
+    if logits is None:
+      return x_BTD, moved
+    if logits == "last":
+      x_BTD = _last(x_BTD, context.valid)
+    return einsum("BTD,DV->BTV", x_BTD, head_DV.astype(cfg.dtype)), moved
+
+  def _head(self) -> jax.Array:
+    cfg = self.cfg
+    return weight(self, "head", (cfg.embed_dim, cfg.vocab_size), nn.initializers.variance_scaling(1, "fan_in", "normal"))
+
+  def _tables(self, rope: PositionTables | None, context: Context, cache: Cache | None, T: int) -> PositionTables:
+    if rope is None:
+      own_positions = context.pos is not None or context.index is not None
+      rope = self.cfg.rope_tables(max_len=None if own_positions else (T if cache is None else cache.capacity))
+    if len(rope.ropes) != len(self.cfg.ropes):
+      raise ConfigError(f"rope: found tables of {len(rope.ropes)} RoPEs, expected {len(self.cfg.ropes)}, one a distinct RoPE")
+    for position, table in zip(self.cfg.ropes, rope.ropes, strict=True):
+      if table.rows > 1 and not position.needs_raw_keys:
+        raise ConfigError(
+          f"rope: a table of {table.rows} rows needs unrotated keys, which {type(position).__name__} does not keep; "
+          "build the model from cfg.with_position(...), or pin one length with rope_tables(seq_len=...)"
+        )
+    return rope
+
+
+def head(cfg: ModelConfig, params) -> jax.Array:
+  """The matrix [D, V] that turns hidden states into logits, for `ops.losses.cross_entropy`."""
+  return params["embed"].T if cfg.tie_embeddings else params["head"]
+
+
+def _last(x_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:
+  if valid_BT is None:
+    return x_BTD[:, -1:]
+  last_B = jnp.maximum(jnp.sum(valid_BT, axis=1) - 1, 0)
+  return jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)

@@ -1,0 +1,84 @@
+"""Attention cores: masked softmax attention over scores that a position method computes.
+
+A core is a value: core(q, k, v, q_side, k_side, window, score) with q_BTNH, k_BSKH, v_BSKH, and
+score(q_tile, k_tile, q_pos, k_pos) -> float32 [B or 1, K, G, t, s].  Masks see order (index), methods see positions (pos).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.ops.einsum import einsum
+
+MASKED = -1e30
+"""A score that no real one is below: finite, so that masked rows and their gradients stay finite too."""
+
+Score = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """What masks and position methods know of the queries or of the keys; leading axis B or 1, int32.
+
+  index: order in the sequence (causality, windows); pos: what position methods rotate by; segment: packed sequences attend
+  within their own number only (None: one segment); valid: False for padding and unused cache slots (None: all are real).
+  """
+
+  index: jax.Array
+  pos: jax.Array
+  segment: jax.Array | None = None
+  valid: jax.Array | None = None
+
+
+def allowed(q: Side, k: Side, window: int | None) -> jax.Array:
+  """Which keys each query attends to, bool [B or 1, T, S]: causal, the nearest `window` keys, own segment, real keys.
+
+  A window of w keeps exactly min(w, i + 1) keys: those with i - j < w, the query itself included.
+  """
+  distance_BTS = q.index[:, :, None] - k.index[:, None, :]
+  mask_BTS = distance_BTS >= 0
+  if window is not None:
+    mask_BTS &= distance_BTS < window
+  if q.segment is not None and k.segment is not None:
+    mask_BTS &= q.segment[:, :, None] == k.segment[:, None, :]
+  if k.valid is not None:
+    mask_BTS &= k.valid[:, None, :]
+  return mask_BTS
+
+
+def zero_unused(x_BSKH: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
+  """Values with the slots that hold no token set to 0, as 0 * NaN would reach every query."""
+  return x_BSKH if valid_BS is None else jnp.where(valid_BS[:, :, None, None], x_BSKH, 0)
+
+
+@jax.custom_jvp
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+  """Softmax over the last axis of the scores that `mask` allows; a row that allows none is all 0, with gradient 0."""
+  scores = jnp.where(mask, scores, MASKED)
+  exp = jnp.where(mask, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
+  total = jnp.sum(exp, axis=-1, keepdims=True)  # at least 1 wherever a key is allowed
+  return exp / jnp.maximum(total, 1e-30)
+
+
+@masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+  probs = masked_softmax(*primals)
+  scaled = probs * jnp.where(primals[1], tangents[0], 0.0)
+  return probs, scaled - probs * jnp.sum(scaled, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """softmax(scores) v with all scores at once: the reference, and the faster one for short sequences."""
+
+  def __call__(self, q_BTNH, k_BSKH, v_BSKH, q_side: Side, k_side: Side, window: int | None, score: Score):
+    scores_BKGTS = score(q_BTNH, k_BSKH, q_side.pos, k_side.pos)
+    probs_BKGTS = masked_softmax(scores_BKGTS, allowed(q_side, k_side, window)[:, None, None])
+    v_BSKH = zero_unused(v_BSKH, k_side.valid)
+    out = einsum("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH, out_dtype=q_BTNH.dtype)
+    return out.reshape(q_BTNH.shape)
