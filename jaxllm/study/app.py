@@ -50,9 +50,8 @@ def run_app(
 def _run(main, check, argv) -> int:
   try:
     arguments = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
-    asked = [argument for argument in arguments if argument in HELP]
-    if asked:
-      print(_help(main, everything="helpfull" in asked[0]))
+    if any(argument in HELP for argument in arguments):
+      print(_help(main))
       return 0
     _parse(argv)
     # Outside of a StopFlag there is nothing to save: SIGTERM ends the run as Ctrl-C does.
@@ -100,7 +99,7 @@ def _parse(argv: list[str]) -> None:
   try:
     rest = flags.FLAGS(argv)[1:]
   except flags.UnrecognizedFlagError as e:
-    near = choices.nearest(f"--{e.flagname}", [f"--{name}" for name in flags.FLAGS])
+    near = choices.nearest(e.flagname, list(flags.FLAGS), prefix="--")
     raise ConfigError(f"there is no flag --{e.flagname}{near} (--help lists the flags)") from None
   except flags.Error as e:
     raise ConfigError(_flag_error(str(e))) from None
@@ -130,13 +129,13 @@ def _sentence(text: str) -> str:
   return " ".join(text.split())
 
 
-def _help(main: Callable, everything: bool) -> str:
-  """The docstring of the script and its flags with jaxllm's; or, if `everything`, all flags there are."""
+def _help(main: Callable) -> str:
+  """The docstring of the script, its flags, and jaxllm's."""
   script = sys.modules[main.__module__]
   own = sys.argv[0] if script.__name__ == "__main__" else script.__name__  # absl's name for the main module
   lines = [(script.__doc__ or "").strip(), "", "flags (--name=value; --name or --noname for yes or no):"]
   for module, defined in sorted(flags.FLAGS.flags_by_module_dict().items(), key=lambda item: item[0] != own):
-    if everything or module == own or module.split(".")[0] == "jaxllm":
+    if module == own or module.split(".")[0] == "jaxllm":
       lines += [text for flag in defined for text in _flag_help(flag)]
   return "\n".join(lines)
 

@@ -53,7 +53,7 @@ def check_config(out: str | os.PathLike, config: dict) -> str:
   ]
   if differences:
     raise ConfigError(
-      f"{path} belongs to a run with other settings; use another --out, or these settings again:\n"
+      f"{path} is of a run with other settings; use another --out, or its settings again:\n"
       + "\n".join(differences)
     )
   return files.digest(config)
@@ -105,8 +105,7 @@ class Ledger:
       files.write_and_sync(self.path, os.O_WRONLY | os.O_APPEND, line)
     except OSError as e:
       os.truncate(self.path, self._size)
-      e.filename = str(self.path)
-      raise
+      raise files.naming(self.path, e) from e
     self._size += len(line)
     self.done[group] = rows
 

@@ -56,10 +56,10 @@ def positive(name: str, value: float) -> float:
   return value
 
 
-def nearest(name: str, allowed: Sequence[str]) -> str:
-  """`; did you mean 'x' or 'y'?` for the allowed names most like `name`; empty if none is."""
+def nearest(name: str, allowed: Sequence[str], prefix: str = "") -> str:
+  """`; did you mean x or y?` for the allowed names most like `name`, each after `prefix`; or nothing."""
   close = difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)
-  return f"; did you mean {' or '.join(close)}?" if close else ""
+  return f"; did you mean {' or '.join(prefix + item for item in close)}?" if close else ""
 
 
 def _split(name: str, text: str) -> list[str]:

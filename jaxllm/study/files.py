@@ -33,11 +33,7 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
       raise
     sync_directory(path.parent)
   except OSError as e:
-    e.filename, e.filename2 = (
-      str(path),
-      None,
-    )  # os.write names no file, and the temporary one tells nobody anything
-    raise
+    raise naming(path, e) from e
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -60,6 +56,11 @@ def write_and_sync(path: str | os.PathLike, mode: int, data: bytes) -> None:
     os.fsync(fd)
   finally:
     os.close(fd)
+
+
+def naming(path: str | os.PathLike, e: OSError) -> OSError:
+  """The same error about `path`: `os.write` names no file, and a temporary file's name tells nothing."""
+  return OSError(e.errno, e.strerror, str(path))
 
 
 def sync_directory(path: str | os.PathLike) -> None:
@@ -103,8 +104,7 @@ class Lock:
       ) from None
     except OSError as e:
       os.close(fd)
-      e.filename = str(path)
-      raise
+      raise naming(path, e) from e
     self._fd = fd
     return self
 

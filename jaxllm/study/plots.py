@@ -12,7 +12,7 @@ from jaxllm.study import files
 # Dark enough for white paper, and far apart; with more lines than colours the dashes change as well.
 COLOURS = ("#1f5fa8", "#d9480f", "#2b8a3e", "#9c36b5", "#c99700", "#0b8a94", "#c2255c", "#495057")
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)))
-MARKERS = "osD^vP*X<>hdp8H"
+MARKERS = "osD^vPX<>phd8H*"
 
 
 def lines(
@@ -42,7 +42,7 @@ def lines(
       colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
       axes.plot(
         xs, ys, color=colour, linestyle=dash, linewidth=1.7, label=label,
-        marker=MARKERS[i % len(MARKERS)], markersize=6, markeredgecolor="white", markeredgewidth=0.6,
+        marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.5,
       )  # fmt: skip
       if bands and label in bands:
         axes.fill_between(xs, *bands[label], color=colour, alpha=0.14, linewidth=0)
@@ -74,4 +74,5 @@ def _mark_outside(axes, xs, ys, y_limit: tuple[float, float], colour: str) -> No
   low, high = y_limit
   for edge, marker, outside in ((high, "^", lambda y: y > high), (low, "v", lambda y: y < low)):
     at = [x for x, y in zip(xs, ys, strict=True) if outside(y)]
-    axes.plot(at, [edge] * len(at), marker, color=colour, markersize=7, clip_on=False, zorder=5)
+    if at:  # an empty unclipped line would stretch the layout to the origin
+      axes.plot(at, [edge] * len(at), marker, color=colour, markersize=8, clip_on=False, zorder=5)
