@@ -27,7 +27,7 @@ class RMSNorm:
     """x [..., D] normalised over its last axis, in the type of x."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    return (x32 * p["scale"]).astype(x.dtype)
+    return (x32 * _row(p["scale"], x)).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,11 @@ class LayerNorm:
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    return (x32 * p["scale"] + p["bias"]).astype(x.dtype)
+    return (x32 * _row(p["scale"], x) + _row(p["bias"], x)).astype(x.dtype)
+
+
+def _row(p_D: jax.Array, x: jax.Array) -> jax.Array:
+  return jnp.expand_dims(p_D, range(x.ndim - 1))
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -72,7 +72,7 @@ def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tupl
   """(queries, keys, the cache with positions and lengths moved on) of a call on tokens of `shape` (B, T)."""
   B, T = shape
   start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
-  index = context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)
+  index = context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
   pos = context.pos if context.pos is not None else index
   queries = Side(index, pos, context.segment, context.valid)
   if cache is None:

@@ -64,6 +64,7 @@ def _mulhi(a: jax.Array, b: jax.Array) -> jax.Array:
 def phases(pos: jax.Array, hi: jax.Array, lo: jax.Array) -> jax.Array:
   """Turns of each position in units of 2**-32, uint32 [..., R/2]; pos [...] is int32 and not negative."""
   pos = jnp.asarray(pos).astype(jnp.uint32)[..., None]
+  hi, lo = (jnp.expand_dims(word, range(pos.ndim - word.ndim)) for word in (hi, lo))
   return pos * hi + _mulhi(pos, lo)
 
 
