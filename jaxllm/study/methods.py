@@ -1,0 +1,165 @@
+"""The length-extrapolation sweep as data: which methods there are, and the groups of cells that one program fills.
+
+No JAX here: flags are checked against these tables before it is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxllm.errors import ConfigError
+from jaxllm.study.cells import Group
+
+SCHEMES = ("rope", "rope_logn", "alibi", "nope")
+METRICS = ("bpb_last", "bpb", "accuracy", "accuracy_repeated")
+POSITION_CURVE = "bpb_position"
+"""The metric of the extra rows behind bpb_vs_position.png; `position` is the first byte of their bin."""
+
+GROUP_SIZE = 4
+"""Methods batched in one program.  A group is padded to it, so neither the number of methods nor what is done already
+changes a program or a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to run a trained model at a longer length.
+
+  position: the entry of POSITIONS put on its RoPE layers, None for the model as trained; stretches: whether it takes a
+  factor; tables_only: whether it differs from RoPE in (frequencies, scale) only and so shares the trained model's program;
+  log_n: queries scaled by max(1, log_train_length(position + 1)), at test time only.
+  """
+
+  position: str | None
+  log_n: bool = False
+  stretches: bool = True
+  tables_only: bool = True
+
+
+METHODS = {
+  "none": Method(None, stretches=False),
+  "logn": Method(None, log_n=True, stretches=False),
+  "pi": Method("pi"),
+  "ntk_old": Method("ntk_old"),
+  "ntk": Method("ntk"),
+  "ntk_logn": Method("ntk", log_n=True),
+  "ntk_fixed": Method("ntk_fixed"),
+  "ntk_fixed_logn": Method("ntk_fixed", log_n=True),
+  "ntk_mixed": Method("ntk_mixed"),
+  "ntk_mixed_logn": Method("ntk_mixed", log_n=True),
+  "dynamic_ntk": Method("dynamic_ntk"),
+  "yarn": Method("yarn"),
+  "rerope": Method("rerope", stretches=False, tables_only=False),
+  "rerope_logn": Method("rerope", log_n=True, stretches=False, tables_only=False),
+}
+
+
+def not_applicable(scheme: str, method: str) -> str | None:
+  """Why a method cannot be put on a model trained with `scheme`; None if it can."""
+  m = METHODS[method]
+  if m.position is not None and scheme not in ("rope", "rope_logn"):
+    return f"{m.position} changes RoPE, and {scheme} has none"
+  if m.log_n and scheme == "rope_logn":
+    return "the model is trained with log-n already"
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A method at one factor."""
+
+  method: str
+  factor: float
+
+
+def variants(methods: Sequence[str], factors: Sequence[float] | None, train_length: int, length: int) -> list[Variant]:
+  """What is evaluated at one length.
+
+  Without `factors` the factor is length / train_length: a method is switched on for the long test only, as in the published
+  protocol.  Given factors apply at every length.
+  """
+  own = factors if factors is not None else (max(1.0, length / train_length),)
+  return [Variant(name, f) for name in methods for f in (own if METHODS[name].stretches else (1.0,))]
+
+
+def is_on(variant: Variant, factors: Sequence[float] | None, train_length: int, length: int) -> bool:
+  """Whether the method differs from the model as trained: within the trained length only where a factor was asked for."""
+  if METHODS[variant.method].stretches:
+    return variant.factor != 1.0 or factors is not None
+  return length > train_length and variant.method != "none"
+
+
+def check_methods_matter(
+  methods: Sequence[str], factors: Sequence[float] | None, train_length: int, lengths: Sequence[int]
+) -> None:
+  """Refuse a method that would change nothing at any length; `none` and a factor of 1 that was asked for are controls."""
+  longest = max(lengths)
+  for name in methods:
+    on = any(is_on(v, factors, train_length, longest) for v in variants([name], factors, train_length, longest))
+    if name != "none" and not on:
+      raise ConfigError(
+        f"--methods={name}: changes nothing at the largest length {longest}, as methods are switched on beyond "
+        f"--train_length={train_length} only; give longer --lengths, or --factors"
+      )
+
+
+def plan(
+  schemes: Sequence[str],
+  methods: Sequence[str],
+  metrics: Sequence[str],
+  factors: Sequence[float] | None,
+  train_length: int,
+  lengths: Sequence[int],
+  seeds: int,
+) -> list[Group]:
+  """Every cell of the sweep, in groups of methods that share one compiled program at one length, in a fixed order.
+
+  A group's name holds all that `compute` needs beside its cells: scheme/seed/length/program/number.
+  """
+  groups = []
+  for scheme in schemes:
+    for seed in range(seeds):
+      for length in lengths:
+        programs: dict[str, list[Variant]] = {}
+        for variant in variants(methods, factors, train_length, length):
+          own_program = not METHODS[variant.method].tables_only and is_on(variant, factors, train_length, length)
+          if not_applicable(scheme, variant.method):
+            program = "none"
+          else:
+            program = METHODS[variant.method].position if own_program else "tables"
+          programs.setdefault(program, []).append(variant)
+        for program, members in programs.items():
+          for start in range(0, len(members), GROUP_SIZE):
+            cells = _cells(scheme, seed, length, train_length, members[start : start + GROUP_SIZE], metrics)
+            if length == max(lengths) and program != "none":
+              cells += _curve(cells, train_length)
+            groups.append(Group(f"{scheme}/{seed}/{length}/{program}/{start // GROUP_SIZE}", tuple(cells)))
+  return groups
+
+
+def _cells(scheme, seed, length, train_length, members: Sequence[Variant], metrics) -> list[dict]:
+  return [
+    {
+      "scheme": scheme,
+      "quant": "none",
+      "method": v.method,
+      "factor": v.factor,
+      "train_length": train_length,
+      "length": length,
+      "metric": metric,
+      "seed": seed,
+    }
+    for v in members
+    for metric in metrics
+  ]
+
+
+def _curve(cells: Sequence[dict], train_length: int) -> list[dict]:
+  """The cells of loss by position: bins of half the trained length."""
+  bin_size = max(1, train_length // 2)
+  firsts = {(cell["method"], cell["factor"]): cell for cell in cells}
+  return [
+    {**cell, "metric": POSITION_CURVE, "position": start}
+    for cell in firsts.values()
+    for start in range(0, cell["length"], bin_size)
+  ]

@@ -1,0 +1,1 @@
+"""Training: text, the step, checkpoints, and the loop that puts them together."""

@@ -1,0 +1,108 @@
+"""Checkpoints of a training run by Orbax: committed whole or not at all, and checked before they are used."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxllm.errors import CheckpointError
+
+State = Any
+
+
+class Checkpoints:
+  """The steps saved in one directory, the newest `keep` of them.
+
+  Orbax writes a step into a temporary directory and renames it, so a kill leaves the step before it whole.  `save` returns
+  when the step is on disk.
+  """
+
+  def __init__(self, directory: str | Path, keep: int = 2):
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save
+    self.directory = Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_):
+    self._manager.close()
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps on disk, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: State) -> None:
+    """Commit `state` as `step`; a save that did not happen raises."""
+    if not self._manager.save(step, args=ocp.args.StandardSave(state)):
+      raise CheckpointError(f"{self.directory}: step {step} was not saved, as it is there already; use another directory")
+    self._manager.wait_until_finished()
+
+  def restore(self, target: State) -> State | None:
+    """The newest step that can be read, in the shapes and types of `target`; None if nothing is saved.
+
+    A step that cannot be read is moved aside (into `unreadable/`) and the one before it is used.  Raises CheckpointError
+    when none can be read, or when the saved state is of another model.
+    """
+    steps = self.steps
+    for step in reversed(steps):
+      try:
+        found = self._manager.restore(step, args=ocp.args.StandardRestore())
+      except Exception as e:  # whatever Orbax and the formats below it raise for damaged files
+        aside = self.directory / "unreadable" / str(step)
+        logging.getLogger(__name__).warning("%s: step %d cannot be read (%s); moved to %s", self.directory, step, e, aside)
+        aside.parent.mkdir(exist_ok=True)
+        shutil.move(self.directory / str(step), aside)
+        self._manager.reload()
+        continue
+      return _fitted(target, found, f"{self.directory}, step {step}")
+    if steps:
+      raise CheckpointError(f"{self.directory}: none of the steps {steps} can be read; remove the directory to train again")
+    return None
+
+
+def restore_tree(directory: str | Path) -> tuple[int, State]:
+  """(step, state) of the newest step, as nested dicts and lists of NumPy arrays; for reading a finished run."""
+  directory = Path(directory).absolute()
+  if not directory.is_dir():
+    raise CheckpointError(f"{directory}: no such directory; give the --out of a run of experiments.length_extrapolation")
+  with ocp.CheckpointManager(directory) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise CheckpointError(f"{directory}: no checkpoint there")
+    return step, jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore()))
+
+
+def _fitted(target: State, found: State, source: str) -> State:
+  """`found` in the structure of `target`, once every leaf has its name, shape and type (a restore casts in silence)."""
+  want = jax.tree_util.tree_leaves_with_path(target)
+  have = {_plain(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+  problems = [
+    f"{_plain(path)}: found {_kind(have.get(_plain(path)))}, expected {_kind(leaf)}"
+    for path, leaf in want
+    if _kind(have.get(_plain(path))) != _kind(leaf)
+  ]
+  problems += [f"{name}: not expected" for name in sorted(have.keys() - {_plain(path) for path, _ in want})]
+  if problems:
+    raise CheckpointError(f"{source}: not a state of this model: " + "; ".join(problems[:8]))
+  leaves = [jax.numpy.asarray(have[_plain(path)]) for path, _ in want]
+  return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def _plain(path) -> str:
+  """A path as text that is the same for attributes, keys and indices: Orbax gives named tuples back as dicts."""
+  return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def _kind(leaf) -> str:
+  return "nothing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"

@@ -1,0 +1,120 @@
+"""Byte-level text: the corpus of a run, its split, and batches that are a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.errors import DataError
+
+VOCAB_SIZE = 256
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_VALIDATION = (0.04, 0.08)  # the share of bytes that whole validation files are to reach, and may not pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """UTF-8 text as bytes, uint8 [bytes], split by file; `about` says what it is, for the record of a run."""
+
+  train: np.ndarray
+  validation: np.ndarray
+  about: dict
+
+
+def load_corpus(path: str | None = None) -> Corpus:
+  """The text of a file or of all files below a directory; None is the running Python's standard library.
+
+  Every sixteenth part or so of the text is for validation: whole files, chosen by the hash of their names, or the end of
+  the text where files are too few or too uneven for that.  Raises DataError for a file that is not UTF-8 text (with the
+  offset) and for a corpus without text.
+  """
+  root, files = _stdlib() if path is None else _files(Path(path))
+  texts = {name: _read(root / name) for name in files}
+  total = sum(map(len, texts.values()))
+  if total == 0:
+    raise DataError(f"{root}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text")
+  held_out = _held_out({name: len(text) for name, text in texts.items()}, total)
+  if held_out:
+    train, validation = (b"\n".join(t for n, t in texts.items() if (n in held_out) == is_in) for is_in in (False, True))
+  else:
+    text = b"\n".join(texts.values())
+    cut = len(text) - max(1, len(text) // 16)
+    train, validation = text[:cut], text[cut:]
+  about = {
+    "source": f"Python {platform.python_version()} standard library" if path is None else str(path),
+    "files": len(texts),
+    "bytes": total,
+    "split": "by file" if held_out else "the last sixteenth of the bytes is for validation",
+    "validation_files": len(held_out),
+    "train_bytes": len(train),
+    "validation_bytes": len(validation),
+    "sha256": hashlib.sha256(train + b"\0" + validation).hexdigest(),
+  }
+  return Corpus(np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8), about)
+
+
+def check_size(corpus: Corpus, source: str, train_length: int, test_length: int) -> None:
+  """Raise DataError unless both parts are longer than the sequences to be cut from them."""
+  for part, needed in (("train", train_length + 1), ("validation", test_length + train_length + 1)):
+    found = len(getattr(corpus, part))
+    if found < needed:
+      raise DataError(
+        f"{source}: {corpus.about['bytes']} bytes give a {part} part of {found}, expected at least {needed} for lengths up to "
+        f"{test_length}; give more text, or shorter lengths"
+      )
+
+
+def batch(data: np.ndarray, seed: int, step: int, size: int, length: int) -> np.ndarray:
+  """Batch `step` of a run: `size` stretches of length + 1 bytes from anywhere in the text, int32 [size, length + 1].
+
+  A pure function of its arguments, so a resumed run sees what an uninterrupted one does.
+  """
+  rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+  starts = rng.integers(0, len(data) - length, size)
+  return data[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+def _stdlib() -> tuple[Path, list[str]]:
+  """The running Python's own sources, `pydoc_data` topics included, without tests and installed packages."""
+  root = Path(sysconfig.get_paths()["stdlib"])
+  found = (p.relative_to(root) for p in root.rglob("*.py") if p.is_file())
+  return root, sorted(p.as_posix() for p in found if not _SKIPPED & set(p.parts))
+
+
+def _files(path: Path) -> tuple[Path, list[str]]:
+  if path.is_file():
+    return path.parent, [path.name]
+  found = (p.relative_to(path) for p in path.rglob("*") if p.is_file())
+  return path, sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
+
+
+def _read(path: Path) -> bytes:
+  text = path.read_bytes()
+  try:
+    text.decode("utf-8")
+  except UnicodeDecodeError as e:
+    raise DataError(f"{path}: not UTF-8 text (byte {e.start} of {len(text)} is 0x{text[e.start]:02x})") from None
+  if (zero := text.find(b"\0")) >= 0:
+    raise DataError(f"{path}: not text (byte {zero} of {len(text)} is 0x00)")
+  return text
+
+
+def _held_out(sizes: dict[str, int], total: int) -> set[str]:
+  """Names of the validation files, or none where whole files cannot make a part of the wanted size."""
+  least, most = (share * total for share in _VALIDATION)
+  chosen, reached = set(), 0
+  for name in _by_hash(sizes):
+    if reached < least and reached + sizes[name] <= most:
+      chosen.add(name)
+      reached += sizes[name]
+  return chosen if reached >= least else set()
+
+
+def _by_hash(names: Iterable[str]) -> list[str]:
+  return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())

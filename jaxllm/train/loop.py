@@ -1,0 +1,71 @@
+"""A training run from its last checkpoint to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from jaxllm.errors import JaxllmError
+from jaxllm.nn.transformer import Transformer
+from jaxllm.train import data
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.step import State, TrainConfig, init_state, make_step
+
+SAVE_EVERY = 25
+"""Steps between checkpoints: at most this many are done again after a kill."""
+
+
+class DivergedError(JaxllmError):
+  """The loss is no longer a number; the checkpoint before it is kept."""
+
+  exit_code = 1
+
+
+def fit(
+  model: Transformer,
+  config: TrainConfig,
+  text: np.ndarray,
+  seed: int,
+  directory: Path,
+  on_start: Callable[[int], None],
+  on_step: Callable[[int, object], None],
+  check_stop: Callable[[], None],
+) -> State:
+  """Train to config.steps, or go on from the newest checkpoint in `directory`; the final state.
+
+  `on_start(step)` is told where the run begins, `on_step(steps done, loss)` of each step (the loss may still be computing).
+  `check_stop()` is called where the state is on disk, and may raise.
+  """
+  with Checkpoints(directory) as checkpoints:
+    state = init_state(model, config, seed)
+    saved = checkpoints.restore(state)
+    state = state if saved is None else saved
+    start = int(state["step"])
+    on_start(start)
+    if start == config.steps:
+      return state
+    step_fn = make_step(model, config)
+    losses = []
+    for step in range(start, config.steps):
+      state, loss = step_fn(state, data.batch(text, seed, step, config.batch_size, config.length))
+      losses.append(loss)
+      on_step(step + 1, loss)
+      if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
+        _check_finite(losses, step + 1, directory)
+        checkpoints.save(step + 1, state)
+        losses = []
+        check_stop()
+    return state
+
+
+def _check_finite(losses, step: int, directory: Path) -> None:
+  """Before a save, so that a state of NaN never replaces one that was good."""
+  values = np.asarray(losses, np.float64)
+  if not np.all(np.isfinite(values)):
+    bad = step - len(values) + int(np.argmax(~np.isfinite(values)))
+    raise DivergedError(
+      f"{directory}: the loss is {values[~np.isfinite(values)][0]} at step {bad}; the checkpoint before it is kept. "
+      "Lower --learning_rate and use another --out"
+    )
