@@ -64,6 +64,17 @@ def not_applicable(scheme: str, method: str) -> str | None:
   return None
 
 
+def program_of(method: str) -> str:
+  """The compiled program that a method runs through when it is switched on: "tables" is the trained model's own."""
+  return "tables" if METHODS[method].tables_only else METHODS[method].position
+
+
+def program_size(scheme: str, program: str) -> int:
+  """How many tables a program takes at once: constant, whichever methods are asked for."""
+  members = [name for name in METHODS if not_applicable(scheme, name) is None and program_of(name) == program]
+  return min(GROUP_SIZE, len(members))
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
   """A method at one factor."""
@@ -122,18 +133,19 @@ def plan(
       for length in lengths:
         programs: dict[str, list[Variant]] = {}
         for variant in variants(methods, factors, train_length, length):
-          own_program = not METHODS[variant.method].tables_only and is_on(variant, factors, train_length, length)
           if not_applicable(scheme, variant.method):
             program = "none"
           else:
-            program = METHODS[variant.method].position if own_program else "tables"
+            on = is_on(variant, factors, train_length, length)
+            program = program_of(variant.method) if on else "tables"
           programs.setdefault(program, []).append(variant)
         for program, members in programs.items():
-          for start in range(0, len(members), GROUP_SIZE):
-            cells = _cells(scheme, seed, length, train_length, members[start : start + GROUP_SIZE], metrics)
+          size = program_size(scheme, program) or len(members)
+          for start in range(0, len(members), size):
+            cells = _cells(scheme, seed, length, train_length, members[start : start + size], metrics)
             if length == max(lengths) and program != "none":
               cells += _curve(cells, train_length)
-            groups.append(Group(f"{scheme}/{seed}/{length}/{program}/{start // GROUP_SIZE}", tuple(cells)))
+            groups.append(Group(f"{scheme}/{seed}/{length}/{program}/{start // size}", tuple(cells)))
   return groups
 
 

@@ -1,0 +1,142 @@
+"""The cells of the length-extrapolation sweep: a trained model a scheme and seed, and what its methods make of long text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.errors import JaxllmError
+from jaxllm.evaluate.windows import bits_per_byte, cut_windows, repeat_last_block, score_windows
+from jaxllm.nn.transformer import Transformer
+from jaxllm.ops.blockwise import Blockwise
+from jaxllm.position import LogN, PositionTables
+from jaxllm.study import methods, rows
+from jaxllm.study.cells import Group
+from jaxllm.study.files import write_json
+from jaxllm.study.progress import Progress
+from jaxllm.study.stop import StopFlag
+from jaxllm.train.loop import fit
+from jaxllm.train.step import TrainConfig
+
+BLOCKWISE_ABOVE = 512
+"""Tokens beyond which attention goes by tiles: below it all scores at once are as fast."""
+
+
+@dataclasses.dataclass
+class Trained:
+  """Parameters by scheme and seed, trained (or read) when they are first asked for; the last ones are kept."""
+
+  out: Path
+  configs: dict[str, ModelConfig]
+  train_config: Callable[[str], TrainConfig]
+  text: np.ndarray
+  progress: Progress
+  stop: StopFlag
+  _last: tuple = (None, None)
+
+  def params(self, scheme: str, seed: int):
+    """The trained parameters; raises the error of a training that failed, again each time it is asked for."""
+    if self._last[0] != (scheme, seed):
+      try:
+        self._last = (scheme, seed), self._train(scheme, seed)
+      except JaxllmError as e:
+        self._last = (scheme, seed), e
+    found = self._last[1]
+    if isinstance(found, JaxllmError):
+      raise found
+    return found
+
+  def _train(self, scheme: str, seed: int):
+    config, model = self.train_config(scheme), Transformer(self.configs[scheme])
+    directory = self.out / "checkpoints" / f"{scheme}-{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "model.json", model.cfg.to_dict())
+    shown = []
+
+    def on_start(start: int) -> None:
+      tokens = config.batch_size * config.length
+      shown.append(self.progress.training(f"train {scheme}, seed {seed}", config.steps, start, tokens))
+
+    state = fit(
+      model,
+      config,
+      self.text,
+      seed,
+      directory,
+      on_start=on_start,
+      on_step=lambda step, loss: shown[0].update(step, loss),
+      check_stop=self.stop.check,
+    )
+    return state["params"]
+
+
+def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[dict]:
+  """One row for each cell of a group."""
+  scheme, seed, length, program, _ = group.name.split("/")
+  if program == "none":
+    return [rows.not_applicable(c, methods.not_applicable(scheme, c["method"])) for c in group.cells]
+  length, block = int(length), settings.train_length
+  members = dict.fromkeys(methods.Variant(c["method"], c["factor"]) for c in group.cells)
+  params = trained.params(scheme, int(seed))
+  cfg = trained.configs[scheme]
+  program_cfg = cfg if program == "tables" else cfg.with_position(program)
+  if length > BLOCKWISE_ABOVE:
+    program_cfg = dataclasses.replace(program_cfg, attention=Blockwise())
+  tables = stack(
+    [tables_of(cfg, program_cfg, v, settings.factors, block, length) for v in members],
+    methods.program_size(scheme, program),
+  )
+  windows = cut_windows(text, length, max(settings.lengths), settings.windows)
+  wanted = {c["metric"] for c in group.cells}
+  scored = {}
+  if wanted - {"accuracy_repeated"}:
+    scored["natural"] = jax.device_get(score_windows(Transformer(program_cfg), params, windows, tables))
+  if "accuracy_repeated" in wanted:
+    repeated = repeat_last_block(windows, block)
+    scored["repeated"] = jax.device_get(score_windows(Transformer(program_cfg), params, repeated, tables))
+  place = {variant: i for i, variant in enumerate(members)}
+  return [rows.ok(c, value(c, place[methods.Variant(c["method"], c["factor"])], scored, block)) for c in group.cells]
+
+
+def tables_of(
+  cfg: ModelConfig, program_cfg: ModelConfig, variant: methods.Variant, factors, train_length: int, length: int
+) -> PositionTables:
+  """The position tables of a variant at a length, of the structure that the program of its group takes."""
+  method = methods.METHODS[variant.method]
+  if method.log_n and length > train_length:
+    cfg, program_cfg = (dataclasses.replace(c, query_scale=LogN(train_length, floor=1.0)) for c in (cfg, program_cfg))
+  if not method.tables_only and program_cfg.layers != cfg.layers:
+    return program_cfg.rope_tables(seq_len=length)
+  if method.tables_only and method.position and methods.is_on(variant, factors, train_length, length):
+    cfg = cfg.with_position(method.position, factor=variant.factor)
+  return cfg.rope_tables(seq_len=length)
+
+
+def stack(tables: list[PositionTables], size: int) -> PositionTables:
+  """Tables on a new first axis, padded to `size` with the first one."""
+  padded = tables + [tables[0]] * (size - len(tables))
+  return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *padded)
+
+
+def value(cell: dict, member: int, scored: dict, block: int) -> float:
+  """The value of a cell from losses and hits [M, W, T]."""
+  if cell["metric"] == "accuracy_repeated":
+    return float(np.mean(scored["repeated"][1][member], dtype=np.float64))
+  nats, hits = (x[member] for x in scored["natural"])
+  match cell["metric"]:
+    case "accuracy":
+      return float(np.mean(hits, dtype=np.float64))
+    case "bpb":
+      return bits_per_byte(nats)
+    case "bpb_last":
+      return bits_per_byte(nats[:, -block:])
+    case methods.POSITION_CURVE:
+      start = cell["position"]
+      return bits_per_byte(nats[:, start : start + max(1, block // 2)])
+  raise AssertionError(cell["metric"])

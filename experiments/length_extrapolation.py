@@ -1,0 +1,234 @@
+"""Train short, test long: how far does each position method stretch a model that was trained at a short context?
+
+Trains one small byte-level decoder a scheme (RoPE, RoPE with log-n, ALiBi, ...) at --train_length, evaluates every method
+at --lengths on text it has not seen, and leaves a table, figures and machine-readable results in --out.  Methods are
+switched on for the long test only, without tuning.  Killed at any moment, the same command goes on where it was.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from absl import flags
+
+from jaxllm.errors import ConfigError
+from jaxllm.study import choices, methods, run_app
+
+SMOKE = {  # what --smoke sets, unless the flag is given
+  "train_length": 32,
+  "steps": 40,
+  "other_steps": 30,
+  "batch_size": 8,
+  "embed_dim": 64,
+  "num_layers": 2,
+  "mlp_dim": 128,
+  "windows": 4,
+}
+SIZES = ("train_length", "seeds", "steps", "other_steps", "batch_size", "windows")
+MODEL = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
+MULTIPLES = (1, 2, 4, 8, 16)
+
+flags.DEFINE_string("out", None, "directory of the run; default runs/length_extrapolation (with _smoke for --smoke)")
+flags.DEFINE_bool("smoke", False, "a tiny run that goes through everything in under 90 seconds")
+flags.DEFINE_string("schemes", "rope,rope_logn,alibi", f"how to train: all, or any of {', '.join(methods.SCHEMES)}")
+flags.DEFINE_string("methods", "all", f"how to test: all, or any of {', '.join(methods.METHODS)}")
+flags.DEFINE_string("metrics", "all", f"what to measure: all, or any of {', '.join(methods.METRICS)}")
+flags.DEFINE_string("factors", None, "context multipliers to apply at every length; default length / train_length")
+flags.DEFINE_integer("train_length", 128, "context length of training, in bytes")
+flags.DEFINE_string("lengths", None, "context lengths to test; default 1, 2, 4, 8 and 16 times train_length")
+flags.DEFINE_integer("seeds", 1, "models to train a scheme; several give 95 % intervals")
+flags.DEFINE_integer("steps", 1000, "training steps of the first scheme")
+flags.DEFINE_integer("other_steps", 350, "training steps of every other scheme")
+flags.DEFINE_integer("batch_size", 16, "sequences a training step")
+flags.DEFINE_float("learning_rate", 4e-3, "peak of the warm-up and cosine schedule")
+flags.DEFINE_integer("embed_dim", 128, "model width")
+flags.DEFINE_integer("num_layers", 4, "layers")
+flags.DEFINE_integer("num_heads", 2, "attention heads; head_dim = embed_dim / num_heads")
+flags.DEFINE_integer("mlp_dim", 352, "hidden width of the SwiGLU feed-forward layers")
+flags.DEFINE_integer("windows", 16, "windows of text a length is tested on")
+flags.DEFINE_string("corpus", None, "a UTF-8 text file or a directory of them; default Python's standard library")
+flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "compute type; auto: bfloat16 but on a CPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The flags, read and checked."""
+
+  out: str
+  corpus: str | None
+  schemes: tuple[str, ...]
+  methods: tuple[str, ...]
+  metrics: tuple[str, ...]
+  factors: tuple[float, ...] | None
+  lengths: tuple[int, ...]
+  train_length: int
+  seeds: int
+  steps: int
+  other_steps: int
+  batch_size: int
+  windows: int
+  embed_dim: int
+  num_layers: int
+  num_heads: int
+  mlp_dim: int
+  learning_rate: float
+  dtype: str
+
+  def steps_of(self, scheme: str) -> int:
+    """Training steps of a scheme: most of the time goes to the first."""
+    return self.steps if scheme == self.schemes[0] else self.other_steps
+
+
+def read_settings(f) -> Settings:
+  """The flags as settings; raises ConfigError that names the flag, its value and what is allowed."""
+  values = {name: f[name].value for name in (*SIZES, *MODEL)}
+  if f.smoke:
+    values |= {name: value for name, value in SMOKE.items() if not f[name].present}
+  for name, value in values.items():
+    if value < 1:
+      raise ConfigError(f"--{name}={value}: found {value}, expected a whole number of at least 1")
+  if values["train_length"] < 4:
+    raise ConfigError(f"--train_length={values['train_length']}: expected at least 4")
+  if values["embed_dim"] % (2 * values["num_heads"]):
+    raise ConfigError(
+      f"--num_heads={values['num_heads']}: head_dim = embed_dim / num_heads must be an even whole number, and "
+      f"--embed_dim is {values['embed_dim']}"
+    )
+  train_length = values["train_length"]
+  lengths = tuple(m * train_length for m in MULTIPLES)
+  if f.lengths is not None:
+    lengths = tuple(sorted(choices.number_list("lengths", f.lengths, int, 1)))
+    if lengths[0] < train_length:
+      raise ConfigError(f"--lengths={f.lengths}: {lengths[0]} is below --train_length={train_length}; test at least there")
+  factors = None if f.factors is None else choices.number_list("factors", f.factors, float, 1.0)
+  chosen = choices.choice_list("methods", f.methods, tuple(methods.METHODS))
+  methods.check_methods_matter(chosen, factors, train_length, lengths)
+  if f.corpus is not None and not Path(f.corpus).exists():
+    raise ConfigError(f"--corpus={f.corpus}: there is no such file or directory; give UTF-8 text, or leave the flag out")
+  return Settings(
+    out=f.out or "runs/length_extrapolation" + ("_smoke" if f.smoke else ""),
+    corpus=f.corpus,
+    schemes=choices.choice_list("schemes", f.schemes, methods.SCHEMES),
+    methods=chosen,
+    metrics=choices.choice_list("metrics", f.metrics, methods.METRICS),
+    factors=factors,
+    lengths=lengths,
+    learning_rate=choices.positive("learning_rate", f.learning_rate),
+    dtype=f.dtype,
+    **values,
+  )
+
+
+def model_config(settings: Settings, scheme: str, dtype: str):
+  """The decoder that a scheme trains."""
+  from jaxllm.config import Layer, ModelConfig
+  from jaxllm.position import POSITIONS, LogN
+
+  length = settings.train_length
+  position = POSITIONS["rope"](original_length=length) if scheme in ("rope", "rope_logn") else POSITIONS[scheme]()
+  return ModelConfig(
+    vocab_size=256,
+    embed_dim=settings.embed_dim,
+    num_layers=settings.num_layers,
+    num_heads=settings.num_heads,
+    num_kv_heads=settings.num_heads,
+    head_dim=settings.embed_dim // settings.num_heads,
+    mlp_dim=settings.mlp_dim,
+    layers=(Layer(position),),
+    query_scale=LogN(length) if scheme == "rope_logn" else None,
+    embed_scale=settings.embed_dim**0.5,
+    dtype=dtype,
+  )
+
+
+def train_config(settings: Settings, scheme: str):
+  """How a scheme trains."""
+  from jaxllm.train.step import TrainConfig
+
+  return TrainConfig(
+    settings.steps_of(scheme), settings.batch_size, settings.train_length, learning_rate=settings.learning_rate
+  )
+
+
+def default_dtype(platform: str) -> str:
+  """The compute type of a platform, fixed: on CPUs XLA's bfloat16 products measure slower than its float32 ones."""
+  return "float32" if platform == "cpu" else "bfloat16"
+
+
+def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
+  """Everything needed to repeat the run, for config.json."""
+  import platform
+
+  import jax
+
+  import jaxllm
+  from jaxllm.evaluate import windows
+
+  return {
+    "jaxllm": jaxllm.__version__,
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "platform": jax.default_backend(),
+    "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"} | {"dtype": dtype},
+    "corpus": corpus.about,
+    "models": {scheme: config.to_dict() for scheme, config in configs.items()},
+    "training": {scheme: dataclasses.asdict(train_config(settings, scheme)) for scheme in configs},
+    "evaluation": {
+      "windows": settings.windows,
+      "stride": windows.window_stride(corpus.validation, max(settings.lengths), settings.windows),
+      "last_block": settings.train_length,
+      "group_size": methods.GROUP_SIZE,
+      "dynamic_ntk": "one base for the whole window, that of its length",
+      "methods": {name: dataclasses.asdict(methods.METHODS[name]) for name in settings.methods},
+    },
+  }
+
+
+def main(f) -> int:
+  """The whole run; 0, or 1 if a cell failed."""
+  settings = read_settings(f)
+  from jaxllm.study.cells import Ledger, check_config, run_groups
+  from jaxllm.study.files import Lock
+  from jaxllm.study.progress import Progress
+  from jaxllm.study.stop import StopFlag
+
+  import jax
+
+  from experiments.extrapolation import evaluate, report
+  from jaxllm.train import data
+
+  out = Path(settings.out)
+  corpus = data.load_corpus(settings.corpus)
+  source = settings.corpus or "the standard library"
+  data.check_size(corpus, f"--corpus={source}", settings.train_length, max(settings.lengths) + settings.windows)
+  dtype = default_dtype(jax.default_backend()) if settings.dtype == "auto" else settings.dtype
+  configs = {scheme: model_config(settings, scheme, dtype) for scheme in settings.schemes}
+  with StopFlag() as stop, Lock(out):
+    config = record(settings, configs, corpus, dtype)
+    ledger = Ledger(out / "cells.jsonl", check_config(out, config))
+    groups = methods.plan(
+      settings.schemes,
+      settings.methods,
+      settings.metrics,
+      settings.factors,
+      settings.train_length,
+      settings.lengths,
+      settings.seeds,
+    )
+    with Progress() as progress:
+      done = sum(ledger.finished(group.name) for group in groups)
+      cells = progress.cells("cells", total=len(groups), done=done)
+      trained = evaluate.Trained(out, configs, functools.partial(train_config, settings), corpus.train, progress, stop)
+      run_groups(
+        groups,
+        ledger,
+        functools.partial(evaluate.compute, settings, trained, corpus.validation),
+        on_done=lambda group, rows: cells.update(group.name),
+        stop=stop,
+      )
+    rows = [row for group in groups for row in ledger.done[group.name]]
+    return report.write(out, settings, config, rows, corpus)
+
+
+if __name__ == "__main__":
+  run_app(main, check=read_settings)
