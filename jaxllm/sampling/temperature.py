@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxllm.sampling.base import Sampler, as_pytree, checked, only_argmax, per_row
 
+TINY = float(np.finfo(np.float32).tiny)
+
 
 @as_pytree
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +19,8 @@ class Temperature(Sampler):
   """Sharpens (below 1) or flattens (above 1) the distribution; 0 is greedy, exactly.
 
   p_v = exp(z_v / temperature) / sum_u exp(z_u / temperature).  temperature: a scalar or [B], finite and not
-  negative.  Rows with temperature 0, or so small that the largest logit overflows when divided, keep their
-  argmax alone.  Raises SamplingError for a negative, infinite or NaN temperature.
+  negative.  Rows whose temperature is 0, or so small that the largest logit overflows when divided, keep
+  their argmax alone.  Raises SamplingError for a negative, infinite or NaN temperature.
   """
 
   temperature: Any = 1.0
@@ -30,8 +32,10 @@ class Temperature(Sampler):
   def filter(self, logits_BV, state):
     logits_BV = logits_BV.astype(jnp.float32)
     temperature = per_row(self.temperature, logits_BV)
-    # Divide by 1 where it is 0: 0/0 would be a NaN that jax_debug_nans reports, though `where` drops it.
-    divisor = jnp.where(temperature > 0, temperature, 1.0)
-    top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    warm_B1 = (temperature > 0) & jnp.isfinite(top_B1 / divisor)
-    return jnp.where(warm_B1, logits_BV / divisor, only_argmax(logits_BV))
+    # Denormals count as 0, because hardware may flush them.  1 stands in there: 0 * inf would be a NaN that
+    # jax_debug_nans reports, though `where` drops it; the maximum keeps -inf * 0 away likewise.
+    warm = temperature >= TINY
+    # Multiplied, because XLA replaces a division by this as it fuses: eager and compiled draws would differ.
+    rate = jnp.maximum(1 / jnp.where(warm, temperature, 1.0), TINY)
+    warm_B1 = warm & jnp.isfinite(rate * jnp.max(logits_BV, axis=-1, keepdims=True))
+    return jnp.where(warm_B1, rate * logits_BV, only_argmax(logits_BV))

@@ -17,7 +17,7 @@ class TopP(Sampler):
 
   keep_v = (the sum of the probabilities before v, in descending order, is < p).  p: a scalar or [B] in
   [0, 1].  The first token always stays: p = 0 is greedy.  p = 1 keeps all, whatever the rounding.  Equal
-  tokens enter in the order of their ids.  A cumulative sum equal to p up to float32 rounding (about 1e-7) may
+  tokens enter in the order of their ids.  A cumulative sum equal to p up to float32 rounding (2e-7) may
   fall on either side.  Raises SamplingError for p outside [0, 1] or NaN.
   Source: Holtzman et al. (2020), section 3.1.  transformers sorts ascending and drops where the sum is
   <= 1 - p: the same sets but for ties and that rounding.
