@@ -14,6 +14,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import JaxllmError
 from jaxllm.evaluate.windows import bits_per_byte, cut_windows, repeat_last_block, score_windows
 from jaxllm.nn.transformer import Transformer
+from jaxllm.ops.attention import Plain
 from jaxllm.ops.blockwise import Blockwise
 from jaxllm.position import LogN, PositionTables
 from jaxllm.study import methods, rows
@@ -85,11 +86,12 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
   members = dict.fromkeys(methods.Variant(c["method"], c["factor"]) for c in group.cells)
   params = trained.params(scheme, int(seed))
   cfg = trained.configs[scheme]
-  program_cfg = cfg if program == "tables" else cfg.with_position(program)
-  if length > BLOCKWISE_ABOVE:
-    program_cfg = dataclasses.replace(program_cfg, attention=Blockwise())
+  # what the tables say, the program need not: without its query scale one program serves every RoPE scheme
+  program_cfg = dataclasses.replace(cfg, query_scale=None, attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain())
+  if program != "tables":
+    program_cfg = program_cfg.with_position(program)
   tables = stack(
-    [tables_of(cfg, program_cfg, v, settings.factors, block, length) for v in members],
+    [tables_of(cfg, v, settings.factors, block, length) for v in members],
     methods.program_size(scheme, program),
   )
   windows = cut_windows(text, length, max(settings.lengths), settings.windows)
@@ -104,17 +106,15 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
   return [rows.ok(c, value(c, place[methods.Variant(c["method"], c["factor"])], scored, block)) for c in group.cells]
 
 
-def tables_of(
-  cfg: ModelConfig, program_cfg: ModelConfig, variant: methods.Variant, factors, train_length: int, length: int
-) -> PositionTables:
-  """The position tables of a variant at a length, of the structure that the program of its group takes."""
+def tables_of(cfg: ModelConfig, variant: methods.Variant, factors, train_length: int, length: int) -> PositionTables:
+  """The position tables of a variant at a length: data for the program of its group."""
   method = methods.METHODS[variant.method]
-  if method.log_n and length > train_length:
-    cfg, program_cfg = (dataclasses.replace(c, query_scale=LogN(train_length, floor=1.0)) for c in (cfg, program_cfg))
-  if not method.tables_only and program_cfg.layers != cfg.layers:
-    return program_cfg.rope_tables(seq_len=length)
-  if method.tables_only and method.position and methods.is_on(variant, factors, train_length, length):
-    cfg = cfg.with_position(method.position, factor=variant.factor)
+  if methods.is_on(variant, factors, train_length, length):
+    if method.position is not None:
+      stretch = {"factor": variant.factor} if method.stretches else {}
+      cfg = cfg.with_position(method.position, **stretch)
+    if method.log_n:
+      cfg = dataclasses.replace(cfg, query_scale=LogN(train_length, floor=1.0))
   return cfg.rope_tables(seq_len=length)
 
 

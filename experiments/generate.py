@@ -1,0 +1,96 @@
+"""Continue a prompt with a model that experiments.length_extrapolation has trained, past its length by any method."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.study import choices, methods, run_app
+
+flags.DEFINE_string("run", "runs/length_extrapolation", "the --out of the run that trained the model")
+flags.DEFINE_string("scheme", "rope", f"which of its models: {', '.join(methods.SCHEMES)}")
+flags.DEFINE_integer("seed", 0, "the seed of the model, and of the draw")
+flags.DEFINE_string("prompt", "def main(", "the text to continue; - reads standard input")
+flags.DEFINE_integer("tokens", 256, "bytes to add")
+flags.DEFINE_string("method", "rerope", f"position method: {', '.join(methods.METHODS)}")
+flags.DEFINE_float("factor", None, "context multiplier of the method; default: the whole text over the trained length")
+flags.DEFINE_float("temperature", 0.7, "0 is greedy")
+flags.DEFINE_integer("top_k", 0, "keep the k most likely bytes; 0 keeps all")
+flags.DEFINE_float("top_p", 0.95, "keep the smallest set of bytes with this probability; 1 keeps all")
+
+
+def check(f) -> None:
+  """Refuse flags that no model could serve."""
+  choices.choice_list("scheme", f.scheme, methods.SCHEMES)
+  choices.choice_list("method", f.method, tuple(methods.METHODS))
+  if reason := methods.not_applicable(f.scheme, f.method):
+    raise ConfigError(f"--method={f.method} with --scheme={f.scheme}: {reason}; use --method=none")
+  for name in ("tokens", "factor"):
+    if f[name].value is not None:
+      choices.positive(name, f[name].value)
+  if f.prompt == "":
+    raise ConfigError("--prompt=: empty, expected text to continue")
+
+
+def load(run: Path, scheme: str, seed: int):
+  """(config as trained, parameters) of a model of a run."""
+  from jaxllm import tree
+  from jaxllm.config import ModelConfig
+  from jaxllm.nn import Transformer
+  from jaxllm.train.checkpoint import restore_tree
+
+  directory = run / "checkpoints" / f"{scheme}-{seed}"
+  path = directory / "model.json"
+  if not path.is_file():
+    raise CheckpointError(
+      f"{path}: no such file; run `python -m experiments.length_extrapolation --out={run} --schemes={scheme}` first"
+    )
+  cfg = ModelConfig.from_dict(json.loads(path.read_text()))
+  step, state = restore_tree(directory)
+
+  import jax
+  import jax.numpy as jnp
+
+  expected = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+  tree.check_same(expected, state["params"], f"{directory}, step {step}")
+  return cfg, state["params"]
+
+
+def main(f) -> None:
+  """Print the prompt and its continuation."""
+  prompt = (sys.stdin.read() if f.prompt == "-" else f.prompt).encode()
+  cfg, params = load(Path(f.run), f.scheme, f.seed)
+
+  import jax
+
+  from jaxllm.generate.loop import generate
+  from jaxllm.nn import Transformer
+  from jaxllm.position import LogN
+  from jaxllm.sampling import SAMPLERS
+
+  method = methods.METHODS[f.method]
+  train_length = json.loads((Path(f.run) / "config.json").read_text())["settings"]["train_length"]
+  if method.position is not None:
+    factor = f.factor or max(1.0, math.ceil((len(prompt) + f.tokens) / train_length))
+    cfg = cfg.with_position(method.position, **({"factor": float(factor)} if method.stretches else {}))
+  if method.log_n:
+    cfg = dataclasses.replace(cfg, query_scale=LogN(train_length, floor=1.0))
+  sampler = SAMPLERS["chain"](
+    samplers=(
+      SAMPLERS["temperature"](f.temperature),
+      SAMPLERS["top_k"](f.top_k),
+      SAMPLERS["top_p"](f.top_p),
+    )
+  )
+  out = generate(
+    Transformer(cfg), params, [list(prompt)], sampler=sampler, key=jax.random.key(f.seed), max_new_tokens=f.tokens
+  )
+  sys.stdout.write((prompt + bytes(out.tokens[0])).decode("utf-8", errors="replace") + "\n")
+
+
+if __name__ == "__main__":
+  run_app(main, check=check)
