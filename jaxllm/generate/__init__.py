@@ -1,0 +1,1 @@
+"""Text from a model: `loop.generate` draws one token after another with a key/value cache."""

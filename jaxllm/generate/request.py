@@ -1,0 +1,94 @@
+"""What a caller asks for, checked on the host and laid out in arrays whose shapes rarely change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
+from jaxllm.position import PositionTables
+from jaxllm.sampling import Greedy, Sampler
+
+
+def count(name: str, value: Any) -> int:
+  """`value` as an int of at least 1; raises ConfigError."""
+  if not _is_integer(value) or value < 1:
+    raise ConfigError(f"{name}: found {value!r}, expected an integer of at least 1")
+  return int(value)
+
+
+def padded(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """(ids [B, T] right-padded to a bucket, lengths [B]), int32; T is the next power of two, from 16 on.
+
+  Raises DataError for no prompts, an empty one, or one that is no list; TokenizerError for what is not an id.
+  """
+  if len(prompts) == 0:
+    raise DataError("prompts: found none, expected a list of at least one list of ids")
+  rows = [_row(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
+  lengths = [len(row) for row in rows]
+  T = max(16, 1 << (max(lengths) - 1).bit_length())
+  return np.array([row + [0] * (T - len(row)) for row in rows], np.int32), np.array(lengths, np.int32)
+
+
+def stop_mask(stop_ids: Iterable[int] | None, vocab_size: int) -> np.ndarray:
+  """Which ids end a row, bool [V]: one shape for any number of them.
+
+  Raises ConfigError for what is no list, TokenizerError for what is not an id.
+  """
+  mask_V = np.zeros(vocab_size, bool)
+  if isinstance(stop_ids, (str, int)):
+    raise ConfigError(f"stop_ids: found {stop_ids!r}, expected a tuple of ids")
+  for i, token in enumerate(() if stop_ids is None else stop_ids):
+    mask_V[_checked_id(f"stop_ids[{i}]", token, vocab_size)] = True
+  return mask_V
+
+
+def row_keys(key: jax.Array | None, sampler: Sampler, B: int) -> jax.Array:
+  """One key a row, [B]: those given, or fold_in(key, row); None is good for Greedy only.
+
+  Raises SamplingError for what is no sampler, ConfigError for what is no key.
+  """
+  if not isinstance(sampler, Sampler):
+    raise SamplingError(f"sampler: found {sampler!r}, expected a value such as Greedy() or TopP(0.9)")
+  if key is None and isinstance(sampler, Greedy):
+    key = jax.random.key(0)  # never read
+  if isinstance(key, jax.Array) and key.dtype == jnp.uint32:  # PRNGKey's form
+    key = jax.random.wrap_key_data(key)
+  is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+  if not is_key or key.shape not in ((), (B,)):
+    raise ConfigError(f"key: found {key!r}, expected jax.random.key(seed), or a key for each of the {B} rows")
+  return key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(B))
+
+
+def fixed(rope: PositionTables) -> PositionTables:
+  """`rope` if its one row serves every length; raises ConfigError otherwise: its rows may end too early."""
+  rows = max((table.rows for table in rope.ropes), default=1)
+  if rows > 1:
+    raise ConfigError(
+      f"rope: found a table of {rows} rows, expected one; leave rope out for a method whose frequencies "
+      "depend on the length, or pin one length with rope_tables(seq_len=...)"
+    )
+  return rope
+
+
+def _row(where: str, prompt: Sequence[int], vocab_size: int) -> list[int]:
+  ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+  if not isinstance(ids, Sequence) or isinstance(ids, str):
+    raise DataError(f"{where}: found {prompt!r}, expected a list of ids")
+  if len(ids) == 0:
+    raise DataError(f"{where}: found an empty prompt, expected at least one id")
+  return [_checked_id(f"{where}[{i}]", token, vocab_size) for i, token in enumerate(ids)]
+
+
+def _checked_id(where: str, token: Any, vocab_size: int) -> int:
+  if not _is_integer(token) or not 0 <= token < vocab_size:
+    raise TokenizerError(f"{where}: found {token!r}, expected an integer from 0 to {vocab_size - 1}")
+  return int(token)
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
