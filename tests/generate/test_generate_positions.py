@@ -1,0 +1,94 @@
+"""Greedy text is the argmax of full forward passes without a cache, for every position method."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.generate.loop import generate
+from jaxllm.nn import Transformer
+from jaxllm.position import POSITIONS, LogN, Rope
+
+core = pytest.mark.core
+NEW = (
+  20  # prompts are 5, 11 and 16 tokens long, and the trained length 12: each row crosses it or starts beyond
+)
+METHODS = [  # name, fields, query scale
+  ("nope", {}, None),
+  ("alibi", {}, None),
+  pytest.param("rope", {}, None, marks=core),
+  ("rope", {}, LogN(12)),
+  ("pi", {"factor": 4.0}, None),
+  ("ntk_old", {"factor": 4.0}, None),
+  ("ntk", {"factor": 4.0}, None),
+  ("ntk_fixed", {"factor": 4.0}, None),
+  ("ntk_mixed", {"factor": 4.0}, None),
+  ("dynamic_ntk", {"factor": 4.0}, None),
+  pytest.param("yarn", {"factor": 4.0}, None, marks=core),
+  ("rerope", {"window": 5}, None),
+]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def forward(model, params, tokens_BT, rope):
+  return model.apply({"params": params}, tokens_BT, rope=rope)[0]
+
+
+def method_of(cfg, name, fields, query_scale=None):
+  return dataclasses.replace(cfg.with_position(name, **fields), query_scale=query_scale)
+
+
+def assert_argmax(logits_BTV, prompts, tokens):
+  """Each new token is the argmax after all before it: by induction the text of token-by-token full passes."""
+  for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True)):
+    start = len(prompt) - 1
+    np.testing.assert_array_equal(new, np.argmax(logits_BTV[row, start : start + len(new)], axis=-1))
+
+
+def joined(prompts, tokens):
+  """Prompts with their new tokens, right-padded, [B, T]: padding comes after all that is compared."""
+  rows = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
+  return np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], np.int32)
+
+
+def test_every_method_is_here():
+  names = [getattr(case, "values", case)[0] for case in METHODS]
+  assert set(names) == set(POSITIONS)
+
+
+@pytest.mark.parametrize(("name", "fields", "query_scale"), METHODS)
+def test_greedy_is_the_argmax_of_full_forward_passes(deep, prompts, name, fields, query_scale):
+  model, params = deep
+  method = method_of(model.cfg, name, fields, query_scale)
+  position = method.layers[0].position
+  if isinstance(position, Rope) and not position.needs_raw_keys:  # data for the program of the trained model
+    rope = tables = method.rope_tables()
+  else:
+    model, rope, tables = Transformer(method), None, method.rope_tables(max_len=16 + NEW)
+  out = generate(model, params, prompts, max_new_tokens=NEW, rope=rope)
+  assert out.reasons == ["length"] * 3 and [len(new) for new in out.tokens] == [NEW] * 3
+  assert_argmax(forward(model, params, joined(prompts, out.tokens), tables), prompts, out.tokens)
+  assert min(len(set(new)) for new in out.tokens) >= 5
+
+
+@core
+def test_tables_equal_a_model_built_with_the_method_and_change_the_text(deep, prompts):
+  model, params = deep
+  method = method_of(model.cfg, "yarn", {"factor": 4.0})
+  by_tables = generate(model, params, prompts, max_new_tokens=NEW, rope=method.rope_tables())
+  assert generate(Transformer(method), params, prompts, max_new_tokens=NEW) == by_tables
+  assert generate(model, params, prompts, max_new_tokens=NEW) != by_tables
+
+
+@pytest.mark.parametrize("new", [pytest.param(112, marks=core), 113])
+def test_the_cache_holds_a_full_bucket_and_all_new_tokens(shallow, prompts, new):
+  model, params = (
+    shallow  # 16 + 112 slots are one multiple of 128: a write past the end would clamp to the last
+  )
+  out = generate(model, params, prompts[2:], max_new_tokens=new)
+  tokens_BT = joined(prompts[2:], out.tokens)
+  logits_BTV = forward(model, params, tokens_BT, model.cfg.rope_tables())
+  assert len(out.tokens[0]) == new
+  assert_argmax(logits_BTV, prompts[2:], out.tokens)

@@ -1,0 +1,141 @@
+"""What a row's text depends on: prompt, key, sampler and stop ids; not its batch, not the chunk."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.generate.loop import generate
+from jaxllm.sampling import Chain, Greedy, Temperature, TopK, TopP
+from jaxllm.sampling.base import as_pytree
+
+core = pytest.mark.core
+NEW = 20
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def text(shallow, prompts):
+  """text(**arguments): the tokens of a call with whatever differs from a sampled one."""
+  model, params = shallow
+  usual = {
+    "prompts": prompts,
+    "params": params,
+    "sampler": Temperature(1.0),
+    "key": KEY,
+    "max_new_tokens": NEW,
+  }
+  return lambda **arguments: generate(model, **(usual | arguments))
+
+
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=core), 1.0])
+def test_a_row_does_not_depend_on_its_batch(text, prompts, temperature):
+  ragged = [
+    prompts[0],
+    list(range(30)),
+    prompts[2],
+  ]  # together a bucket of 32, the first and last alone of 16
+  key_B, sampler = jax.random.split(KEY, 3), Temperature(temperature)
+  together = text(prompts=ragged, key=key_B, sampler=sampler).tokens
+  for row in (0, 2):
+    alone = text(prompts=ragged[row : row + 1], key=key_B[row : row + 1], sampler=sampler)
+    assert alone.tokens == [together[row]]
+  order = [2, 0, 1]
+  moved = text(prompts=[ragged[row] for row in order], key=key_B[jnp.array(order)], sampler=sampler)
+  assert moved.tokens == [together[row] for row in order]
+
+
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=core), 7])
+def test_the_text_does_not_depend_on_the_chunk(text, chunk):
+  usual = text()
+  assert text(chunk=chunk) == usual
+  stop = usual.tokens[0][6]
+  assert text(chunk=chunk, stop_ids=(stop,)) == text(stop_ids=(stop,))
+
+
+@core
+def test_a_single_candidate_is_greedy(text):
+  greedy, sampled = text(sampler=Greedy(), key=None), text()
+  assert sampled != greedy
+  assert text(sampler=Temperature(0.0)) == greedy
+  chain = lambda k, p: Chain((Temperature(1.0), TopK(k), TopP(p)))
+  assert text(sampler=chain(1, 1.0)) == text(sampler=chain(0, 0.0)) == greedy
+  assert text(sampler=chain(0, 1.0)) == sampled
+  kept_B = np.array([1, 0, 1])  # a parameter a row
+  assert text(sampler=chain(kept_B, 1.0)).tokens == [greedy.tokens[0], sampled.tokens[1], greedy.tokens[2]]
+
+
+@core
+def test_the_same_key_gives_the_same_text_and_another_key_another(text, prompts):
+  assert text() == text() == text(key=jax.random.PRNGKey(7))
+  assert text(key=jax.random.key(8)) != text()
+  assert len(set(map(tuple, text(prompts=prompts[:1] * 3).tokens))) == 3  # rows of one call draw apart
+  assert text(prompts=np.array([prompts[0]] * 3)) == text(prompts=[tuple(prompts[0])] * 3)
+
+
+def test_each_token_is_drawn_with_the_key_of_its_row_and_step(text, shallow):
+  uniform = jax.tree.map(np.zeros_like, shallow[1])
+  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  key_BT = jax.vmap(fold, in_axes=(0, None))(fold(KEY, jnp.arange(3)), jnp.arange(NEW))
+  expected, _ = Temperature(1.0)(key_BT.reshape(-1), jnp.zeros((3 * NEW, 64)), ())
+  assert text(params=uniform).tokens == expected.reshape(3, NEW).tolist()
+
+
+def cut(tokens, stops):
+  """(tokens up to the first stop id and with it, the reason)."""
+  at = next((i for i, token in enumerate(tokens) if token in stops), None)
+  return (tokens, "length") if at is None else (tokens[: at + 1], "stop")
+
+
+STOPS = [  # for the usual text: (row, index) of each stop id
+  pytest.param([(0, 6)], marks=core),
+  [(1, 0)],
+  [(2, NEW - 1)],
+  [(0, 2), (1, 9)],
+  [(0, 0), (1, 0), (2, 0)],
+]
+
+
+@pytest.mark.parametrize("places", STOPS)
+def test_a_stop_id_ends_its_row_and_no_other(text, places):
+  usual = text()
+  stops = [usual.tokens[row][index] for row, index in places]
+  out = text(stop_ids=stops)
+  assert list(zip(out.tokens, out.reasons, strict=True)) == [cut(tokens, stops) for tokens in usual.tokens]
+  assert "stop" in out.reasons
+
+
+def test_without_stop_ids_every_row_reaches_its_length(text):
+  assert text(stop_ids=()) == text(stop_ids=None) == text()
+  assert text().reasons == ["length"] * 3
+  assert text(max_new_tokens=1).tokens == [tokens[:1] for tokens in text().tokens]
+
+
+@as_pytree
+@dataclasses.dataclass(frozen=True)
+class Counted(Greedy):
+  """Greedy, counting its draws in the state and reporting each."""
+
+  seen = []  # noqa: RUF012 (what the test reads; the sampler itself has no state)
+
+  def init(self, tokens, lengths):
+    return jnp.int32(0)
+
+  def update(self, tokens_B, state):
+    jax.debug.callback(lambda count: self.seen.append(int(count)), state, ordered=True)
+    return state + 1
+
+
+def test_the_loop_ends_with_the_last_row_and_the_samplers_state_moves_on(text):
+  greedy = text(sampler=Greedy()).tokens
+  stops = {greedy[0][3], greedy[1][5], greedy[2][7]}
+  longest = max(len(cut(tokens, stops)[0]) for tokens in greedy)
+  assert 4 < longest < NEW
+  Counted.seen.clear()
+  text(sampler=Counted(), stop_ids=stops, chunk=4)
+  jax.effects_barrier()
+  assert Counted.seen == list(
+    range(longest)
+  )  # one draw a token, over all chunks, and none after the last row
