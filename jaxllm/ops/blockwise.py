@@ -56,7 +56,8 @@ class Blockwise:
         mask = mask[:, None, None]
         # the result does not depend on the running maximum, so no gradient flows through it
         new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(jnp.where(mask, scores, MASKED), axis=-1)))
-        exp = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
+        # masked inside the exponential: a row with no key in this tile yet has the top MASKED, and inf * 0 as gradient
+        exp = jnp.exp(jnp.where(mask, scores - new_top[..., None], MASKED))
         decay = jnp.exp(top - new_top)
         total = total * decay + jnp.sum(exp, axis=-1)
         out = out * decay[..., None] + einsum("BKGTS,BSKH->BKGTH", exp.astype(v.dtype), v)

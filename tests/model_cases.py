@@ -1,0 +1,116 @@
+"""The models that every property is held against: each entry of POSITIONS, and one unlike them in all else.
+
+Three layers, the middle one with a window, four query heads on two key heads, head_dim not D / N, trained length
+8 and 24 tokens, so that every length rule is crossed; base 100, so that each frequency turns visibly within them;
+weights so large that attention is sharp.  Methods that differ only in frequencies, scale or log-n share one
+compiled program.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.activation import Mlp
+from jaxllm.config import Layer, ModelConfig
+from jaxllm.nn import Transformer
+from jaxllm.norm import LayerNorm
+from jaxllm.position import POSITIONS, LogN, Rope
+from jaxllm.position.query_scale import query_scale_table
+from jaxllm.position.tables import PositionTables, make_table
+from jaxllm.tree import flatten, unflatten
+
+B, T, TRAINED = 3, 24, 8
+SHAPE = dict(vocab_size=29, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=40)
+WINDOW = 7
+FIELDS = dict(base=100.0, factor=4.0, original_length=TRAINED, beta_slow=0.2)
+
+
+def position(name, **kwargs):
+  """The method `name` with those of FIELDS and kwargs that it has, kwargs first."""
+  known = {field.name for field in dataclasses.fields(POSITIONS[name])}
+  return POSITIONS[name](**{key: value for key, value in (FIELDS | kwargs).items() if key in known})
+
+
+def model(name, fields=None, **kwargs):
+  """A config with method `name` on all layers, the middle one with a window."""
+  method = position(name, **(fields or {}))
+  return ModelConfig(**SHAPE | dict(layers=(Layer(method), Layer(method, WINDOW), Layer(method))) | kwargs)
+
+
+OTHER = dict(norm=LayerNorm(), mlp=Mlp(), embed_scale=1.5, num_kv_heads=1, query_scale=LogN(2 * TRAINED, 0.0))
+MODELS = {name: model(name) for name in POSITIONS} | {
+  "yarn, and the rest otherwise": model("yarn", dict(layout="interleaved", rotary_dim=12), **OTHER),
+  "ntk_mixed, log-n": model("ntk_mixed", query_scale=LogN(2 * TRAINED, 0.0)),
+  "rerope, log-n at test time": model("rerope", query_scale=LogN(2 * TRAINED, 1.0)),
+  "dynamic_ntk, log-n at test time": model("dynamic_ntk", query_scale=LogN(2 * TRAINED, 1.0)),
+  "alibi, log-n": model("alibi", query_scale=LogN(2 * TRAINED, 0.0)),
+}
+STRUCTURES = ["nope", "alibi", "rope", "dynamic_ntk", "rerope", "yarn, and the rest otherwise"]
+CORE = "yarn"
+
+
+def table_of_models(names, core=CORE):
+  """A parametrize mark over models by name; `core` goes to the other lanes as well."""
+  marks = lambda name: [pytest.mark.core] if name == core else []
+  return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in names])
+
+
+each_model = table_of_models(MODELS)
+each_structure = table_of_models(STRUCTURES, core="rope")
+
+
+def is_relative(cfg):
+  """Whether nothing but differences of positions matters."""
+  return cfg.query_scale is None and not any(type(p).__name__ == "DynamicNtkRope" for p in cfg.ropes)
+
+
+def structure(cfg):
+  """The config whose compiled program serves cfg, given rope=: frequencies and query scale are data."""
+
+  def plain(layer):
+    method = layer.position
+    if not isinstance(method, Rope) or method.needs_raw_keys or type(method).__module__ != Rope.__module__:
+      return layer
+    return dataclasses.replace(layer, position=Rope(100.0, method.rotary_dim, method.layout))
+
+  return dataclasses.replace(cfg, layers=tuple(map(plain, cfg.layers)), query_scale=None)
+
+
+def tables(cfg, offset=0):
+  """cfg.rope_tables of T tokens from position `offset` on; where rows depend on the length, always T rows."""
+  if offset < TRAINED or not any(rope.needs_original_length and rope.needs_raw_keys for rope in cfg.ropes):
+    return cfg.rope_tables(max_len=TRAINED + T - 1)
+  rows = lambda rope: [rope.frequencies(cfg.rotary_dim(rope), offset + 1 + j) for j in range(T)]
+  return PositionTables(
+    tuple(make_table(rows(rope), offset + 1) for rope in cfg.ropes), query_scale_table(cfg.query_scale)
+  )
+
+
+@functools.cache
+def params(cfg):
+  """Random weights, the same for all models of the same shapes; attention is sharp and no norm weight is 1."""
+  shapes = jax.eval_shape(
+    lambda key: Transformer(cfg).init(key, np.zeros((1, 1), np.int32))["params"], jax.random.key(0)
+  )
+  rng = np.random.default_rng(0)
+
+  def draw(path, shape):
+    x = rng.standard_normal(shape)
+    if path.endswith("norm/scale"):
+      return 1 + 0.3 * x
+    if path.endswith("norm/bias"):
+      return 0.3 * x
+    if path == "embed":
+      return x
+    return x * (1.0 if "/attn/" in path else 1.5) * shape[0] ** -0.5
+
+  drawn = {path: draw(path, leaf.shape).astype(np.float32) for path, leaf in sorted(flatten(shapes).items())}
+  return unflatten(drawn)
+
+
+def tokens(seed=0, shape=(B, T)):
+  """Random token ids."""
+  return np.random.default_rng(seed).integers(0, SHAPE["vocab_size"], shape, np.int32)

@@ -1,0 +1,152 @@
+"""Blockwise attention against the plain core, forward and gradient, under every mask, with tiles of all kinds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import TRAINED, position
+from model_checks import QUICK, relative_error
+
+from jaxllm.config import ModelConfig
+from jaxllm.ops.attention import Plain, Side, allowed
+from jaxllm.ops.blockwise import Blockwise
+from jaxllm.position.base import add_bias, inner_products
+from jaxllm.position.tables import make_table
+
+B, T, N, K, H = 2, 20, 4, 2, 16
+METHODS = ["nope", "alibi", "rope", "dynamic_ntk", "rerope"]
+TILES = [(4, 5), (6, 7), (32, 32)]  # dividing, not dividing, larger than the sequence
+
+
+@functools.cache
+def program(name, core):
+  """jit of (output, its gradient) of a core under a method; the window and all masks are data."""
+  method = position(name)
+
+  def run(qkv, cotangent, q_side, k_side, window, table):
+    q, k, v = qkv
+    score = lambda q, k, q_pos, k_pos: method.scores(q, k, q_pos, k_pos, table, {})
+    if not method.needs_raw_keys:
+      q, k = method.rotate_q(q, q_side.pos, table), method.rotate_k(k, k_side.pos, table)
+      score = lambda q, k, q_pos, k_pos: add_bias(inner_products(q, k), method.bias({}, q_pos, k_pos, N))
+    out = core(q, k, v, q_side, k_side, window, score)
+    return jnp.sum(out * cotangent), out
+
+  return jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)
+
+
+def table(name):
+  method = position(name)
+  if method.frequencies(H) is None:
+    return None
+  start, lengths = method.seq_lens(TRAINED + T)
+  return make_table([method.frequencies(H, n) for n in lengths], start)
+
+
+@functools.cache
+def arrays():
+  """(q, k, v), and a direction to differentiate the output in."""
+  rng = np.random.default_rng(0)
+  draw = lambda n: rng.standard_normal((B, T, n, H)).astype(np.float32)
+  return (draw(N), draw(K), draw(K)), draw(N)
+
+
+INDEX = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+ONE = np.zeros((B, T), np.int32)
+PACKED = np.broadcast_to(np.repeat(np.arange(3, dtype=np.int32), [6, 9, 5]), (B, T))
+ALL = np.ones((B, T), bool)
+PADDED = np.array([[T], [13]]) > INDEX
+NONE_IN_ROW_1 = np.array([[T - 2], [0]]) > INDEX
+ALONE = np.where(INDEX >= 17, 7, 0).astype(np.int32)  # queries of a segment that no key is in
+
+
+def masks():
+  """(id, queries, keys, window) of every mask; all have the same structure, so they share a program."""
+  side = lambda segment, valid: Side(INDEX, INDEX, segment, valid)
+  for window in (T, 5):
+    yield f"causal-{window}", side(ONE, ALL), side(ONE, ALL), window
+    yield f"packed-{window}", side(PACKED, ALL), side(PACKED, ALL), window
+    yield f"padded-{window}", side(ONE, PADDED), side(ONE, PADDED), window
+    yield f"packed and padded-{window}", side(PACKED, PADDED), side(PACKED, PADDED), window
+    yield f"no key at all-{window}", side(ONE, NONE_IN_ROW_1), side(ONE, NONE_IN_ROW_1), window
+    yield f"queries alone-{window}", side(ALONE, ALL), side(ONE, ALL), window
+
+
+def attend(name, core, queries, keys, window):
+  """(output, gradients of q, k and v)"""
+  qkv, cotangent = arrays()
+  (_, out), gradients = program(name, core)(qkv, cotangent, queries, keys, np.int32(window), table(name))
+  return np.asarray(out), [np.asarray(g) for g in gradients]
+
+
+@pytest.mark.parametrize(
+  ("name", "tiles"),
+  [
+    pytest.param(n, t, marks=[pytest.mark.core] * (n == "rope"))
+    for n in METHODS
+    for t in TILES[: 3 if n == "rope" else 2]
+  ],
+)
+def test_blockwise_is_plain(name, tiles):
+  for mask, queries, keys, window in masks():
+    out, gradients = attend(name, Blockwise(*tiles), queries, keys, window)
+    true_out, true_gradients = attend(name, Plain(), queries, keys, window)
+    assert relative_error(out, true_out) <= 1e-5, mask
+    for found, expected in zip(gradients, true_gradients, strict=True):
+      assert relative_error(found, expected) <= 1e-5, mask
+
+
+@pytest.mark.parametrize("core", [Plain(), Blockwise(6, 7)], ids=["plain", "blockwise"])
+@pytest.mark.parametrize("name", METHODS)
+def test_queries_without_a_key(name, core):
+  """Their output is exactly 0, and so is the gradient of them; all other gradients are finite."""
+  seen = 0
+  for mask, queries, keys, window in masks():
+    out, gradients = attend(name, core, queries, keys, window)
+    empty = ~np.asarray(allowed(queries, keys, window)).any(-1)
+    seen += empty.sum()
+    assert not out[empty].any() and not gradients[0][empty].any(), mask
+    assert out[~empty].any(-1).all(), mask
+    assert all(np.isfinite(g).all() for g in gradients), mask
+  assert (
+    seen == 2 * T + 2 * 6 + 3 + 2 * 5
+  )  # row 1; queries alone; past the last key of a row by its window or segment
+
+
+@pytest.mark.parametrize("core", [Plain(), Blockwise(6, 7)], ids=["plain", "blockwise"])
+def test_weights_of_a_window(core):
+  """With keys as values 1, 2, 4, ... the output of uniform attention spells which keys were seen."""
+  side = Side(INDEX[:1], INDEX[:1])
+  v = np.zeros((1, T, 1, T), np.float32)
+  v[0, np.arange(T), 0, np.arange(T)] = 1
+  zeros = np.zeros((1, T, 1, T), np.float32)
+  for window in (1, 4, T, None):
+    weights = np.asarray(core(zeros, zeros, v, side, side, window, lambda q, k, *_: inner_products(q, k)))[
+      0, :, 0
+    ]
+    count = np.minimum(window or T, np.arange(T) + 1)
+    np.testing.assert_array_equal((weights > 0).sum(-1), count)
+    np.testing.assert_allclose(weights.max(-1), 1 / count, rtol=1e-6)
+
+
+def test_the_core_does_not_change_the_model_in_bfloat16():
+  """bfloat16 operands, float32 sums: both cores round the same way but for the weights (2^-9 each)."""
+  (q, k, v), _ = arrays()
+  side = Side(INDEX, INDEX)
+  low = [jnp.asarray(x, jnp.bfloat16) for x in (q / 4, k, v)]
+  score = lambda q, k, *_: inner_products(q, k)
+  plain, blockwise = (core(*low, side, side, None, score) for core in (Plain(), Blockwise(6, 7)))
+  assert plain.dtype == blockwise.dtype == jnp.bfloat16
+  assert relative_error(blockwise.astype(np.float32), plain.astype(np.float32)) <= 2**-7
+
+
+def test_config_values():
+  for field in ("q_block", "k_block"):
+    for bad in (0, -1, 2.5, "8"):
+      with pytest.raises(
+        ValueError, match=f"Blockwise.{field}: found {bad!r}, expected an integer of at least 1"
+      ):
+        Blockwise(**{field: bad})
+  assert ModelConfig.__dataclass_fields__["attention"].default == Plain()

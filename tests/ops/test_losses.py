@@ -1,0 +1,59 @@
+"""The chunked cross-entropy against float64, forward and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.ops.losses import cross_entropy
+
+B, T, D, V = 3, 7, 16, 29
+RNG = np.random.default_rng(0)
+HIDDEN, HEAD = (
+  RNG.standard_normal((B, T, D)).astype(np.float32),
+  RNG.standard_normal((D, V)).astype(np.float32),
+)
+LABELS = RNG.integers(0, V, (B, T), np.int32)
+
+
+def truth():
+  logits = HIDDEN.astype(np.float64) @ HEAD.astype(np.float64)
+  log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  return (
+    -np.take_along_axis(log_probs, LABELS[..., None], -1)[..., 0],
+    logits.argmax(-1) == LABELS,
+    np.exp(log_probs),
+  )
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, pytest.param(8, marks=pytest.mark.core), 21, 1000])
+def test_every_chunk_gives_the_same(chunk):
+  def total(hidden, head, weights):
+    nll, correct = cross_entropy(hidden, head, LABELS, chunk)
+    return jnp.sum(nll * weights), (nll, correct)
+
+  nll, correct, probs = truth()
+  weights = RNG.standard_normal((B, T)).astype(np.float32)
+  grad = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+  (d_hidden, d_head), (found, found_correct) = grad(HIDDEN, HEAD, weights)
+  np.testing.assert_allclose(found, nll, rtol=0, atol=5e-6)
+  np.testing.assert_array_equal(found_correct, correct)
+  d_logits = (probs - np.eye(V)[LABELS]) * weights[..., None]
+  np.testing.assert_allclose(d_hidden, d_logits @ HEAD.T, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(d_head, np.einsum("btd,btv->dv", HIDDEN, d_logits), rtol=0, atol=2e-5)
+
+
+def test_bfloat16_hidden_states_are_scored_in_float32():
+  hidden = jnp.asarray(HIDDEN, jnp.bfloat16)
+  nll, _ = jax.jit(cross_entropy)(hidden, HEAD, LABELS)
+  assert nll.dtype == jnp.float32
+  logits = np.asarray(hidden, np.float64) @ np.asarray(jnp.asarray(HEAD, jnp.bfloat16), np.float64)
+  expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, LABELS[..., None], -1)[..., 0]
+  np.testing.assert_allclose(nll, expected, rtol=0, atol=5e-6)
+
+
+def test_logits_far_from_zero():
+  head = jnp.array([[100.0, -100.0, 99.0]])
+  nll, correct = cross_entropy(jnp.ones((1, 1, 1)), head, jnp.array([[2]]))
+  np.testing.assert_allclose(nll[0, 0], np.log1p(np.exp(1.0)), rtol=0, atol=1e-5)  # one unit of 100 is 7.6e-6
+  assert not correct[0, 0]
