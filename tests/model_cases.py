@@ -1,9 +1,9 @@
 """The models that every property is held against: each entry of POSITIONS, and one unlike them in all else.
 
-Three layers, the middle one with a window, four query heads on two key heads, head_dim not D / N, trained length
-8 and 24 tokens, so that every length rule is crossed; base 100, so that each frequency turns visibly within them;
-weights so large that attention is sharp.  Methods that differ only in frequencies, scale or log-n share one
-compiled program.
+Three layers, the middle one with a window, four query heads on two key heads, head_dim not D / N, trained
+length 8 and 24 tokens, so that each length rule is crossed; base 100, so that each frequency turns visibly
+within them; weights so large that attention is sharp.  Methods that differ in frequencies, scale or log-n
+only share a compiled program.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def structure(cfg):
 
 
 def tables(cfg, offset=0):
-  """cfg.rope_tables of T tokens from position `offset` on; where rows depend on the length, always T rows."""
+  """cfg.rope_tables of T tokens from position `offset` on; where rows depend on the length, T rows."""
   if offset < TRAINED or not any(rope.needs_original_length and rope.needs_raw_keys for rope in cfg.ropes):
     return cfg.rope_tables(max_len=TRAINED + T - 1)
   rows = lambda rope: [rope.frequencies(cfg.rotary_dim(rope), offset + 1 + j) for j in range(T)]
@@ -91,7 +91,7 @@ def tables(cfg, offset=0):
 
 @functools.cache
 def params(cfg):
-  """Random weights, the same for all models of the same shapes; attention is sharp and no norm weight is 1."""
+  """Random weights, the same for all models of the same shapes; no norm weight is 1."""
   shapes = jax.eval_shape(
     lambda key: Transformer(cfg).init(key, np.zeros((1, 1), np.int32))["params"], jax.random.key(0)
   )

@@ -69,8 +69,8 @@ def full(cfg, ids, offset=0, weights=None):
 def chunked(cfg, ids, lengths_CB, sizes_C, poison=None):
   """(logits [B, T, V] through the cache, tokens done [B]).
 
-  Chunk c is sizes_C[c] wide, and row b has lengths_CB[c][b] real tokens in it.  Unused slots hold `poison` before
-  every call, where it is given.
+  Chunk c is sizes_C[c] wide, and row b has lengths_CB[c][b] real tokens in it.  Unused slots hold `poison`
+  before every call, where it is given.
   """
   step, p, rope = program("step", cfg), params(structure(cfg)), tables(cfg)
   cache, done, out = init_cache(cfg, B, T), np.zeros(B, int), np.zeros((B, T, cfg.vocab_size), np.float32)
@@ -112,7 +112,7 @@ def check_oracle(name, offset=0, tolerance=5e-6):
 
 
 def check_large_mean(name, tolerance=5e-5):
-  """Token embeddings with a mean of 20: float32 holds a residual of 30 to 2e-6, hence ten times the tolerance."""
+  """Embeddings with a mean of 20: float32 holds a residual of 30 to 2e-6, hence ten times the tolerance."""
   cfg, ids, weights = MODELS[name], tokens(), params(structure(MODELS[name]))
   weights = weights | {"embed": weights["embed"] + 20}
   error = relative_error(full(cfg, ids, weights=weights), oracle.logits(cfg, weights, ids))

@@ -1,4 +1,4 @@
-"""Blockwise attention against the plain core, forward and gradient, under every mask, with tiles of all kinds."""
+"""Blockwise attention against the plain core, forward and gradient, under every mask."""
 
 import functools
 

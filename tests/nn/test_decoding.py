@@ -1,0 +1,78 @@
+"""Prefill and decoding with a cache against the full forward pass, for every position method."""
+
+import jax
+import numpy as np
+import pytest
+from model_cases import MODELS, B, T, each_model, params, structure, tables, tokens
+from model_checks import CHUNKINGS, check_decode, check_ragged, check_unused_slots, full, relative_error
+
+from jaxllm.errors import ConfigError
+from jaxllm.nn import Context, Transformer, init_cache
+
+
+@each_model
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_chunks_give_the_full_forward_pass(name, chunking):
+  check_decode(name, chunking)
+
+
+@each_model
+def test_right_padded_rows_of_several_lengths(name):
+  check_ragged(name)
+
+
+@each_model
+def test_nan_in_unused_slots_changes_nothing(name):
+  check_unused_slots(name)
+
+
+@pytest.mark.core
+def test_a_row_alone():
+  cfg, ids = MODELS["rope"], tokens()
+  model, rope, weights = Transformer(cfg), tables(cfg), params(structure(cfg))
+  alone = jax.jit(lambda weights, ids: model.apply({"params": weights}, ids, rope=rope)[0])
+  truth = full(cfg, ids)
+  for b in range(B):
+    assert relative_error(alone(weights, ids[b : b + 1]), truth[b : b + 1]) <= 1e-5
+
+
+def test_other_rows_do_not_matter():
+  cfg, ids = MODELS["rope"], tokens()
+  changed = np.where(np.arange(B)[:, None] == 1, ids, tokens(seed=1))
+  np.testing.assert_array_equal(full(cfg, changed)[1], full(cfg, ids)[1])
+
+
+def test_the_config_alone_gives_the_same():
+  """Without rope=, the model makes its own tables: those of its config."""
+  for name in ("dynamic_ntk, log-n at test time", "yarn, and the rest otherwise"):
+    cfg, ids = MODELS[name], tokens()
+    own = jax.jit(lambda weights, ids, cfg=cfg: Transformer(cfg).apply({"params": weights}, ids)[0])
+    assert relative_error(own(params(structure(cfg)), ids), full(cfg, ids)) <= 1e-6, name
+
+
+def test_logits_of_the_last_real_token_only():
+  cfg, ids, lengths = MODELS["rope"], tokens(), np.array([24, 7, 1])
+  context = Context(valid=np.arange(T)[None] < lengths[:, None])
+
+  def parts(weights, ids):
+    apply = lambda logits: Transformer(cfg).apply(
+      {"params": weights}, ids, context, rope=tables(cfg), logits=logits
+    )[0]
+    return apply("last"), apply(None), apply("all")
+
+  last, hidden, all_logits = map(np.asarray, jax.jit(parts)(params(structure(cfg)), ids))
+  np.testing.assert_allclose(last[:, 0], all_logits[np.arange(B), lengths - 1], rtol=0, atol=2e-5)
+  np.testing.assert_allclose(hidden @ params(structure(cfg))["head"], all_logits, rtol=0, atol=2e-5)
+
+
+def test_a_full_cache_is_refused():
+  cache = init_cache(MODELS["rope"], B, 8)
+  cache.check_room(8)
+  cache = type(cache)(cache.k, cache.v, cache.pos, np.array([2, 6, 0], np.int32))
+  cache.check_room(2)
+  with pytest.raises(ConfigError, match="6 tokens and 3 more do not fit in 8 slots"):
+    cache.check_room(3)
+  with pytest.raises(ConfigError, match="index and segment"):
+    Transformer(MODELS["nope"]).apply(
+      {"params": params(MODELS["nope"])}, tokens(), Context(segment=np.zeros((B, T), np.int32)), cache=cache
+    )

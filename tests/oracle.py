@@ -1,0 +1,148 @@
+"""A decoder in NumPy float64: the truth that the float32 model is measured against.  No JAX, no torch.
+
+It is written from the publications and in other forms than the package on purpose: rotations are complex
+numbers of the *relative* position, one [T, S, R/2] array; there is no table, no absolute angle and no cache.
+Of the package it reads the fields of a config and the names of parameters, nothing else.
+"""
+
+import math
+
+import numpy as np
+
+
+def inv_freq(method, rotary_dim, length):
+  """(frequencies [R/2], temperature of cos and sin) of a RoPE for a context of `length` tokens."""
+  name, m = type(method).__name__, method
+  i = np.arange(rotary_dim // 2)
+  theta = np.exp(-2.0 * i / rotary_dim * math.log(m.base))  # RoFormer, section 3.2.2
+  if name in ("Rope", "ReRope"):
+    return theta, 1.0
+  s = float(m.factor)
+  if name == "PiRope":
+    return theta / s, 1.0
+  if name == "NtkOldRope":  # kexue.fm 9675: the base times s
+    return np.exp(-2.0 * i / rotary_dim * math.log(m.base * s)), 1.0
+  if name == "NtkFixedRope":  # kexue.fm 9706
+    return theta * np.exp(-2.0 * (i + 1) / rotary_dim * math.log(s)), 1.0
+  if name == "NtkMixedRope":  # kexue.fm 9706: exp(-a m^b), a (R/2)^b = ln s
+    a = math.log(s) / (rotary_dim / 2) ** m.exponent
+    return theta * np.exp(-a * (i + 1.0) ** m.exponent), 1.0
+  if name == "DynamicNtkRope":
+    s = s * max(length, m.original_length) / m.original_length - (s - 1)
+  if name in ("NtkRope", "DynamicNtkRope"):  # bloc97: base * s^(R / (R - 2))
+    base = m.base * s ** (rotary_dim / (rotary_dim - 2))
+    return np.exp(-2.0 * i / rotary_dim * math.log(base)), 1.0
+  assert name == "YarnRope", name
+  pair = lambda turns: (
+    rotary_dim * math.log(m.original_length / (2 * math.pi * turns)) / (2 * math.log(m.base))
+  )
+  low, high = pair(m.beta_fast), pair(m.beta_slow)
+  if m.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, rotary_dim - 1)
+  kept = 1 - np.clip((i - low) / max(high - low, 0.001), 0, 1)
+  weight = lambda w: 0.1 * w * math.log(s) + 1 if s > 1 else 1.0
+  scale = weight(m.mscale) / weight(m.mscale_all_dim) if m.mscale and m.mscale_all_dim else weight(1.0)
+  return theta * kept + theta / s * (1 - kept), m.attention_factor or scale
+
+
+def slopes(heads):
+  """ALiBi's slopes, from its authors' recursion."""
+  if heads & (heads - 1) == 0:
+    start = 2.0 ** (-8.0 / heads)
+    return [start ** (h + 1) for h in range(heads)]
+  power = 2 ** math.floor(math.log2(heads))
+  return slopes(power) + slopes(2 * power)[0::2][: heads - power]
+
+
+def pairs(x, rotary_dim, layout):
+  """The first rotary_dim coordinates as complex numbers [..., R/2], and the rest."""
+  turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+  if layout == "half":
+    return turned[..., : rotary_dim // 2] + 1j * turned[..., rotary_dim // 2 :], rest
+  return turned[..., 0::2] + 1j * turned[..., 1::2], rest
+
+
+def rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len):
+  """Re sum_c q_ic conj(k_jc) e^(i theta_c r_ij), r_ij the relative position, plus what is not turned."""
+  rotary_dim = method.rotary_dim or q_BNTH.shape[-1]
+  q, q_rest = pairs(q_BNTH, rotary_dim, method.layout)
+  k, k_rest = pairs(k_BNSH, rotary_dim, method.layout)
+  relative_TS = pos_T[:, None] - pos_T[None]
+  if type(method).__name__ == "ReRope":
+    relative_TS = np.minimum(relative_TS, method.window or method.original_length // 2)
+  rows = [inv_freq(method, rotary_dim, seq_len or int(p) + 1) for p in pos_T]  # each query's own length
+  theta_TC, scale_T = np.stack([f for f, _ in rows]), np.array([s for _, s in rows])
+  phase_TSC = np.exp(1j * relative_TS[:, :, None] * theta_TC[:, None])
+  turned = np.einsum("bntc,bnsc,tsc->bnts", q, k.conj(), phase_TSC).real
+  return turned * scale_T[:, None] ** 2 + np.einsum("bnth,bnsh->bnts", q_rest, k_rest)
+
+
+def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):
+  """Scaled scores with whatever the layer's position method makes of them."""
+  method = layer.position
+  if cfg.query_scale is not None:
+    log_n = np.log(pos_T + 1) / math.log(cfg.query_scale.train_length)
+    q_BNTH = q_BNTH * np.maximum(cfg.query_scale.floor, log_n)[:, None]
+  q_BNTH = q_BNTH / math.sqrt(cfg.head_dim)
+  if hasattr(method, "base"):
+    return rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len)
+  out = np.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH)
+  if type(method).__name__ == "Alibi":
+    out -= np.array(slopes(cfg.num_heads))[:, None, None] * (pos_T[:, None] - pos_T[None])
+  return out
+
+
+def norm(kind, p, x):
+  if "bias" in p:
+    x = x - x.mean(-1, keepdims=True)
+  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + kind.eps) * p["scale"]
+  return x + p["bias"] if "bias" in p else x
+
+
+def activation(name, x):
+  if name == "silu":
+    return x / (1 + np.exp(-x))
+  assert name == "gelu", name
+  return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def attention(cfg, layer, p, x_BTD, pos_T, seq_len):
+  B, T, _ = x_BTD.shape
+  heads = lambda name, n: (x_BTD @ p[name]["w"]).reshape(B, T, n, cfg.head_dim).transpose(0, 2, 1, 3)
+  groups = cfg.num_heads // cfg.num_kv_heads
+  q_BNTH = heads("q", cfg.num_heads)
+  k_BNSH, v_BNSH = (np.repeat(heads(name, cfg.num_kv_heads), groups, axis=1) for name in ("k", "v"))
+  s = scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len)
+  distance = np.arange(T)[:, None] - np.arange(T)[None]
+  s = np.where((distance >= 0) & (distance < (layer.window or T)), s, -np.inf)
+  weights = np.exp(s - s.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  return (weights @ v_BNSH).transpose(0, 2, 1, 3).reshape(B, T, -1) @ p["o"]["w"]
+
+
+def feed_forward(cfg, p, x):
+  if "gate" in p:
+    return (activation(cfg.mlp.activation, x @ p["gate"]["w"]) * (x @ p["up"]["w"])) @ p["down"]["w"]
+  return activation(cfg.mlp.activation, x @ p["up"]["w"]) @ p["down"]["w"]
+
+
+def float64(tree):
+  """The nested dict with float64 leaves."""
+  if hasattr(tree, "items"):
+    return {name: float64(value) for name, value in tree.items()}
+  return np.asarray(tree, np.float64)
+
+
+def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None):
+  """Logits [B, T, V] in float64; pos_T is what position methods see, seq_len pins one length for all."""
+  p = float64(params)
+  tokens_BT = np.asarray(tokens_BT)
+  pos_T = np.arange(tokens_BT.shape[1]) if pos_T is None else np.asarray(pos_T, np.int64)
+  x = p["embed"][tokens_BT] * cfg.embed_scale
+  for i in range(cfg.num_layers):
+    layer, block = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
+    x = x + attention(cfg, layer, block["attn"], norm(cfg.norm, block["attn_norm"], x), pos_T, seq_len)
+    x = x + feed_forward(cfg, block["mlp"], norm(cfg.norm, block["mlp_norm"], x))
+  x = norm(cfg.norm, p["final_norm"], x)
+  return x @ (p["embed"].T if cfg.tie_embeddings else p["head"])

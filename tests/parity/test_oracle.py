@@ -1,0 +1,33 @@
+"""float32 logits against the float64 decoder of oracle.py, at positions to a million."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from model_cases import each_model
+from model_checks import check_large_mean, check_oracle
+
+from jaxllm.position import POSITIONS
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@each_model
+@pytest.mark.parametrize("offset", [0, 4_000, 131_000, 1_000_000])
+def test_logits(name, offset):
+  check_oracle(name, offset)
+
+
+def test_layer_norm_of_a_large_mean():
+  check_large_mean("yarn, and the rest otherwise")
+
+
+def test_the_oracle_has_the_golden_frequencies():
+  for row in json.loads((GOLDEN / "rope.json").read_text())["frequencies"]:
+    found, scale = oracle.inv_freq(
+      POSITIONS[row["method"]](**row["kw"]), row["rotary_dim"], row["seq_len"] or 1
+    )
+    np.testing.assert_allclose(found, row["inv_freq"], rtol=1e-12, err_msg=str(row["kw"]))
+    np.testing.assert_allclose(scale, row["scale"], rtol=1e-12, err_msg=str(row["kw"]))
