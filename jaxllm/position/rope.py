@@ -99,15 +99,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, layout: str) -> jax.Arr
   rotary_dim = 2 * cos.shape[-1]
   if rotary_dim > x.shape[-1]:
     raise ConfigError(f"rotary_dim: found {rotary_dim}, expected at most head_dim = {x.shape[-1]}")
-  cos, sin = cos[..., None, :], sin[..., None, :]
   turned, rest = x[..., :rotary_dim].astype(jnp.float32), x[..., rotary_dim:]
-  if layout == "half":
-    x1, x2 = jnp.split(turned, 2, axis=-1)
-    out = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-  else:
-    x1, x2 = turned[..., 0::2], turned[..., 1::2]
-    out = jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(turned.shape)
-  return jnp.concatenate([out.astype(x.dtype), rest], axis=-1) if rest.shape[-1] else out.astype(x.dtype)
+  # with the two coordinates of a pair on an axis of their own, a turn is x cos + swap(x) (-sin, sin): no concatenation, which
+  # compilers for CPUs turn into a branch an element
+  shape, axis = ((2, rotary_dim // 2), -2) if layout == "half" else ((rotary_dim // 2, 2), -1)
+  pairs = turned.reshape(*x.shape[:-1], *shape)
+  cos, sin = (jnp.stack(both, axis)[..., None, :, :] for both in ((cos, cos), (-sin, sin)))
+  out = (pairs * cos + jnp.flip(pairs, axis) * sin).reshape(turned.shape).astype(x.dtype)
+  return jnp.concatenate([out, rest], axis=-1) if rest.shape[-1] else out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +240,9 @@ class YarnRope(ScaledRope):
       raise ConfigError(f"YarnRope.beta_fast: found {self.beta_fast!r}, expected more than beta_slow = {self.beta_slow!r}")
     if self.attention_factor is not None:
       check_positive(self, attention_factor=self.attention_factor)
+    for name in ("mscale", "mscale_all_dim"):
+      if getattr(self, name):  # 0 is "not given" in published configurations, as None is
+        check_positive(self, **{name: getattr(self, name)})
 
   def correction_range(self, rotary_dim: int) -> tuple[float, float]:
     """(low, high): the pairs between which the ramp rises."""
