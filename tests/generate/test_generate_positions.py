@@ -82,13 +82,11 @@ def test_tables_equal_a_model_built_with_the_method_and_change_the_text(deep, pr
   assert generate(model, params, prompts, max_new_tokens=NEW) != by_tables
 
 
-@pytest.mark.parametrize("new", [pytest.param(112, marks=core), 113])
+@pytest.mark.parametrize("new", [pytest.param(112, marks=core), 150])
 def test_the_cache_holds_a_full_bucket_and_all_new_tokens(shallow, prompts, new):
-  model, params = (
-    shallow  # 16 + 112 slots are one multiple of 128: a write past the end would clamp to the last
-  )
-  out = generate(model, params, prompts[2:], max_new_tokens=new)
-  tokens_BT = joined(prompts[2:], out.tokens)
-  logits_BTV = forward(model, params, tokens_BT, model.cfg.rope_tables())
-  assert len(out.tokens[0]) == new
-  assert_argmax(logits_BTV, prompts[2:], out.tokens)
+  # 16 + 112 slots are 128, and 150 need the next multiple: a write past the end would clamp to the last slot
+  model, params = shallow
+  out = generate(model, params, prompts, max_new_tokens=new)
+  logits_BTV = forward(model, params, joined(prompts, out.tokens), model.cfg.rope_tables())
+  assert [len(tokens) for tokens in out.tokens] == [new] * 3
+  assert_argmax(logits_BTV, prompts, out.tokens)
