@@ -25,7 +25,7 @@ from jaxllm.study.stop import StopFlag
 from jaxllm.train.loop import fit
 from jaxllm.train.step import TrainConfig
 
-BLOCKWISE_ABOVE = 512
+BLOCKWISE_ABOVE = 256
 """Tokens beyond which attention goes by tiles: below it all scores at once are as fast."""
 
 

@@ -21,7 +21,7 @@ class Blockwise:
   Source: Milakov and Gimelshein (2018); Rabe and Staats (2021).
   """
 
-  q_block: int = 128
+  q_block: int = 256
   k_block: int = 256
 
   def __post_init__(self):
