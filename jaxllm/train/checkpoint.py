@@ -80,7 +80,10 @@ def restore_tree(directory: str | Path) -> tuple[int, State]:
     step = manager.latest_step()
     if step is None:
       raise CheckpointError(f"{directory}: no checkpoint there")
-    return step, jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore()))
+    try:
+      return step, jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore()))
+    except Exception as e:  # whatever Orbax and the formats below it raise for damaged files
+      raise CheckpointError(f"{directory}, step {step}: cannot be read ({e}); run the command that trained it again") from e
 
 
 def _fitted(target: State, found: State, source: str) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxllm.errors import JaxllmError
@@ -53,19 +54,24 @@ def fit(
       losses.append(loss)
       on_step(step + 1, loss)
       if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
-        _check_finite(losses, step + 1, directory)
+        _check_finite(losses, state, directory)
         checkpoints.save(step + 1, state)
         losses = []
         check_stop()
     return state
 
 
-def _check_finite(losses, step: int, directory: Path) -> None:
-  """Before a save, so that a state of NaN never replaces one that was good."""
-  values = np.asarray(losses, np.float64)
-  if not np.all(np.isfinite(values)):
-    bad = step - len(values) + int(np.argmax(~np.isfinite(values)))
-    raise DivergedError(
-      f"{directory}: the loss is {values[~np.isfinite(values)][0]} at step {bad}; the checkpoint before it is kept. "
-      "Lower --learning_rate and use another --out"
-    )
+def _check_finite(losses, state: State, directory: Path) -> None:
+  """Before a save, so that a state of NaN never replaces a good one; no loss shows the last update yet."""
+  values, step = np.asarray(losses, np.float64), int(state["step"])
+  finite = np.isfinite(values)
+  if not np.all(finite):
+    first = int(np.argmin(finite))
+    problem = f"the loss is {values[first]} at step {step - len(values) + 1 + first}"
+  elif not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state["params"])):
+    problem = f"parameters are NaN or infinite after step {step}"
+  else:
+    return
+  raise DivergedError(
+    f"{directory}: {problem}; the checkpoint before it is kept. Lower --learning_rate and use another --out"
+  )
