@@ -12,11 +12,11 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.study import choices, methods, run_app
 
 flags.DEFINE_string("run", "runs/length_extrapolation", "the --out of the run that trained the model")
-flags.DEFINE_string("scheme", "rope", f"which of its models: {', '.join(methods.SCHEMES)}")
+flags.DEFINE_enum("scheme", "rope", methods.SCHEMES, "which of its models")
 flags.DEFINE_integer("seed", 0, "the seed of the model, and of the draw")
 flags.DEFINE_string("prompt", "def main(", "the text to continue; - reads standard input")
 flags.DEFINE_integer("tokens", 256, "bytes to add")
-flags.DEFINE_string("method", "rerope", f"position method: {', '.join(methods.METHODS)}")
+flags.DEFINE_enum("method", "rerope", list(methods.METHODS), "position method")
 flags.DEFINE_float("factor", None, "context multiplier of the method; default: the whole text over the trained length")
 flags.DEFINE_float("temperature", 0.7, "0 is greedy")
 flags.DEFINE_integer("top_k", 0, "keep the k most likely bytes; 0 keeps all")
@@ -25,8 +25,6 @@ flags.DEFINE_float("top_p", 0.95, "keep the smallest set of bytes with this prob
 
 def check(f) -> None:
   """Refuse flags that no model could serve."""
-  choices.choice_list("scheme", f.scheme, methods.SCHEMES)
-  choices.choice_list("method", f.method, tuple(methods.METHODS))
   if reason := methods.not_applicable(f.scheme, f.method):
     raise ConfigError(f"--method={f.method} with --scheme={f.scheme}: {reason}; use --method=none")
   for name in ("tokens", "factor"):

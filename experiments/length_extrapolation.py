@@ -103,7 +103,7 @@ def read_settings(f) -> Settings:
   factors = None if f.factors is None else choices.number_list("factors", f.factors, float, 1.0)
   chosen = choices.choice_list("methods", f.methods, tuple(methods.METHODS))
   methods.check_methods_matter(chosen, factors, train_length, lengths)
-  if f.corpus is not None and not Path(f.corpus).exists():
+  if f.corpus is not None and not (f.corpus and Path(f.corpus).exists()):
     raise ConfigError(f"--corpus={f.corpus}: there is no such file or directory; give UTF-8 text, or leave the flag out")
   return Settings(
     out=f.out or "runs/length_extrapolation" + ("_smoke" if f.smoke else ""),
@@ -200,7 +200,7 @@ def main(f) -> int:
   out = Path(settings.out)
   corpus = data.load_corpus(settings.corpus)
   source = settings.corpus or "the standard library"
-  data.check_size(corpus, f"--corpus={source}", settings.train_length, max(settings.lengths) + settings.windows)
+  data.check_size(corpus, f"--corpus={source}", settings.train_length, max(settings.lengths), settings.windows)
   dtype = default_dtype(jax.default_backend()) if settings.dtype == "auto" else settings.dtype
   configs = {scheme: model_config(settings, scheme, dtype) for scheme in settings.schemes}
   with StopFlag() as stop, Lock(out):

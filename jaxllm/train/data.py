@@ -59,14 +59,14 @@ def load_corpus(path: str | None = None) -> Corpus:
   return Corpus(np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8), about)
 
 
-def check_size(corpus: Corpus, source: str, train_length: int, test_length: int) -> None:
-  """Raise DataError unless both parts are longer than the sequences to be cut from them."""
-  for part, needed in (("train", train_length + 1), ("validation", test_length + train_length + 1)):
+def check_size(corpus: Corpus, source: str, train_length: int, test_length: int, windows: int) -> None:
+  """Raise DataError unless a training sequence, and all windows of the longest test, can be cut from the two parts."""
+  for part, needed in (("train", train_length + 1), ("validation", test_length + windows + 1)):
     found = len(getattr(corpus, part))
     if found < needed:
       raise DataError(
-        f"{source}: {corpus.about['bytes']} bytes give a {part} part of {found}, expected at least {needed} for lengths up to "
-        f"{test_length}; give more text, or shorter lengths"
+        f"{source}: {corpus.about['bytes']} bytes give a {part} part of {found}, expected at least {needed} for "
+        f"{windows} windows of lengths up to {test_length}; give more text, or shorter lengths"
       )
 
 
