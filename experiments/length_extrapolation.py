@@ -40,7 +40,7 @@ flags.DEFINE_integer("seeds", 1, "models to train a scheme; several give 95 % in
 flags.DEFINE_integer("steps", 1000, "training steps of the first scheme")
 flags.DEFINE_integer("other_steps", 300, "training steps of every other scheme")
 flags.DEFINE_integer("batch_size", 16, "sequences a training step")
-flags.DEFINE_float("learning_rate", 4e-3, "peak of the warm-up and cosine schedule")
+flags.DEFINE_float("learning_rate", 2e-3, "peak of the warm-up and cosine schedule")
 flags.DEFINE_integer("embed_dim", 128, "model width")
 flags.DEFINE_integer("num_layers", 3, "layers")
 flags.DEFINE_integer("num_heads", 2, "attention heads; head_dim = embed_dim / num_heads")

@@ -28,7 +28,7 @@ class TrainConfig:
   steps: int
   batch_size: int
   length: int
-  learning_rate: float = 4e-3
+  learning_rate: float = 2e-3
   final_ratio: float = 0.02
   warmup: float = 0.05
   weight_decay: float = 0.1
