@@ -1,0 +1,171 @@
+"""The cells of a group: one program for all RoPE scalings, and each value as it is defined."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sweep_case
+
+from experiments import length_extrapolation
+from experiments.extrapolation import evaluate
+from jaxllm.evaluate.windows import cut_windows
+from jaxllm.nn import Transformer
+from jaxllm.position import LogN
+from jaxllm.study import methods
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+TEXT = np.random.default_rng(0).integers(32, 127, 2000).astype(np.uint8)
+compilations = []
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, seconds, **kwargs: compilations.append(event) if event == COMPILED else None
+)
+
+
+class Untrained:
+  """Stands for `Trained`: random parameters, large enough for attention to be sharp."""
+
+  def __init__(self, settings):
+    self.configs = {s: length_extrapolation.model_config(settings, s, "float32") for s in settings.schemes}
+
+  def params(self, scheme, seed):
+    cfg = self.configs[scheme]
+    shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.5), shapes)
+
+
+def sweep(*args):
+  """(settings, rows of all groups, in the order of the plan)."""
+  settings = sweep_case.settings_of(*sweep_case.TINY, *args)
+  trained = Untrained(settings)
+  groups = methods.plan(
+    settings.schemes,
+    settings.methods,
+    settings.metrics,
+    settings.factors,
+    16,
+    settings.lengths,
+    settings.seeds,
+  )
+  return settings, [row for group in groups for row in evaluate.compute(settings, trained, TEXT, group)]
+
+
+def values(rows, **wanted):
+  """The values of the rows that have these columns."""
+  return [row["value"] for row in rows if all(row[name] == item for name, item in wanted.items())]
+
+
+def compiled(*args):
+  jax.clear_caches()
+  compilations.clear()
+  sweep(*args)
+  return len(compilations)
+
+
+@pytest.mark.core
+def test_twenty_methods_compile_as_often_as_five():
+  common = ("--schemes=rope", "--lengths=32", "--metrics=bpb")
+  five = compiled(*common, "--methods=pi,ntk,ntk_fixed,ntk_mixed,yarn")
+  twenty = compiled(*common, "--methods=pi,ntk,ntk_fixed,ntk_mixed,yarn", "--factors=2,4,6,8")
+  assert five == twenty > 0
+
+
+def test_log_n_and_its_training_compile_nothing_more():
+  common = ("--lengths=32", "--metrics=bpb")
+  one = compiled(*common, "--schemes=rope", "--methods=none")
+  assert compiled(*common, "--schemes=rope,rope_logn", "--methods=none,yarn,dynamic_ntk") == one
+  assert compiled(*common, "--schemes=rope", "--methods=none,logn,ntk_logn,ntk_old") == one
+
+
+def test_every_method_is_the_trained_model_at_the_trained_length():
+  _, rows = sweep("--schemes=rope", "--methods=all", "--lengths=16,32", "--metrics=bpb_last")
+  assert len(set(values(rows, length=16, metric="bpb_last"))) == 1
+  assert len(values(rows, length=16, metric="bpb_last")) == len(methods.METHODS)
+  assert len(set(values(rows, length=32, metric="bpb_last"))) == len(methods.METHODS)
+
+
+def test_given_factors_act_at_the_trained_length_too():
+  args = ("--schemes=rope", "--methods=none,pi,yarn", "--factors=1,4", "--lengths=16", "--metrics=bpb")
+  _, rows = sweep(*args)
+  trained = values(rows, method="none", metric="bpb")
+  assert values(rows, factor=1.0, metric="bpb") == trained * 3
+  assert len({*trained, *values(rows, factor=4.0, metric="bpb")}) == 3
+
+
+@pytest.fixture(scope="module")
+def measured():
+  return sweep("--schemes=rope,rope_logn,alibi", "--methods=all", "--lengths=40")
+
+
+@pytest.mark.parametrize(
+  ("scheme", "name"),
+  [
+    ("rope", "ntk_mixed_logn"),
+    ("rope", "dynamic_ntk"),
+    ("rope", "rerope_logn"),
+    ("rope_logn", "none"),
+    ("alibi", "logn"),
+  ],
+)
+def test_a_cell_is_what_the_model_alone_gives(measured, scheme, name):
+  settings, rows = measured
+  trained = Untrained(settings)
+  params = trained.params(scheme, 0)
+  cfg, method, length = trained.configs[scheme], methods.METHODS[name], 40
+  factor = length / 16 if method.stretches else 1.0
+  if method.position:
+    cfg = cfg.with_position(method.position, **({"factor": factor} if method.stretches else {}))
+  if method.log_n:
+    cfg = dataclasses.replace(cfg, query_scale=LogN(16, floor=1.0))
+  windows = cut_windows(TEXT, length, max(settings.lengths), settings.windows)
+  tables, model = cfg.rope_tables(seq_len=length), Transformer(cfg)
+  apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens, rope=tables)[0])
+
+  def score(tokens):
+    logits, labels = np.asarray(apply(tokens[:, :-1]), np.float64), tokens[:, 1:]
+    log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    bits = (log_sum - np.take_along_axis(logits, labels[..., None], -1)[..., 0]) / np.log(2)
+    return bits, logits.argmax(-1) == labels
+
+  bits, hits = score(windows)
+  repeated = np.tile(windows[:, -16:], 3)[:, -length - 1 :]
+  expected = {
+    "bpb": bits.mean(),
+    "bpb_last": bits[:, -16:].mean(),
+    "accuracy": hits.mean(),
+    "accuracy_repeated": score(repeated)[1].mean(),
+  }
+  for metric, value in expected.items():
+    (found,) = values(rows, scheme=scheme, method=name, factor=factor, length=length, metric=metric)
+    np.testing.assert_allclose(found, value, rtol=2e-6, err_msg=metric)
+
+
+@pytest.mark.parametrize("name", ["none", "yarn", "rerope"])
+def test_the_curve_by_position_averages_to_the_whole_window(measured, name):
+  cells = dict(scheme="rope", method=name)
+  curve = values(measured[1], metric=methods.POSITION_CURVE, **cells)
+  assert len(curve) == 40 // 8
+  for metric, part in (("bpb", curve), ("bpb_last", curve[-2:])):
+    np.testing.assert_allclose([np.mean(part)], values(measured[1], metric=metric, **cells), rtol=1e-6)
+
+
+def test_a_failed_training_fails_its_cells_each_time_and_is_tried_once(monkeypatch, tmp_path):
+  from jaxllm.train.loop import DivergedError
+
+  settings, tried = sweep_case.settings_of(*sweep_case.TINY), []
+  trained = evaluate.Trained(tmp_path, {"rope": 0, "alibi": 0}, None, TEXT, None, types.SimpleNamespace())
+
+  def train(scheme, seed):
+    tried.append(scheme)
+    raise DivergedError("the loss is nan")
+
+  monkeypatch.setattr(trained, "_train", train)
+  groups = methods.plan(settings.schemes, settings.methods, settings.metrics, None, 16, settings.lengths, 1)
+  for group in groups:
+    if group.name.split("/")[3] != "none":
+      with pytest.raises(DivergedError):
+        evaluate.compute(settings, trained, TEXT, group)
+  assert tried == ["rope", "alibi"]

@@ -1,0 +1,132 @@
+"""The plan of a sweep: every cell once, in groups that the configuration alone decides."""
+
+import collections
+
+import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.study import methods
+
+ALL = tuple(methods.METHODS)
+LENGTHS = (128, 256, 512, 1024, 2048)
+
+
+def plan(schemes=methods.SCHEMES, names=ALL, metrics=methods.METRICS, factors=None, lengths=LENGTHS, seeds=2):
+  return methods.plan(schemes, names, metrics, factors, 128, lengths, seeds)
+
+
+def key(cell):
+  return tuple(cell[name] for name in ("scheme", "method", "factor", "length", "metric", "seed"))
+
+
+@pytest.mark.parametrize(
+  ("names", "factors"),
+  [
+    pytest.param(ALL, None, marks=pytest.mark.core),
+    (ALL, (2.0, 8.0)),
+    (("none", "yarn"), (1.0, 2.0, 4.0)),
+    (("rerope",), None),
+  ],
+)
+def test_every_cell_is_there_once(names, factors):
+  cells = [cell for group in plan(names=names, factors=factors) for cell in group.cells]
+  wanted = {
+    (scheme, name, factor, length, metric, seed)
+    for scheme in methods.SCHEMES
+    for name in names
+    for length in LENGTHS
+    for factor in ((factors or (length / 128,)) if methods.METHODS[name].stretches else (1.0,))
+    for metric in methods.METRICS
+    for seed in (0, 1)
+  }
+  found = collections.Counter(key(cell) for cell in cells if cell["metric"] in methods.METRICS)
+  assert set(found) == wanted
+  assert set(found.values()) == {1}
+
+
+def test_the_curve_by_position_covers_the_longest_window_of_every_method_once():
+  curve = collections.Counter(
+    (cell["scheme"], cell["method"], cell["seed"], cell["length"], cell["position"])
+    for group in plan()
+    for cell in group.cells
+    if cell["metric"] == methods.POSITION_CURVE
+  )
+  applicable = [(s, m) for s in methods.SCHEMES for m in ALL if not methods.not_applicable(s, m)]
+  wanted = {
+    (s, m, seed, 2048, position) for s, m in applicable for seed in (0, 1) for position in range(0, 2048, 64)
+  }
+  assert set(curve) == wanted
+  assert set(curve.values()) == {1}
+
+
+def test_groups_have_their_own_names_and_at_most_the_size_of_their_program():
+  groups = plan(factors=(1.0, 2.0, 4.0, 8.0, 16.0))
+  assert len({group.name for group in groups}) == len(groups)
+  for group in groups:
+    scheme, seed, length, program, _ = group.name.split("/")
+    assert {(c["scheme"], c["seed"], c["length"]) for c in group.cells} == {(scheme, int(seed), int(length))}
+    if program != "none":
+      members = {(cell["method"], cell["factor"]) for cell in group.cells}
+      assert len(members) <= methods.program_size(scheme, program) <= methods.GROUP_SIZE
+
+
+def test_a_group_depends_on_nothing_but_the_configuration():
+  assert plan() == plan()
+  # one more seed, or one more length in the middle, leaves every group as it is
+  fewer = plan(lengths=(128, 512, 2048), seeds=1)
+  more = {group.name: group for group in plan(seeds=3)}
+  assert [more[group.name] for group in fewer] == fewer
+  # and how many tables a program takes does not depend on the methods asked for
+  assert (
+    methods.program_size("rope", "tables")
+    == methods.program_size("rope_logn", "tables")
+    == methods.GROUP_SIZE
+  )
+
+
+@pytest.mark.parametrize(
+  ("scheme", "skipped"),
+  [
+    ("rope", set()),
+    ("rope_logn", {"logn", "ntk_logn", "ntk_fixed_logn", "ntk_mixed_logn", "rerope_logn"}),
+    ("alibi", set(ALL) - {"none", "logn"}),
+    ("nope", set(ALL) - {"none", "logn"}),
+  ],
+)
+def test_methods_that_do_not_apply_have_a_reason_and_a_group_without_a_program(scheme, skipped):
+  assert {name for name in ALL if methods.not_applicable(scheme, name)} == skipped
+  for group in plan(schemes=(scheme,)):
+    is_none = group.name.split("/")[3] == "none"
+    assert {cell["method"] in skipped for cell in group.cells} == {is_none}
+
+
+def test_methods_are_off_at_the_trained_length_and_given_factors_apply_everywhere():
+  for length, on in ((128, False), (256, True)):
+    for variant in methods.variants(ALL, None, 128, length):
+      assert methods.is_on(variant, None, 128, length) == (on and variant.method != "none"), variant
+    for variant in methods.variants(ALL, (1.0, 4.0), 128, length):
+      stretches = methods.METHODS[variant.method].stretches
+      assert methods.is_on(variant, (1.0, 4.0), 128, length) == (
+        stretches or (on and variant.method != "none")
+      ), variant
+  programs = {group.name.split("/")[3] for group in plan(schemes=("rope",), lengths=(128,))}
+  assert programs == {"tables"}
+
+
+@pytest.mark.parametrize(
+  ("names", "factors", "lengths", "refused"),
+  [
+    (("none", "yarn"), None, (128,), "yarn"),
+    (("none", "rerope"), (4.0,), (128,), "rerope"),
+    (("logn",), None, (128,), "logn"),
+    (("none",), None, (128,), None),
+    (("yarn",), (1.0,), (128,), None),
+    (("yarn", "rerope"), None, (128, 129), None),
+  ],
+)
+def test_a_method_that_changes_nothing_is_refused_but_for_controls(names, factors, lengths, refused):
+  if refused is None:
+    methods.check_methods_matter(names, factors, 128, lengths)
+    return
+  with pytest.raises(ConfigError, match=f"--methods={refused}: changes nothing"):
+    methods.check_methods_matter(names, factors, 128, lengths)
