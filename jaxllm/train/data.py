@@ -15,7 +15,8 @@ from jaxllm.errors import DataError
 
 VOCAB_SIZE = 256
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_VALIDATION = (0.04, 0.08)  # the share of bytes that whole validation files are to reach, and may not pass
+_VALIDATION = 0.05  # the share of the bytes that whole validation files are to reach
+_LARGEST = 0.1  # the largest share of the validation part that one file may be: it is to be like the text, not like a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Corpus:
 def load_corpus(path: str | None = None) -> Corpus:
   """The text of a file or of all files below a directory; None is the running Python's standard library.
 
-  Every sixteenth part or so of the text is for validation: whole files, chosen by the hash of their names, or the end of
+  A twentieth of the text is for validation: whole files, chosen by the hash of their names, or the end of
   the text where files are too few or too uneven for that.  Raises DataError for a file that is not UTF-8 text (with the
   offset) and for a corpus without text.
   """
@@ -44,13 +45,13 @@ def load_corpus(path: str | None = None) -> Corpus:
     train, validation = (b"\n".join(t for n, t in texts.items() if (n in held_out) == is_in) for is_in in (False, True))
   else:
     text = b"\n".join(texts.values())
-    cut = len(text) - max(1, len(text) // 16)
+    cut = len(text) - max(1, len(text) // 20)
     train, validation = text[:cut], text[cut:]
   about = {
     "source": f"Python {platform.python_version()} standard library" if path is None else str(path),
     "files": len(texts),
     "bytes": total,
-    "split": "by file" if held_out else "the last sixteenth of the bytes is for validation",
+    "split": "by file" if held_out else "the last twentieth of the bytes is for validation",
     "validation_files": len(held_out),
     "train_bytes": len(train),
     "validation_bytes": len(validation),
@@ -107,13 +108,13 @@ def _read(path: Path) -> bytes:
 
 def _held_out(sizes: dict[str, int], total: int) -> set[str]:
   """Names of the validation files, or none where whole files cannot make a part of the wanted size."""
-  least, most = (share * total for share in _VALIDATION)
+  wanted = _VALIDATION * total
   chosen, reached = set(), 0
   for name in _by_hash(sizes):
-    if reached < least and reached + sizes[name] <= most:
+    if reached < wanted and sizes[name] <= _LARGEST * wanted:
       chosen.add(name)
       reached += sizes[name]
-  return chosen if reached >= least else set()
+  return chosen if reached >= wanted else set()
 
 
 def _by_hash(names: Iterable[str]) -> list[str]:
