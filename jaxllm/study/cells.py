@@ -139,9 +139,15 @@ def run_groups(
   makes the group's rows "failed" with the reason (and shows the traceback, unless it is a JaxllmError), and
   the rest goes on; the same command tries failed groups again. Stopped, KeyboardInterrupt and OSError end the
   run, as they are no property of the cells.
-  `on_done(group, rows)` is called after each record; `stop.check()` before each group.
+  `on_done(group, rows)` is called after each record; `stop.check()` before each group. Raises CheckpointError,
+  before anything is computed, if a finished group was recorded with other cells.
   """
   assert len({group.name for group in groups}) == len(groups), "two groups have one name"
+  for group in groups:
+    if ledger.finished(group.name) and _cells(ledger.done[group.name]) != list(group.cells):
+      raise CheckpointError(
+        f"{ledger.path}: group {group.name!r} was recorded by another version of the sweep; use another --out"
+      )
   for group in groups:
     if ledger.finished(group.name):
       continue
@@ -163,8 +169,12 @@ def run_groups(
   return sum(row["status"] == "failed" for group in groups for row in ledger.done[group.name])
 
 
+def _cells(rows: list[dict]) -> list[dict]:
+  return [{name: item for name, item in row.items() if name not in rows_lib.OUTCOME} for row in rows]
+
+
 def _check_rows(group: Group, rows: list[dict]) -> None:
-  cells = [{name: item for name, item in row.items() if name not in rows_lib.OUTCOME} for row in rows]
+  cells = _cells(rows)
   assert cells == list(group.cells), f"{group.name}: rows for {cells}, asked for {list(group.cells)}"
   problems = [problem for row in rows if (problem := rows_lib.problem(row))]
   assert not problems, f"{group.name}: {problems[0]}"

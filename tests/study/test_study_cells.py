@@ -44,6 +44,15 @@ def test_what_is_recorded_is_not_computed_again(tmp_path):
   assert ledger_of(tmp_path).done == {group.name: compute(group) for group in groups}
 
 
+def test_a_group_recorded_with_other_cells_is_refused_before_anything_is_computed(tmp_path):
+  groups = groups_of(3)
+  cells.run_groups(groups[1:], ledger_of(tmp_path), compute)
+  other = [groups[0], groups[1], Group("g2", tuple(cell | {"seed": 7} for cell in groups[2].cells))]
+  with pytest.raises(CheckpointError, match=r"cells.jsonl: group 'g2' .* another version .* another --out"):
+    cells.run_groups(other, ledger_of(tmp_path), lambda group: pytest.fail(group.name))
+  assert list(ledger_of(tmp_path).done) == ["g1", "g2"]
+
+
 def test_a_torn_last_line_is_dropped_wherever_it_is_cut(tmp_path):
   groups, path = groups_of(3), tmp_path / "cells.jsonl"
   cells.run_groups(groups, ledger_of(tmp_path), compute)
