@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from jaxllm.study.interval import half_width, mean
@@ -41,17 +42,21 @@ class Table:
     return "".join(lines + notes)
 
   def show(self, title: str) -> None:
-    """Prints the table on the terminal."""
+    """Prints the table on the terminal; anywhere else as wide as it is, as rich would drop what passes 80 columns."""
     import rich.box
     import rich.console
     import rich.table
 
-    grid = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for i, name in enumerate(self.header):
       grid.add_column(name, justify="left" if i < self.labels else "right", no_wrap=True)
     for line in self.body:
       grid.add_row(*line)
     console = rich.console.Console()
+    if not sys.stdout.isatty():
+      whole = console.options.update(width=sys.maxsize)
+      console.width = max(console.width, console.measure(grid, options=whole).maximum)
+    console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
     console.print(grid)
     for note in self.notes:
       console.print(f"  {note}", markup=False, highlight=False)

@@ -90,6 +90,19 @@ def test_the_table_on_the_terminal_says_the_same(capsys, monkeypatch):
   assert "yarn" in out and "2.00" in out and "failed: pi at 1024, seed 0: bad [/x]" in out
 
 
+def test_a_wide_table_in_a_file_has_all_its_numbers(capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  lengths = [64 * 2**i for i in range(16)]
+  found = report.table([value(1 + n / 1e6, "yarn", n) for n in lengths], "bpb_last", digits=6)
+  title = "Loss on the last block in bits per byte, a title that is longer than eighty columns: " + "x" * 20
+  found.show(title)
+  report.table([], "bpb_last").show(title)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines.count(title) == 2
+  assert lines[2].split() == ["method", *map(str, lengths)]
+  assert next(line for line in lines if "yarn" in line).split() == ["yarn", *found.body[0][1:]]
+
+
 def test_a_finding_turns_with_the_rows():
   same = {"metric": "bpb_last", "length": 1024, "a": "yarn", "b": "ntk"}
   assert compare([value(2.31, "yarn"), value(2.75, "ntk")], **same) == (
