@@ -14,20 +14,23 @@ def turn_on() -> None:
 
   The directory is ${XDG_CACHE_HOME:-~/.cache}/jaxllm/xla-<digest of the CPU's features>, because a program
   compiled for one CPU may use instructions that another lacks, and home directories move between machines.
-  A directory that cannot be written costs a warning, not the run.
+  A directory that cannot be found or written costs a warning, not the run.
   """
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
   root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  directory = Path(root).expanduser() / "jaxllm" / f"xla-{cpu_digest()}"
+  directory = Path(root) / "jaxllm" / f"xla-{cpu_digest()}"
   try:
+    directory = directory.expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     if not os.access(directory, os.W_OK | os.X_OK):
       raise PermissionError("it is not writable")
-  except OSError as e:
-    print(f"warning: no compilation cache in {directory}: {e.strerror or e}", file=sys.stderr)
+  except (OSError, RuntimeError) as e:  # RuntimeError: the user has no home directory
+    print(
+      f"warning: no compilation cache in {directory}: {getattr(e, 'strerror', None) or e}", file=sys.stderr
+    )
     return
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
 

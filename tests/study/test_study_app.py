@@ -1,6 +1,7 @@
 """run_app as a user meets it: a script in its own process, judged by exit code and what it prints."""
 
 import os
+import pwd
 import re
 import resource
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.errors import ConfigError
+from jaxllm.study import compile_cache
 from jaxllm.study.choices import choice_list, number_list, positive
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +155,17 @@ def test_a_cache_that_cannot_be_made_is_only_a_warning(tmp_path):
   code, out, err = run(tmp_path, "print('ran')", "--out=x")
   assert (code, out) == (0, "ran\n")
   assert err.startswith("warning: no compilation cache in ")
+
+
+def test_a_cache_of_a_user_without_a_home_is_only_a_warning(monkeypatch, capsys):
+  for name in ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"):
+    monkeypatch.setenv(name, "1")
+  for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+  compile_cache.turn_on()
+  assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+  assert re.fullmatch(r"warning: no compilation cache in ~/.*: .*home directory.*\n", capsys.readouterr().err)
 
 
 STEPS = """
