@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from absl import flags
 
+from jaxllm.errors import ConfigError
 from jaxllm.study import choices, run_app
 
 flags.DEFINE_string("lengths", "128,512,2048", "sequence lengths")
@@ -19,7 +20,7 @@ flags.DEFINE_integer("tokens", 2048, "tokens a step; the batch is tokens / lengt
 flags.DEFINE_integer("rounds", 7, "rounds; each side runs once a round")
 flags.DEFINE_string("dtypes", "float32", "compute types: float32, bfloat16")
 flags.DEFINE_integer("embed_dim", 128, "model width")
-flags.DEFINE_integer("num_layers", 4, "layers")
+flags.DEFINE_integer("num_layers", 3, "layers")
 flags.DEFINE_integer("num_heads", 2, "attention heads")
 flags.DEFINE_integer("mlp_dim", 352, "hidden width of the feed-forward layers")
 
@@ -37,10 +38,12 @@ def check(f) -> None:
   """Refuse what cannot be measured."""
   for length in choices.number_list("lengths", f.lengths):
     if f.tokens % length:
-      from jaxllm.errors import ConfigError
-
       raise ConfigError(f"--lengths={f.lengths}: {length} does not divide --tokens={f.tokens}")
   choices.choice_list("dtypes", f.dtypes, ("float32", "bfloat16"))
+  if f.embed_dim % (2 * f.num_heads):
+    raise ConfigError(
+      f"--num_heads={f.num_heads}: expected a divisor of --embed_dim={f.embed_dim} with an even head_dim"
+    )
   for name in ("tokens", "rounds", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
     choices.positive(name, f[name].value)
 
@@ -50,6 +53,7 @@ def our_side(f, length: int, dtype: str) -> tuple[Callable[[], None], Callable[[
   import jax
   import numpy as np
 
+  from experiments.extrapolation.evaluate import BLOCKWISE_ABOVE
   from jaxllm.config import Layer, ModelConfig
   from jaxllm.evaluate.windows import score_windows
   from jaxllm.nn import Transformer
@@ -67,7 +71,7 @@ def our_side(f, length: int, dtype: str) -> tuple[Callable[[], None], Callable[[
     head_dim=f.embed_dim // f.num_heads,
     mlp_dim=f.mlp_dim,
     layers=(Layer(Rope()),),
-    attention=Blockwise() if length > 512 else Plain(),
+    attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain(),
     dtype=dtype,
   )
   model = Transformer(cfg)
@@ -106,12 +110,14 @@ def torch_side(f, length: int, dtype: str) -> tuple[Callable[[], None], Callable
     attn_implementation="sdpa",
     use_cache=False,
   )
-  model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+  model = transformers.LlamaForCausalLM(config)  # float32 parameters, as on this side
+  compute = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
   tokens = torch.randint(0, 256, (f.tokens // length, length + 1))
 
   def loss():
-    logits = model(input_ids=tokens[:, :-1]).logits
+    with compute:
+      logits = model(input_ids=tokens[:, :-1]).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
   def train():
@@ -148,7 +154,9 @@ def main(f) -> None:
   """Print one Markdown row for each dtype, length and task."""
   import jax
 
-  print(f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}\n")
+  print(
+    f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}\n"
+  )
   print("| dtype | length | task | jaxllm tokens/s | torch tokens/s | ratio |")
   print("|---|---:|---|---:|---:|---:|")
   for dtype in choices.choice_list("dtypes", f.dtypes, ("float32", "bfloat16")):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ flags.DEFINE_integer("seed", 0, "the seed of the model, and of the draw")
 flags.DEFINE_string("prompt", "def main(", "the text to continue; - reads standard input")
 flags.DEFINE_integer("tokens", 256, "bytes to add")
 flags.DEFINE_enum("method", "rerope", list(methods.METHODS), "position method")
-flags.DEFINE_float("factor", None, "context multiplier of the method; default: the whole text over the trained length")
+flags.DEFINE_float(
+  "factor", None, "context multiplier of the method; default: the whole text over the trained length"
+)
 flags.DEFINE_float("temperature", 0.7, "0 is greedy")
 flags.DEFINE_integer("top_k", 0, "keep the k most likely bytes; 0 keeps all")
 flags.DEFINE_float("top_p", 0.95, "keep the smallest set of bytes with this probability; 1 keeps all")
@@ -30,6 +33,13 @@ def check(f) -> None:
   for name in ("tokens", "factor"):
     if f[name].value is not None:
       choices.positive(name, f[name].value)
+  for name, good, allowed in (
+    ("temperature", 0 <= f.temperature < math.inf, "a number of at least 0"),
+    ("top_k", f.top_k >= 0, "0 or more"),
+    ("top_p", 0 <= f.top_p <= 1, "a number from 0 to 1"),
+  ):
+    if not good:
+      raise ConfigError(f"--{name}={f[name].value}: expected {allowed}")
   if f.prompt == "":
     raise ConfigError("--prompt=: empty, expected text to continue")
 
@@ -55,12 +65,15 @@ def load(run: Path, scheme: str, seed: int):
 
   expected = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   tree.check_same(expected, state["params"], f"{directory}, step {step}")
+  steps = json.loads((run / "config.json").read_text())["training"][scheme]["steps"]
+  if step < steps:
+    print(f"note: {directory} is at step {step} of {steps}; its run has not finished", file=sys.stderr)
   return cfg, state["params"]
 
 
 def main(f) -> None:
   """Print the prompt and its continuation."""
-  prompt = (sys.stdin.read() if f.prompt == "-" else f.prompt).encode()
+  prompt = sys.stdin.buffer.read() if f.prompt == "-" else os.fsencode(f.prompt)
   cfg, params = load(Path(f.run), f.scheme, f.seed)
 
   import jax
@@ -73,8 +86,11 @@ def main(f) -> None:
   method = methods.METHODS[f.method]
   train_length = json.loads((Path(f.run) / "config.json").read_text())["settings"]["train_length"]
   if method.position is not None:
-    factor = f.factor or max(1.0, math.ceil((len(prompt) + f.tokens) / train_length))
-    cfg = cfg.with_position(method.position, **({"factor": float(factor)} if method.stretches else {}))
+    # dynamic NTK follows the length by itself: its factor comes on top
+    own = 1.0 if f.method == "dynamic_ntk" else max(1.0, math.ceil((len(prompt) + f.tokens) / train_length))
+    cfg = cfg.with_position(
+      method.position, **({"factor": float(f.factor or own)} if method.stretches else {})
+    )
   if method.log_n:
     cfg = dataclasses.replace(cfg, query_scale=LogN(train_length, floor=1.0))
   sampler = SAMPLERS["chain"](
@@ -85,7 +101,12 @@ def main(f) -> None:
     )
   )
   out = generate(
-    Transformer(cfg), params, [list(prompt)], sampler=sampler, key=jax.random.key(f.seed), max_new_tokens=f.tokens
+    Transformer(cfg),
+    params,
+    [list(prompt)],
+    sampler=sampler,
+    key=jax.random.key(f.seed),
+    max_new_tokens=f.tokens,
   )
   sys.stdout.write((prompt + bytes(out.tokens[0])).decode("utf-8", errors="replace") + "\n")
 

@@ -2,7 +2,8 @@
 
 Trains one small byte-level decoder a scheme (RoPE, RoPE with log-n, ALiBi, ...) at --train_length, evaluates every method
 at --lengths on text it has not seen, and leaves a table, figures and machine-readable results in --out.  Methods are
-switched on for the long test only, without tuning.  Killed at any moment, the same command goes on where it was.
+switched on for the long test only, and the model is not tuned for them.  Killed at any moment, the same command goes on
+where it was.
 """
 
 import dataclasses
@@ -28,17 +29,23 @@ SIZES = ("train_length", "seeds", "steps", "other_steps", "batch_size", "windows
 MODEL = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
 MULTIPLES = (1, 2, 4, 8, 16)
 
-flags.DEFINE_string("out", None, "directory of the run; default runs/length_extrapolation (with _smoke for --smoke)")
+flags.DEFINE_string(
+  "out", None, "directory of the run; default runs/length_extrapolation (with _smoke for --smoke)"
+)
 flags.DEFINE_bool("smoke", False, "a tiny run that goes through everything in under 90 seconds")
-flags.DEFINE_string("schemes", "rope,rope_logn,alibi", f"how to train: all, or any of {', '.join(methods.SCHEMES)}")
+flags.DEFINE_string(
+  "schemes", "rope,rope_logn,alibi", f"how to train: all, or any of {', '.join(methods.SCHEMES)}"
+)
 flags.DEFINE_string("methods", "all", f"how to test: all, or any of {', '.join(methods.METHODS)}")
 flags.DEFINE_string("metrics", "all", f"what to measure: all, or any of {', '.join(methods.METRICS)}")
-flags.DEFINE_string("factors", None, "context multipliers to apply at every length; default length / train_length")
+flags.DEFINE_string(
+  "factors", None, "context multipliers to apply at every length; default length / train_length"
+)
 flags.DEFINE_integer("train_length", 128, "context length of training, in bytes")
 flags.DEFINE_string("lengths", None, "context lengths to test; default 1, 2, 4, 8 and 16 times train_length")
 flags.DEFINE_integer("seeds", 1, "models to train a scheme; several give 95 % intervals")
-flags.DEFINE_integer("steps", 1000, "training steps of the first scheme")
-flags.DEFINE_integer("other_steps", 300, "training steps of every other scheme")
+flags.DEFINE_integer("steps", 800, "training steps of the first scheme")
+flags.DEFINE_integer("other_steps", 250, "training steps of every other scheme")
 flags.DEFINE_integer("batch_size", 16, "sequences a training step")
 flags.DEFINE_float("learning_rate", 2e-3, "peak of the warm-up and cosine schedule")
 flags.DEFINE_integer("embed_dim", 128, "model width")
@@ -46,8 +53,12 @@ flags.DEFINE_integer("num_layers", 3, "layers")
 flags.DEFINE_integer("num_heads", 2, "attention heads; head_dim = embed_dim / num_heads")
 flags.DEFINE_integer("mlp_dim", 352, "hidden width of the SwiGLU feed-forward layers")
 flags.DEFINE_integer("windows", 12, "windows of text a length is tested on")
-flags.DEFINE_string("corpus", None, "a UTF-8 text file or a directory of them; default Python's standard library")
-flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "compute type; auto: bfloat16 but on a CPU")
+flags.DEFINE_string(
+  "corpus", None, "a UTF-8 text file or a directory of them; default Python's standard library"
+)
+flags.DEFINE_enum(
+  "dtype", "auto", ["auto", "float32", "bfloat16"], "compute type; auto: bfloat16 but on a CPU"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +110,31 @@ def read_settings(f) -> Settings:
   if f.lengths is not None:
     lengths = tuple(sorted(choices.number_list("lengths", f.lengths, int, 1)))
     if lengths[0] < train_length:
-      raise ConfigError(f"--lengths={f.lengths}: {lengths[0]} is below --train_length={train_length}; test at least there")
+      raise ConfigError(
+        f"--lengths={f.lengths}: {lengths[0]} is below --train_length={train_length}; test at least there"
+      )
   factors = None if f.factors is None else choices.number_list("factors", f.factors, float, 1.0)
+  schemes = choices.choice_list("schemes", f.schemes, methods.SCHEMES)
   chosen = choices.choice_list("methods", f.methods, tuple(methods.METHODS))
-  methods.check_methods_matter(chosen, factors, train_length, lengths)
+  if f.methods == "all":  # all that apply
+    chosen = tuple(
+      name for name in chosen if not all(methods.not_applicable(scheme, name) for scheme in schemes)
+    )
+    chosen = chosen if factors is not None or lengths[-1] > train_length else ("none",)
+  methods.check_methods_matter(schemes, chosen, factors, train_length, lengths)
   if f.corpus is not None and not (f.corpus and Path(f.corpus).exists()):
-    raise ConfigError(f"--corpus={f.corpus}: there is no such file or directory; give UTF-8 text, or leave the flag out")
+    raise ConfigError(
+      f"--corpus={f.corpus}: there is no such file or directory; give UTF-8 text, or leave the flag out"
+    )
+  out = f.out or "runs/length_extrapolation" + ("_smoke" if f.smoke else "")
+  if f.corpus is not None and Path(out).resolve().is_relative_to(Path(f.corpus).resolve()):
+    raise ConfigError(
+      f"--out={out} lies inside --corpus={f.corpus}, and would become part of the text; use another --out"
+    )
   return Settings(
-    out=f.out or "runs/length_extrapolation" + ("_smoke" if f.smoke else ""),
+    out=out,
     corpus=f.corpus,
-    schemes=choices.choice_list("schemes", f.schemes, methods.SCHEMES),
+    schemes=schemes,
     methods=chosen,
     metrics=choices.choice_list("metrics", f.metrics, methods.METRICS),
     factors=factors,
@@ -125,7 +151,9 @@ def model_config(settings: Settings, scheme: str, dtype: str):
   from jaxllm.position import POSITIONS, LogN
 
   length = settings.train_length
-  position = POSITIONS["rope"](original_length=length) if scheme in ("rope", "rope_logn") else POSITIONS[scheme]()
+  position = (
+    POSITIONS["rope"](original_length=length) if scheme in ("rope", "rope_logn") else POSITIONS[scheme]()
+  )
   return ModelConfig(
     vocab_size=256,
     embed_dim=settings.embed_dim,
@@ -146,7 +174,10 @@ def train_config(settings: Settings, scheme: str):
   from jaxllm.train.step import TrainConfig
 
   return TrainConfig(
-    settings.steps_of(scheme), settings.batch_size, settings.train_length, learning_rate=settings.learning_rate
+    settings.steps_of(scheme),
+    settings.batch_size,
+    settings.train_length,
+    learning_rate=settings.learning_rate,
   )
 
 
@@ -155,9 +186,21 @@ def default_dtype(platform: str) -> str:
   return "float32" if platform == "cpu" else "bfloat16"
 
 
+def source_digest() -> str:
+  """SHA-256 of the project's own code: cells of two versions do not belong into one table."""
+  import hashlib
+
+  import jaxllm
+
+  roots = (Path(jaxllm.__file__).parent, Path(__file__).parent)
+  files = sorted(path for root in roots for path in root.rglob("*.py"))
+  return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
   """Everything needed to repeat the run, for config.json."""
   import platform
+  from importlib.metadata import version
 
   import jax
 
@@ -166,9 +209,13 @@ def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
 
   return {
     "jaxllm": jaxllm.__version__,
-    "jax": jax.__version__,
+    "source": source_digest(),
     "python": platform.python_version(),
+    "libraries": {
+      name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    },
     "platform": jax.default_backend(),
+    "devices": [device.device_kind for device in jax.devices()],
     "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"} | {"dtype": dtype},
     "corpus": corpus.about,
     "models": {scheme: config.to_dict() for scheme, config in configs.items()},
@@ -178,7 +225,8 @@ def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
       "stride": windows.window_stride(corpus.validation, max(settings.lengths), settings.windows),
       "last_block": settings.train_length,
       "group_size": methods.GROUP_SIZE,
-      "dynamic_ntk": "one base for the whole window, that of its length",
+      "tokens_at_once": windows.TOKENS_AT_ONCE,
+      "dynamic_ntk": "one base for the whole window: a factor f at length L stretches by f L / L0 - (f - 1), 57 for f = 8 at 8 L0",
       "methods": {name: dataclasses.asdict(methods.METHODS[name]) for name in settings.methods},
     },
   }
@@ -187,20 +235,21 @@ def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
 def main(f) -> int:
   """The whole run; 0, or 1 if a cell failed."""
   settings = read_settings(f)
+  import jax
+
+  from experiments.extrapolation import evaluate, report
   from jaxllm.study.cells import Ledger, check_config, run_groups
   from jaxllm.study.files import Lock
   from jaxllm.study.progress import Progress
   from jaxllm.study.stop import StopFlag
-
-  import jax
-
-  from experiments.extrapolation import evaluate, report
   from jaxllm.train import data
 
   out = Path(settings.out)
   corpus = data.load_corpus(settings.corpus)
   source = settings.corpus or "the standard library"
-  data.check_size(corpus, f"--corpus={source}", settings.train_length, max(settings.lengths), settings.windows)
+  data.check_size(
+    corpus, f"--corpus={source}", settings.train_length, max(settings.lengths), settings.windows
+  )
   dtype = default_dtype(jax.default_backend()) if settings.dtype == "auto" else settings.dtype
   configs = {scheme: model_config(settings, scheme, dtype) for scheme in settings.schemes}
   with StopFlag() as stop, Lock(out):
@@ -214,11 +263,14 @@ def main(f) -> int:
       settings.train_length,
       settings.lengths,
       settings.seeds,
+      settings.windows,
     )
     with Progress() as progress:
       done = sum(ledger.finished(group.name) for group in groups)
       cells = progress.cells("cells", total=len(groups), done=done)
-      trained = evaluate.Trained(out, configs, functools.partial(train_config, settings), corpus.train, progress, stop)
+      trained = evaluate.Trained(
+        out, configs, functools.partial(train_config, settings), corpus.train, progress, stop
+      )
       run_groups(
         groups,
         ledger,

@@ -83,11 +83,21 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
   if program == "none":
     return [rows.not_applicable(c, methods.not_applicable(scheme, c["method"])) for c in group.cells]
   length, block = int(length), settings.train_length
+  if program == "in_length":
+    model, params = (
+      Transformer(dataclasses.replace(trained.configs[scheme], query_scale=None)),
+      trained.params(scheme, int(seed)),
+    )
+    tables = stack([trained.configs[scheme].rope_tables(seq_len=length)], 1)
+    nats, _ = score_windows(model, params, in_length_windows(text, length), tables)
+    return [rows.ok(cell, bits_per_byte(np.asarray(nats))) for cell in group.cells]
   members = dict.fromkeys(methods.Variant(c["method"], c["factor"]) for c in group.cells)
   params = trained.params(scheme, int(seed))
   cfg = trained.configs[scheme]
   # what the tables say, the program need not: without its query scale one program serves every RoPE scheme
-  program_cfg = dataclasses.replace(cfg, query_scale=None, attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain())
+  program_cfg = dataclasses.replace(
+    cfg, query_scale=None, attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain()
+  )
   if program != "tables":
     program_cfg = program_cfg.with_position(program)
   tables = stack(
@@ -103,10 +113,21 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
     repeated = repeat_last_block(windows, block)
     scored["repeated"] = jax.device_get(score_windows(Transformer(program_cfg), params, repeated, tables))
   place = {variant: i for i, variant in enumerate(members)}
-  return [rows.ok(c, value(c, place[methods.Variant(c["method"], c["factor"])], scored, block)) for c in group.cells]
+  return [
+    rows.ok(c, value(c, place[methods.Variant(c["method"], c["factor"])], scored, block)) for c in group.cells
+  ]
 
 
-def tables_of(cfg: ModelConfig, variant: methods.Variant, factors, train_length: int, length: int) -> PositionTables:
+def in_length_windows(text: np.ndarray, train_length: int) -> np.ndarray:
+  """Windows of the training length from all over the text: enough of them for an error of a hundredth of a bit."""
+  return cut_windows(
+    text, train_length, train_length, min(methods.IN_LENGTH_WINDOWS, (len(text) - 1) // train_length - 1)
+  )
+
+
+def tables_of(
+  cfg: ModelConfig, variant: methods.Variant, factors, train_length: int, length: int
+) -> PositionTables:
   """The position tables of a variant at a length: data for the program of its group."""
   method = methods.METHODS[variant.method]
   if methods.is_on(variant, factors, train_length, length):
@@ -136,7 +157,9 @@ def value(cell: dict, member: int, scored: dict, block: int) -> float:
       return bits_per_byte(nats)
     case "bpb_last":
       return bits_per_byte(nats[:, -block:])
-    case methods.POSITION_CURVE:
+    case methods.BY_WINDOW:
+      return bits_per_byte(nats[cell["window"], -block:])
+    case methods.BY_POSITION:
       start = cell["position"]
-      return bits_per_byte(nats[:, start : start + max(1, block // 2)])
+      return bits_per_byte(nats[:, start : start + methods.bin_size(block)])
   raise AssertionError(cell["metric"])

@@ -6,10 +6,11 @@ import csv
 import io
 from pathlib import Path
 
+from experiments.extrapolation.evaluate import in_length_windows
 from jaxllm.evaluate.trigram import Trigram
-from jaxllm.evaluate.windows import bits_per_byte, cut_windows
+from jaxllm.evaluate.windows import bits_per_byte
 from jaxllm.study import files, interval, methods, plots
-from jaxllm.study.findings import METRICS, compare
+from jaxllm.study.findings import METRICS, NO_DIFFERENCE, compare
 from jaxllm.study.report import series, table
 
 NTK = ("ntk_old", "ntk", "ntk_fixed", "ntk_mixed", "dynamic_ntk")
@@ -25,18 +26,19 @@ HEADINGS = {
 
 def write(out: Path, settings, config: dict, all_rows: list[dict], corpus) -> int:
   """Write every result file into `out` and show the main table; the exit code of the run."""
-  curve = [row for row in all_rows if row["metric"] == methods.POSITION_CURVE]
-  rows = [row for row in all_rows if row["metric"] != methods.POSITION_CURVE]
+  rows = [row for row in all_rows if row["metric"] not in methods.DETAILS]
+  curve, windows, in_length = ([row for row in all_rows if row["metric"] == name] for name in methods.DETAILS)
   files.write_results(out, rows)
-  files.write_text(out / "positions.csv", _sheet(curve))
-  labelled = _labelled(rows, settings.factors)
-  _plots(out, settings, labelled, _labelled(curve, settings.factors))
-  baseline = _trigram(settings, corpus)
-  files.write_text(out / "report.md", _markdown(settings, config, rows, labelled, baseline))
+  files.write_text(out / "positions.csv", _sheet(curve, "position"))
+  files.write_text(out / "windows.csv", _sheet(windows, "window"))
+  labelled = _labelled(rows, settings)
+  figures = _plots(out, settings, labelled, _labelled(curve, settings))
+  learnt = _in_length(in_length, settings, _trigram(settings, corpus))
+  findings = _findings(rows, windows, settings)
+  files.write_text(out / "report.md", _markdown(settings, config, rows, labelled, learnt, findings, figures))
   main = next(m for m in methods.METRICS if m in settings.metrics)
   table(_applicable(labelled), main).show(f"{HEADINGS[main]} (trained at {settings.train_length} bytes)")
-  for line in _in_length(rows, settings, baseline):
-    print(line)
+  print(learnt)
   print(f"Results, figures and report: {out}")
   failed = [row for row in all_rows if row["status"] == "failed"]
   if failed:
@@ -45,88 +47,123 @@ def write(out: Path, settings, config: dict, all_rows: list[dict], corpus) -> in
   return 1 if failed else 0
 
 
-def _labelled(rows: list[dict], factors) -> list[dict]:
-  """Rows whose factor is a label only where it was a choice, and not where it is length / train_length."""
-  return rows if factors is not None else [{**row, "factor": None} for row in rows]
+def _labelled(rows: list[dict], settings) -> list[dict]:
+  """Rows as tables and figures name them: a factor only where it was a choice, and steps where schemes differ in them."""
+  steps = {scheme: settings.steps_of(scheme) for scheme in settings.schemes}
+  names = {s: f"{s} ({n} steps)" if len(set(steps.values())) > 1 else s for s, n in steps.items()}
+  factor = {} if settings.factors is not None else {"factor": None}
+  return [{**row, **factor, "scheme": names[row["scheme"]]} for row in rows]
 
 
 def _applicable(rows: list[dict]) -> list[dict]:
   return [row for row in rows if row["status"] != "not applicable"]
 
 
-def _sheet(curve: list[dict]) -> str:
+def _sheet(details: list[dict], place: str) -> str:
   out = io.StringIO()
-  columns = ("scheme", "method", "factor", "train_length", "length", "position", "value", "seed", "status", "reason")
+  columns = (
+    "scheme",
+    "method",
+    "factor",
+    "train_length",
+    "length",
+    place,
+    "value",
+    "seed",
+    "status",
+    "reason",
+  )
   writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
   writer.writeheader()
-  writer.writerows(curve)
+  writer.writerows(details)
   return out.getvalue()
 
 
-def _plots(out: Path, settings, rows: list[dict], curve: list[dict]) -> None:
+def _plots(out: Path, settings, rows: list[dict], curve: list[dict]) -> list[str]:
+  """Write the figures that the metrics allow; their names."""
   rows, curve = _applicable(rows), _applicable(curve)
-  xlabel = f"test length in bytes (trained at {settings.train_length})"
-  for name, metric, ylabel in (
-    ("bpb_vs_length.png", "bpb_last", "bits per byte, last block"),
-    ("accuracy_vs_length.png", "accuracy", "next-byte accuracy, natural text"),
+  written = []
+  for name, metric in (
+    ("bpb_vs_length.png", "bpb_last"),
+    ("accuracy_vs_length.png", "accuracy"),
+    ("accuracy_repeated_vs_length.png", "accuracy_repeated"),
   ):
     if metric in settings.metrics:
       lines, bands = series(rows, metric)
-      plots.lines(out / name, lines, xlabel, ylabel, HEADINGS[metric], bands=bands)
+      xlabel = f"test length in bytes (trained at {settings.train_length})"
+      plots.lines(out / name, lines, xlabel, HEADINGS[metric], HEADINGS[metric], bands=bands)
+      written.append(name)
   # a position takes the place of the length, so that the same series code serves
   by_position = [{**row, "length": row["position"]} for row in curve]
-  lines, bands = series(by_position, methods.POSITION_CURVE)
+  lines, bands = series(by_position, methods.BY_POSITION)
   title = f"Bits per byte by position, windows of {max(settings.lengths)} bytes"
-  plots.lines(out / "bpb_vs_position.png", lines, "position in bytes", "bits per byte", title, xlog2=False, bands=bands)
+  plots.lines(
+    out / "bpb_vs_position.png", lines, "position in bytes", "bits per byte", title, xlog2=False, bands=bands
+  )
+  return [*written, "bpb_vs_position.png"]
 
 
 def _trigram(settings, corpus) -> float:
-  """Bits per byte of the trigram model on the windows of the training length."""
-  windows = cut_windows(corpus.validation, settings.train_length, max(settings.lengths), settings.windows)
-  return bits_per_byte(Trigram(corpus.train).nats(windows))
+  """Bits per byte of the trigram model on the windows that the models are measured on within their length."""
+  return bits_per_byte(
+    Trigram(corpus.train).nats(in_length_windows(corpus.validation, settings.train_length))
+  )
 
 
-def _in_length(rows: list[dict], settings, baseline: float) -> list[str]:
+def _in_length(rows: list[dict], settings, baseline: float) -> str:
   """What the models reach at the training length, beside the trigram model."""
   found = []
   for scheme in settings.schemes:
-    values = [
-      row["value"]
-      for row in rows
-      if (row["scheme"], row["method"], row["metric"]) == (scheme, "none", "bpb")
-      and row["length"] == settings.train_length
-      and row["status"] == "ok"
-    ]
-    if values:
-      found.append(f"{scheme} {interval.mean(values):.3f} ({settings.steps_of(scheme)} steps)")
-  if not found:
-    return []
-  return [
-    f"At the training length, in bits per byte on the whole window: {', '.join(found)}; "
+    values = [row["value"] for row in rows if row["scheme"] == scheme and row["status"] == "ok"]
+    reached = f"{interval.mean(values):.3f}" if values else "failed"
+    found.append(f"{scheme} {reached} ({settings.steps_of(scheme)} steps)")
+  return (
+    f"Bits per byte at the training length of {settings.train_length}: {', '.join(found)}; "
     f"interpolated trigram model {baseline:.3f}."
-  ]
+  )
 
 
-def _findings(rows: list[dict], settings) -> list[str]:
+def _findings(rows: list[dict], windows: list[dict], settings) -> list[str]:
   """Comparisons computed from the rows, on the loss of the last block."""
-  if "bpb_last" not in settings.metrics:
+  train, lengths, asked = settings.train_length, settings.lengths, set(settings.methods)
+  if "bpb_last" not in settings.metrics or settings.factors is not None or max(lengths) <= train:
     return []
-  train, lengths = settings.train_length, settings.lengths
   at = 8 * train if 8 * train in lengths else max(lengths)
   sentences = []
-  asked = set(settings.methods)
-  if settings.factors is None and at > train:
-    for scheme in settings.schemes:
-      pick = lambda name, scheme=scheme, **more: {"scheme": scheme, "method": name, **more}
-      pairs = [pair for pair in PAIRS if asked.issuperset(pair) and not any(methods.not_applicable(scheme, m) for m in pair)]
-      sentences += [compare(rows, "bpb_last", at, pick(a), pick(b)) for a, b in pairs]
-      if train in lengths and asked.issuperset(("rerope", "none")) and not methods.not_applicable(scheme, "rerope"):
-        sentences.append(_across(rows, scheme, "rerope", at, train))
-      sentences += [s for s in (_best(rows, scheme, at),) if s]
   for scheme in settings.schemes:
-    if "none" in asked and train in lengths and max(lengths) > train:
+    applies = {name for name in asked if not methods.not_applicable(scheme, name)}
+    for a, b in PAIRS:
+      if applies.issuperset((a, b)):
+        sentence = compare(
+          rows, "bpb_last", at, {"scheme": scheme, "method": a}, {"scheme": scheme, "method": b}
+        )
+        sentences.append(sentence + _paired(windows, scheme, at, a, b))
+    if train in lengths and applies.issuperset(("rerope", "none")):
+      sentences.append(_across(rows, scheme, "rerope", at, train))
+    sentences += filter(None, [_best(rows, scheme, applies, at)])
+    if "none" in applies and train in lengths:
       sentences.append(_across(rows, scheme, "none", max(lengths), train))
   return sentences
+
+
+def _paired(windows: list[dict], scheme: str, length: int, a: str, b: str) -> str:
+  """The mean difference of two methods with its 95 % interval over the windows, each seen by both."""
+  losses: dict[str, dict] = {a: {}, b: {}}
+  for row in windows:
+    if (
+      row["scheme"] == scheme
+      and row["length"] == length
+      and row["method"] in losses
+      and row["status"] == "ok"
+    ):
+      losses[row["method"]].setdefault(row["window"], []).append(row["value"])
+  common = losses[a].keys() & losses[b].keys()
+  if len(common) < 2:
+    return ""
+  differences = [interval.mean(losses[a][w]) - interval.mean(losses[b][w]) for w in sorted(common)]
+  mean, half = interval.mean(differences), interval.half_width(differences)
+  verdict = "" if abs(mean) > half else ", which is no clear difference"
+  return f" Over the {len(common)} windows: {mean:+.2f} ± {half:.2f}{verdict}."
 
 
 def _across(rows: list[dict], scheme: str, method: str, length: int, train: int) -> str:
@@ -138,23 +175,22 @@ def _across(rows: list[dict], scheme: str, method: str, length: int, train: int)
     return f"{name} and `{scheme} none` at length {train} cannot be compared: a value is missing."
   a, b = interval.mean(list(here.values())), interval.mean(list(there.values()))
   words, unit = METRICS["bpb_last"]
-  word = "equals" if abs(a - b) <= 0.005 else "is above" if a > b else "is below"
+  word = "equals" if abs(a - b) <= NO_DIFFERENCE else "is above" if a > b else "is below"
   return f"The {words} of {name} {word} that of `{scheme} none` at the training length {train} ({a:.2f} against {b:.2f}{unit})."
 
 
-def _best(rows: list[dict], scheme: str, length: int) -> str | None:
-  """Which method has the lowest loss on the last block."""
-  means = {
-    method: interval.mean(list(found.values()))
-    for method in methods.METHODS
-    if (found := _values(rows, scheme, method, length))
-  }
-  if len(means) < 2:
+def _best(rows: list[dict], scheme: str, applies: set[str], length: int) -> str | None:
+  """Which method has the lowest loss on the last block, over the seeds that all methods have."""
+  found = {name: _values(rows, scheme, name, length) for name in methods.METHODS if name in applies}
+  seeds = set.intersection(*(set(values) for values in found.values())) if found else set()
+  if len(found) < 2 or not seeds:
     return None
+  means = {name: interval.mean([values[seed] for seed in seeds]) for name, values in found.items()}
   first, second = sorted(means, key=means.get)[:2]
+  close = means[second] - means[first] <= NO_DIFFERENCE
   return (
-    f"At length {length}, the lowest loss on the last block of `{scheme}` is that of `{first}` ({means[first]:.2f} bits per byte), "
-    f"before `{second}` ({means[second]:.2f})."
+    f"At length {length}, the lowest loss on the last block of `{scheme}` is that of `{first}` "
+    f"({means[first]:.2f} bits per byte), {'level with' if close else 'before'} `{second}` ({means[second]:.2f})."
   )
 
 
@@ -167,12 +203,14 @@ def _values(rows: list[dict], scheme: str, method: str, length: int) -> dict[int
   }
 
 
-def _markdown(settings, config: dict, rows: list[dict], labelled: list[dict], baseline: float) -> str:
+def _markdown(
+  settings, config: dict, rows, labelled, learnt: str, findings: list[str], figures: list[str]
+) -> str:
   evaluation, corpus = config["evaluation"], config["corpus"]
   parts = ["# Length extrapolation: train short, test long", ""]
-  parts += [*_in_length(rows, settings, baseline), ""]
-  if found := _findings(rows, settings):
-    parts += ["## Findings", "", *(f"- {sentence}" for sentence in found), ""]
+  parts += [learnt, ""]
+  if findings:
+    parts += ["## Findings", "", *(f"- {sentence}" for sentence in findings), ""]
   for metric in settings.metrics:
     parts += [f"## {HEADINGS[metric]}", "", table(_applicable(labelled), metric, 3).markdown()]
   skipped = {(r["scheme"], r["method"]): r["reason"] for r in rows if r["status"] == "not applicable"}
@@ -182,15 +220,18 @@ def _markdown(settings, config: dict, rows: list[dict], labelled: list[dict], ba
       reasons.setdefault(f"{scheme}: {reason}", []).append(method)
     parts += ["Not applicable, and so not in the tables:", ""]
     parts += [f"- {', '.join(names)} on {reason}" for reason, names in reasons.items()] + [""]
-  parts += ["![loss by length](bpb_vs_length.png)", "![loss by position](bpb_vs_position.png)"]
-  parts += ["![accuracy by length](accuracy_vs_length.png)", "", "## How it was measured", ""]
+  parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures] + [
+    "",
+    "## How it was measured",
+    "",
+  ]
   parts += [
     f"- Text: {corpus['source']}, {corpus['files']} files, {corpus['bytes']} bytes, {corpus['split']} "
     f"({corpus['train_bytes']} for training, {corpus['validation_bytes']} for validation), SHA-256 {corpus['sha256'][:16]}.",
     f"- Training: {', '.join(f'{s} {settings.steps_of(s)} steps' for s in settings.schemes)} of {settings.batch_size} x "
     f"{settings.train_length} bytes; {settings.seeds} seed(s); {config['settings']['dtype']} compute, float32 parameters.",
     f"- Model: {settings.num_layers} layers, width {settings.embed_dim}, {settings.num_heads} heads, SwiGLU of "
-    f"{settings.mlp_dim}, RMSNorm, {config['platform']} with jax {config['jax']}, Python {config['python']}.",
+    f"{settings.mlp_dim}, RMSNorm, {config['devices'][0]} with jax {config['libraries']['jax']}, Python {config['python']}.",
     f"- Windows: {evaluation['windows']}, their ends {evaluation['stride']} bytes apart and the same for every length, so the "
     f"last block of {evaluation['last_block']} bytes is the same text with more or less before it.",
     "- The repeated text is each window's last block over and over; both accuracies count every position of the window.",
@@ -205,4 +246,7 @@ def _markdown(settings, config: dict, rows: list[dict], labelled: list[dict], ba
 def _factors(settings) -> str:
   if settings.factors is None:
     return "length / train_length, so methods are switched on beyond the training length only."
-  return ", ".join(map(str, settings.factors)) + ", at every length."
+  return (
+    ", ".join(map(str, settings.factors))
+    + ", at every length (methods without a factor beyond the training length only); no comparisons are drawn."
+  )

@@ -13,8 +13,15 @@ from jaxllm.study.cells import Group
 
 SCHEMES = ("rope", "rope_logn", "alibi", "nope")
 METRICS = ("bpb_last", "bpb", "accuracy", "accuracy_repeated")
-POSITION_CURVE = "bpb_position"
-"""The metric of the extra rows behind bpb_vs_position.png; `position` is the first byte of their bin."""
+BY_POSITION = "bpb_position"
+"""Loss by position at the longest length, for bpb_vs_position.png; `position` is the first byte of a row's bin."""
+BY_WINDOW = "bpb_window"
+"""Loss of the last block of each window, for the error of differences between methods; `window` is its number."""
+IN_LENGTH = "bpb_in_length"
+"""Loss at the training length on up to IN_LENGTH_WINDOWS windows: what the model has learnt, beside the trigram model."""
+DETAILS = (BY_POSITION, BY_WINDOW, IN_LENGTH)
+"""Metrics of rows that are details behind the report, and no results of their own."""
+IN_LENGTH_WINDOWS = 1000
 
 GROUP_SIZE = 4
 """Methods batched in one program.  A group is padded to it, so neither the number of methods nor what is done already
@@ -83,7 +90,9 @@ class Variant:
   factor: float
 
 
-def variants(methods: Sequence[str], factors: Sequence[float] | None, train_length: int, length: int) -> list[Variant]:
+def variants(
+  methods: Sequence[str], factors: Sequence[float] | None, train_length: int, length: int
+) -> list[Variant]:
   """What is evaluated at one length.
 
   Without `factors` the factor is length / train_length: a method is switched on for the long test only, as in the published
@@ -101,16 +110,27 @@ def is_on(variant: Variant, factors: Sequence[float] | None, train_length: int, 
 
 
 def check_methods_matter(
-  methods: Sequence[str], factors: Sequence[float] | None, train_length: int, lengths: Sequence[int]
+  schemes: Sequence[str],
+  methods: Sequence[str],
+  factors: Sequence[float] | None,
+  train_length: int,
+  lengths: Sequence[int],
 ) -> None:
-  """Refuse a method that would change nothing at any length; `none` and a factor of 1 that was asked for are controls."""
+  """Refuse a method that would change nothing anywhere; `none` and a factor of 1 that was asked for are controls."""
   longest = max(lengths)
   for name in methods:
-    on = any(is_on(v, factors, train_length, longest) for v in variants([name], factors, train_length, longest))
+    reasons = [not_applicable(scheme, name) for scheme in schemes]
+    if all(reasons):
+      raise ConfigError(
+        f"--methods={name} with --schemes={','.join(schemes)}: {'; '.join(dict.fromkeys(reasons))}"
+      )
+    on = any(
+      is_on(v, factors, train_length, longest) for v in variants([name], factors, train_length, longest)
+    )
     if name != "none" and not on:
       raise ConfigError(
-        f"--methods={name}: changes nothing at the largest length {longest}, as methods are switched on beyond "
-        f"--train_length={train_length} only; give longer --lengths, or --factors"
+        f"--methods={name} with --lengths up to {longest}: changes nothing, as methods are switched on beyond "
+        f"--train_length={train_length} only; give longer --lengths, or --factors, or --methods=none"
       )
 
 
@@ -122,6 +142,7 @@ def plan(
   train_length: int,
   lengths: Sequence[int],
   seeds: int,
+  windows: int,
 ) -> list[Group]:
   """Every cell of the sweep, in groups of methods that share one compiled program at one length, in a fixed order.
 
@@ -130,6 +151,8 @@ def plan(
   groups = []
   for scheme in schemes:
     for seed in range(seeds):
+      in_length = _cells(scheme, seed, train_length, train_length, [Variant("none", 1.0)], [IN_LENGTH])
+      groups.append(Group(f"{scheme}/{seed}/{train_length}/in_length/0", tuple(in_length)))
       for length in lengths:
         programs: dict[str, list[Variant]] = {}
         for variant in variants(methods, factors, train_length, length):
@@ -143,8 +166,11 @@ def plan(
           size = program_size(scheme, program) or len(members)
           for start in range(0, len(members), size):
             cells = _cells(scheme, seed, length, train_length, members[start : start + size], metrics)
-            if length == max(lengths) and program != "none":
-              cells += _curve(cells, train_length)
+            if program != "none":
+              details = [("window", BY_WINDOW, range(windows))] if "bpb_last" in metrics else []
+              if length == max(lengths):
+                details.append(("position", BY_POSITION, range(0, length, bin_size(train_length))))
+              cells += [cell for detail in details for cell in _details(cells, *detail)]
             groups.append(Group(f"{scheme}/{seed}/{length}/{program}/{start // size}", tuple(cells)))
   return groups
 
@@ -166,12 +192,12 @@ def _cells(scheme, seed, length, train_length, members: Sequence[Variant], metri
   ]
 
 
-def _curve(cells: Sequence[dict], train_length: int) -> list[dict]:
-  """The cells of loss by position: bins of half the trained length."""
-  bin_size = max(1, train_length // 2)
-  firsts = {(cell["method"], cell["factor"]): cell for cell in cells}
-  return [
-    {**cell, "metric": POSITION_CURVE, "position": start}
-    for cell in firsts.values()
-    for start in range(0, cell["length"], bin_size)
-  ]
+def bin_size(train_length: int) -> int:
+  """Bytes of a bin of loss by position."""
+  return max(1, train_length // 2)
+
+
+def _details(cells: Sequence[dict], column: str, metric: str, places: Sequence[int]) -> list[dict]:
+  """One cell a place for each variant of `cells`, its number in `column`."""
+  variants = {(cell["method"], cell["factor"]): cell for cell in cells}
+  return [{**cell, "metric": metric, column: place} for cell in variants.values() for place in places]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import platform
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxllm.errors import DataError
 VOCAB_SIZE = 256
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _VALIDATION = 0.05  # the share of the bytes that whole validation files are to reach
-_LARGEST = 0.1  # the largest share of the validation part that one file may be: it is to be like the text, not like a file
+_LARGEST = 1 / 3  # of the validation part may be one file: it is to be like the text, not like a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +34,26 @@ def load_corpus(path: str | None = None) -> Corpus:
 
   A twentieth of the text is for validation: whole files, chosen by the hash of their names, or the end of
   the text where files are too few or too uneven for that.  Raises DataError for a file that is not UTF-8 text (with the
-  offset) and for a corpus without text.
+  offset) and for a corpus without text, OSError for what cannot be read.
   """
   root, files = _stdlib() if path is None else _files(Path(path))
   texts = {name: _read(root / name) for name in files}
   total = sum(map(len, texts.values()))
   if total == 0:
-    raise DataError(f"{root}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text")
+    raise DataError(
+      f"{_printable(root)}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text"
+    )
   held_out = _held_out({name: len(text) for name, text in texts.items()}, total)
   if held_out:
-    train, validation = (b"\n".join(t for n, t in texts.items() if (n in held_out) == is_in) for is_in in (False, True))
+    train, validation = (
+      b"\n".join(t for n, t in texts.items() if (n in held_out) == is_in) for is_in in (False, True)
+    )
   else:
     text = b"\n".join(texts.values())
     cut = len(text) - max(1, len(text) // 20)
     train, validation = text[:cut], text[cut:]
   about = {
-    "source": f"Python {platform.python_version()} standard library" if path is None else str(path),
+    "source": f"Python {platform.python_version()} standard library" if path is None else _printable(path),
     "files": len(texts),
     "bytes": total,
     "split": "by file" if held_out else "the last twentieth of the bytes is for validation",
@@ -61,13 +66,13 @@ def load_corpus(path: str | None = None) -> Corpus:
 
 
 def check_size(corpus: Corpus, source: str, train_length: int, test_length: int, windows: int) -> None:
-  """Raise DataError unless a training sequence, and all windows of the longest test, can be cut from the two parts."""
-  for part, needed in (("train", train_length + 1), ("validation", test_length + windows + 1)):
+  """Raise DataError unless a training sequence, and windows whose last train_length bytes are apart, can be cut."""
+  for part, needed in (("train", train_length + 1), ("validation", test_length + 1 + windows * train_length)):
     found = len(getattr(corpus, part))
     if found < needed:
       raise DataError(
-        f"{source}: {corpus.about['bytes']} bytes give a {part} part of {found}, expected at least {needed} for "
-        f"{windows} windows of lengths up to {test_length}; give more text, or shorter lengths"
+        f"{_printable(source)}: {corpus.about['bytes']} bytes give a {part} part of {found}, expected at least {needed} for "
+        f"{windows} windows of lengths up to {test_length}; give more text, shorter lengths or fewer windows"
       )
 
 
@@ -84,15 +89,33 @@ def batch(data: np.ndarray, seed: int, step: int, size: int, length: int) -> np.
 def _stdlib() -> tuple[Path, list[str]]:
   """The running Python's own sources, `pydoc_data` topics included, without tests and installed packages."""
   root = Path(sysconfig.get_paths()["stdlib"])
-  found = (p.relative_to(root) for p in root.rglob("*.py") if p.is_file())
-  return root, sorted(p.as_posix() for p in found if not _SKIPPED & set(p.parts))
+  return root, _below(root, lambda name: name not in _SKIPPED, lambda name: name.endswith(".py"))
 
 
 def _files(path: Path) -> tuple[Path, list[str]]:
   if path.is_file():
     return path.parent, [path.name]
-  found = (p.relative_to(path) for p in path.rglob("*") if p.is_file())
-  return path, sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
+  shown = lambda name: not name.startswith(".")
+  return path, _below(path, shown, shown)
+
+
+def _below(root: Path, enter: Callable[[str], bool], take: Callable[[str], bool]) -> list[str]:
+  """Names below `root` of the files whose own name is to be taken, in directories that are all to be entered."""
+
+  def unreadable(e: OSError):
+    raise e
+
+  found = []
+  for directory, inner, names in os.walk(root, onerror=unreadable):
+    inner[:] = filter(enter, inner)
+    files = (Path(directory, name) for name in filter(take, names))
+    found += [file.relative_to(root).as_posix() for file in files if file.is_file()]
+  return sorted(found)
+
+
+def _printable(name: str | Path) -> str:
+  """A file name for messages and reports, which are UTF-8; names on disk are any bytes."""
+  return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _read(path: Path) -> bytes:
@@ -100,9 +123,11 @@ def _read(path: Path) -> bytes:
   try:
     text.decode("utf-8")
   except UnicodeDecodeError as e:
-    raise DataError(f"{path}: not UTF-8 text (byte {e.start} of {len(text)} is 0x{text[e.start]:02x})") from None
+    raise DataError(
+      f"{_printable(path)}: not UTF-8 text (byte {e.start} of {len(text)} is 0x{text[e.start]:02x})"
+    ) from None
   if (zero := text.find(b"\0")) >= 0:
-    raise DataError(f"{path}: not text (byte {zero} of {len(text)} is 0x00)")
+    raise DataError(f"{_printable(path)}: not text (byte {zero} of {len(text)} is 0x00)")
   return text
 
 
@@ -118,4 +143,4 @@ def _held_out(sizes: dict[str, int], total: int) -> set[str]:
 
 
 def _by_hash(names: Iterable[str]) -> list[str]:
-  return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+  return sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())

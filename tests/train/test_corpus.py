@@ -58,9 +58,9 @@ def test_a_single_file_gives_its_end_to_validation(tmp_path):
   (tmp_path / "book.txt").write_bytes(text)
   corpus = data.load_corpus(str(tmp_path / "book.txt"))
   assert corpus.train.tobytes() + corpus.validation.tobytes() == text
-  assert len(corpus.validation) == len(text) // 16
+  assert len(corpus.validation) == len(text) // 20
   assert corpus.about["validation_files"] == 0
-  assert "last sixteenth" in corpus.about["split"]
+  assert "last twentieth" in corpus.about["split"]
 
 
 def test_a_few_uneven_files_are_split_by_bytes(tmp_path):
