@@ -17,8 +17,10 @@ from jaxllm.activation import Mlp
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn import Transformer
 from jaxllm.norm import LayerNorm
-from jaxllm.position import POSITIONS, LogN, Rope
+from jaxllm.ops.attention import Plain
+from jaxllm.position import POSITIONS, LogN, ReRope, Rope
 from jaxllm.position.query_scale import query_scale_table
+from jaxllm.position.rope import DynamicNtkRope
 from jaxllm.position.tables import PositionTables, make_table
 from jaxllm.tree import flatten, unflatten
 
@@ -72,9 +74,15 @@ def structure(cfg):
 
   def plain(layer):
     method = layer.position
-    if not isinstance(method, Rope) or method.needs_raw_keys or type(method).__module__ != Rope.__module__:
-      return layer
-    return dataclasses.replace(layer, position=Rope(100.0, method.rotary_dim, method.layout))
+    if isinstance(method, ReRope):
+      return dataclasses.replace(
+        layer, position=ReRope(100.0, method.rotary_dim, method.layout, window=method.clip)
+      )
+    if isinstance(method, DynamicNtkRope):
+      method = dataclasses.replace(method, base=100.0, factor=1.0, original_length=1)
+    elif isinstance(method, Rope) and type(method).__module__ == Rope.__module__:
+      method = Rope(100.0, method.rotary_dim, method.layout)
+    return dataclasses.replace(layer, position=method)
 
   return dataclasses.replace(cfg, layers=tuple(map(plain, cfg.layers)), query_scale=None)
 
@@ -89,12 +97,18 @@ def tables(cfg, offset=0):
   )
 
 
-@functools.cache
 def params(cfg):
   """Random weights, the same for all models of the same shapes; no norm weight is 1."""
-  shapes = jax.eval_shape(
-    lambda key: Transformer(cfg).init(key, np.zeros((1, 1), np.int32))["params"], jax.random.key(0)
+  plain = dict(
+    layers=(Layer(position("nope")),), query_scale=None, embed_scale=1.0, attention=Plain(), dtype="float32"
   )
+  return _params(dataclasses.replace(cfg, **plain))
+
+
+@functools.cache
+def _params(cfg):
+  init = lambda key: Transformer(cfg).init(key, np.zeros((1, 1), np.int32))["params"]
+  shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
   rng = np.random.default_rng(0)
 
   def draw(path, shape):
@@ -107,8 +121,7 @@ def params(cfg):
       return x
     return x * (1.0 if "/attn/" in path else 1.5) * shape[0] ** -0.5
 
-  drawn = {path: draw(path, leaf.shape).astype(np.float32) for path, leaf in sorted(flatten(shapes).items())}
-  return unflatten(drawn)
+  return unflatten({path: draw(path, leaf.shape).astype(np.float32) for path, leaf in sorted(shapes.items())})
 
 
 def tokens(seed=0, shape=(B, T)):

@@ -1,5 +1,7 @@
 """Properties that hold for every model, as functions, so that test_sabotage can show that each can fail."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,18 +13,22 @@ from jaxllm.nn import Context, Transformer, init_cache
 PROGRAMS = {}
 """Compiled programs by kind and config; patched code needs an empty one."""
 
+AS_USED = [structure(MODELS[name]) for name in ("rope", "yarn, and the rest otherwise")]
+"""Their forward passes are compiled as users run them; all else is compiled by quick_jit."""
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiles a gradient in a quarter of the time; what it computes is the same."""
+
+def quick_jit(f):
+  """jax.jit without the compiler's optimizations: the same operations, compiled in a third of the time."""
+  return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def program(kind, cfg):
   """The jitted function `kind` for the structure of cfg."""
-  key = kind, structure(cfg)
-  if key not in PROGRAMS:
-    options = QUICK if kind == "gradient" else None
-    PROGRAMS[key] = jax.jit(KINDS[kind](Transformer(structure(cfg))), compiler_options=options)
-  return PROGRAMS[key]
+  cfg = structure(cfg)
+  if (kind, cfg) not in PROGRAMS:
+    jit = jax.jit if cfg in AS_USED and kind != "gradient" else quick_jit
+    PROGRAMS[kind, cfg] = jit(KINDS[kind](Transformer(cfg)))
+  return PROGRAMS[kind, cfg]
 
 
 def _forward(model):
@@ -62,7 +68,7 @@ def positions(offset=0):
 
 def full(cfg, ids, offset=0, weights=None):
   """Logits [B, T, V] of one forward pass."""
-  weights = params(structure(cfg)) if weights is None else weights
+  weights = params(cfg) if weights is None else weights
   return np.asarray(program("forward", cfg)(weights, ids, positions(offset), tables(cfg, offset)))
 
 
@@ -72,7 +78,7 @@ def chunked(cfg, ids, lengths_CB, sizes_C, poison=None):
   Chunk c is sizes_C[c] wide, and row b has lengths_CB[c][b] real tokens in it.  Unused slots hold `poison`
   before every call, where it is given.
   """
-  step, p, rope = program("step", cfg), params(structure(cfg)), tables(cfg)
+  step, p, rope = program("step", cfg), params(cfg), tables(cfg)
   cache, done, out = init_cache(cfg, B, T), np.zeros(B, int), np.zeros((B, T, cfg.vocab_size), np.float32)
   for size, lengths in zip(sizes_C, lengths_CB, strict=True):
     cache.check_room(size)
@@ -106,15 +112,15 @@ RAGGED_SIZES = [8] + [1] * 5 + [8]
 def check_oracle(name, offset=0, tolerance=5e-6):
   """float32 logits are those of a float64 decoder, at any position."""
   cfg, ids = MODELS[name], tokens()
-  truth = oracle.logits(cfg, params(structure(cfg)), ids, positions(offset)[0])
+  truth = oracle.logits(cfg, params(cfg), ids, positions(offset)[0])
   error = relative_error(full(cfg, ids, offset), truth)
   assert error <= tolerance, f"{name} at {offset}: {error:.2e} > {tolerance}"
 
 
-def check_large_mean(name, tolerance=5e-5):
-  """Embeddings with a mean of 20: float32 holds a residual of 30 to 2e-6, hence ten times the tolerance."""
-  cfg, ids, weights = MODELS[name], tokens(), params(structure(MODELS[name]))
-  weights = weights | {"embed": weights["embed"] + 20}
+def check_large_mean(name, tolerance=1e-4):
+  """Embeddings with a mean of 60: float32 holds a residual of 90 to 8e-6, so twenty times the tolerance."""
+  cfg, ids, weights = MODELS[name], tokens(), params(MODELS[name])
+  weights = weights | {"embed": weights["embed"] + 60}
   error = relative_error(full(cfg, ids, weights=weights), oracle.logits(cfg, weights, ids))
   assert error <= tolerance, f"{name} with a large mean: {error:.2e} > {tolerance}"
 
@@ -153,11 +159,11 @@ def check_shift(name, shift=1_000_000, tolerance=1e-5):
 
 
 def gradient(name, ids, weights, context=None):
-  """d sum(weights * loss) / d parameters, the label of a token being its id + 1."""
-  cfg = MODELS[name]
+  """d sum(weights * loss) / d parameters of the first two layers, the label of a token being its id + 1."""
+  cfg = dataclasses.replace(MODELS[name], num_layers=2, layers=MODELS[name].layers[:2])
   context = Context(pos=positions(), valid=np.ones((B, T), bool)) if context is None else context
   labels = (ids + 1) % cfg.vocab_size
-  return program("gradient", cfg)(params(structure(cfg)), ids, labels, weights, context, tables(cfg))
+  return program("gradient", cfg)(params(cfg), ids, labels, weights, context, tables(cfg))
 
 
 def check_later_tokens(name):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from model_cases import MODELS, params, structure, table_of_models, tokens
+from model_cases import MODELS, params, table_of_models, tokens
 from model_checks import full, relative_error
 
 from jaxllm.tree import flatten, unflatten
@@ -27,7 +27,7 @@ def repeat_heads(cfg, weights):
 def test_grouped_heads_are_repeated_heads(name, num_kv_heads):
   grouped = dataclasses.replace(MODELS[name], num_kv_heads=num_kv_heads)
   every = dataclasses.replace(grouped, num_kv_heads=grouped.num_heads)
-  weights = params(structure(grouped))
+  weights = params(grouped)
   found = full(grouped, tokens())
   assert relative_error(found, full(every, tokens(), weights=repeat_heads(grouped, weights))) <= 2e-6
 
@@ -35,7 +35,7 @@ def test_grouped_heads_are_repeated_heads(name, num_kv_heads):
 def test_the_order_of_heads_is_a_convention():
   """Permuting the query heads of one group, with their rows of o, changes nothing."""
   cfg = MODELS["rope"]
-  weights = params(structure(cfg))
+  weights = params(cfg)
   heads = np.arange(cfg.num_heads).reshape(cfg.num_kv_heads, -1)[:, ::-1].ravel()
   columns = (heads[:, None] * cfg.head_dim + np.arange(cfg.head_dim)).ravel()
   flat = flatten(weights)

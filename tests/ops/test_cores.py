@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_cases import TRAINED, position
-from model_checks import QUICK, relative_error
+from model_checks import quick_jit, relative_error
 
 from jaxllm.config import ModelConfig
 from jaxllm.ops.attention import Plain, Side, allowed
@@ -17,7 +17,6 @@ from jaxllm.position.tables import make_table
 
 B, T, N, K, H = 2, 20, 4, 2, 16
 METHODS = ["nope", "alibi", "rope", "dynamic_ntk", "rerope"]
-TILES = [(4, 5), (6, 7), (32, 32)]  # dividing, not dividing, larger than the sequence
 
 
 @functools.cache
@@ -34,7 +33,7 @@ def program(name, core):
     out = core(q, k, v, q_side, k_side, window, score)
     return jnp.sum(out * cotangent), out
 
-  return jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)
+  return quick_jit(jax.value_and_grad(run, has_aux=True))
 
 
 def table(name):
@@ -81,13 +80,12 @@ def attend(name, core, queries, keys, window):
   return np.asarray(out), [np.asarray(g) for g in gradients]
 
 
+# every method with tiles that do not divide, and one with tiles that do or are larger than the sequence
+CASES = [(name, (6, 7)) for name in METHODS] + [("alibi", (4, 5)), ("alibi", (32, 32))]
+
+
 @pytest.mark.parametrize(
-  ("name", "tiles"),
-  [
-    pytest.param(n, t, marks=[pytest.mark.core] * (n == "rope"))
-    for n in METHODS
-    for t in TILES[: 3 if n == "rope" else 2]
-  ],
+  ("name", "tiles"), [pytest.param(*case, marks=[pytest.mark.core] * (case[0] == "rope")) for case in CASES]
 )
 def test_blockwise_is_plain(name, tiles):
   for mask, queries, keys, window in masks():
@@ -119,14 +117,12 @@ def test_queries_without_a_key(name, core):
 def test_weights_of_a_window(core):
   """With keys as values 1, 2, 4, ... the output of uniform attention spells which keys were seen."""
   side = Side(INDEX[:1], INDEX[:1])
-  v = np.zeros((1, T, 1, T), np.float32)
-  v[0, np.arange(T), 0, np.arange(T)] = 1
-  zeros = np.zeros((1, T, 1, T), np.float32)
-  for window in (1, 4, T, None):
-    weights = np.asarray(core(zeros, zeros, v, side, side, window, lambda q, k, *_: inner_products(q, k)))[
-      0, :, 0
-    ]
-    count = np.minimum(window or T, np.arange(T) + 1)
+  v = np.eye(T, dtype=np.float32)[None, :, None]
+  q = np.zeros((1, T, 1, T), np.float32)
+  score = lambda q, k, *_: inner_products(q, k)
+  run = quick_jit(lambda window: core(q, q, v, side, side, window, score)[0, :, 0])
+  for window in (1, 4, T):
+    weights, count = np.asarray(run(window)), np.minimum(window, np.arange(T) + 1)
     np.testing.assert_array_equal((weights > 0).sum(-1), count)
     np.testing.assert_allclose(weights.max(-1), 1 / count, rtol=1e-6)
 
@@ -137,7 +133,8 @@ def test_the_core_does_not_change_the_model_in_bfloat16():
   side = Side(INDEX, INDEX)
   low = [jnp.asarray(x, jnp.bfloat16) for x in (q / 4, k, v)]
   score = lambda q, k, *_: inner_products(q, k)
-  plain, blockwise = (core(*low, side, side, None, score) for core in (Plain(), Blockwise(6, 7)))
+  run = lambda core: quick_jit(lambda q, k, v: core(q, k, v, side, side, None, score))(*low)
+  plain, blockwise = run(Plain()), run(Blockwise(6, 7))
   assert plain.dtype == blockwise.dtype == jnp.bfloat16
   assert relative_error(blockwise.astype(np.float32), plain.astype(np.float32)) <= 2**-7
 

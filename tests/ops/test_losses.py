@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_checks import quick_jit
 
 from jaxllm.ops.losses import cross_entropy
 
@@ -26,7 +27,7 @@ def truth():
   )
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, pytest.param(8, marks=pytest.mark.core), 21, 1000])
+@pytest.mark.parametrize("chunk", [7, pytest.param(8, marks=pytest.mark.core), 1000])
 def test_every_chunk_gives_the_same(chunk):
   def total(hidden, head, weights):
     nll, correct = cross_entropy(hidden, head, LABELS, chunk)
@@ -34,7 +35,7 @@ def test_every_chunk_gives_the_same(chunk):
 
   nll, correct, probs = truth()
   weights = RNG.standard_normal((B, T)).astype(np.float32)
-  grad = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+  grad = quick_jit(jax.grad(total, argnums=(0, 1), has_aux=True))
   (d_hidden, d_head), (found, found_correct) = grad(HIDDEN, HEAD, weights)
   np.testing.assert_allclose(found, nll, rtol=0, atol=5e-6)
   np.testing.assert_array_equal(found_correct, correct)

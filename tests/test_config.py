@@ -1,0 +1,259 @@
+"""The config: every field matters or is said not to, JSON both ways, errors that name what is wrong."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from model_cases import (
+  FIELDS,
+  MODELS,
+  OTHER,
+  SHAPE,
+  Layer,
+  ModelConfig,
+  model,
+  params,
+  position,
+  tokens,
+)
+from model_checks import full, relative_error
+
+from jaxllm.activation import Glu, Mlp
+from jaxllm.errors import ConfigError
+from jaxllm.nn import Transformer
+from jaxllm.norm import LayerNorm, RMSNorm
+from jaxllm.ops.attention import Plain
+from jaxllm.ops.blockwise import Blockwise
+from jaxllm.position import POSITIONS, LogN, Rope
+from jaxllm.tree import diff
+
+ROPE = MODELS["rope"]
+SHAPES = dict(vocab_size=31, embed_dim=20, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=12, mlp_dim=28)
+
+
+def one(field, value, base=ROPE):
+  return dataclasses.replace(base, **{field: value})
+
+
+# What a field is changed from and to.  All must move the logits, except those of SAME, which must not.
+CHANGED = {
+  "ModelConfig.layers": (ROPE, one("layers", (Layer(position("rope")),))),
+  "ModelConfig.norm": (ROPE, one("norm", RMSNorm(0.1))),
+  "ModelConfig.mlp": (ROPE, one("mlp", Glu("gelu"))),
+  "ModelConfig.query_scale": (ROPE, one("query_scale", LogN(16, 1.0))),
+  "ModelConfig.tie_embeddings": (ROPE, one("tie_embeddings", True)),
+  "ModelConfig.embed_scale": (ROPE, one("embed_scale", 0.5)),
+  "ModelConfig.attention": (ROPE, one("attention", Blockwise(5, 7))),
+  "Layer.position": (ROPE, one("layers", (*ROPE.layers[:2], Layer(position("nope"))))),
+  "Layer.window": (ROPE, one("layers", (Layer(position("rope"), 3), *ROPE.layers[1:]))),
+  "LogN.train_length": (one("query_scale", LogN(8)), one("query_scale", LogN(16))),
+  "LogN.floor": (one("query_scale", LogN(8)), one("query_scale", LogN(8, 0.9))),
+  "RMSNorm.eps": (ROPE, one("norm", RMSNorm(0.1))),
+  "LayerNorm.eps": (model("nope", **OTHER), model("nope", **OTHER | dict(norm=LayerNorm(0.1)))),
+  "Glu.activation": (ROPE, one("mlp", Glu("gelu"))),
+  "Mlp.activation": (model("nope", **OTHER), model("nope", **OTHER | dict(mlp=Mlp("silu")))),
+  "Blockwise.q_block": (one("attention", Blockwise(5, 7)), one("attention", Blockwise(3, 7))),
+  "Blockwise.k_block": (one("attention", Blockwise(5, 7)), one("attention", Blockwise(5, 24))),
+}
+SAME = {"ModelConfig.attention", "Blockwise.q_block", "Blockwise.k_block"}
+
+# Fields of the position methods, each with a value unlike the table's; yarn starts with a ramp to move.
+VALUES = dict(
+  base=300.0, rotary_dim=8, layout="interleaved", factor=2.0, exponent=0.2, window=6, original_length=16
+)
+VALUES |= dict(
+  beta_fast=2.0, beta_slow=0.5, mscale=2.0, mscale_all_dim=2.0, attention_factor=0.5, truncate=False
+)
+YARN = dict(original_length=64, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5)
+LENGTH_MATTERS = (
+  "dynamic_ntk",
+  "yarn",
+  "rerope",
+)  # to the others, original_length is what they are told, not used
+for name, cls in POSITIONS.items():
+  for field in dataclasses.fields(cls):
+    start = YARN if name == "yarn" else {}
+    row = f"{cls.__name__}.{field.name}"
+    CHANGED[row] = (model(name, start), model(name, start | {field.name: VALUES[field.name]}))
+    if field.name == "original_length" and name not in LENGTH_MATTERS:
+      SAME.add(row)
+
+
+@pytest.mark.parametrize(
+  "field",
+  [pytest.param(f, marks=[pytest.mark.core] * (f in ("YarnRope.factor", "Layer.window"))) for f in CHANGED],
+)
+def test_a_changed_field_moves_the_logits(field):
+  """And where it moves them to is right, by the float64 decoder."""
+  before, after = CHANGED[field]
+  weights = params(dataclasses.replace(before, tie_embeddings=False))
+  old, new = full(before, tokens(), weights=weights), full(after, tokens(), weights=weights)
+  moved = relative_error(new, old)
+  assert moved <= 1e-5 if field in SAME else moved > 1e-3, f"{field}: moved by {moved:.1e}"
+  assert relative_error(new, oracle.logits(after, weights, tokens())) <= 5e-6
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_the_compute_type_moves_the_logits_a_little(dtype, bits):
+  moved = relative_error(full(one("dtype", dtype), tokens()), full(ROPE, tokens()))
+  assert 1e-4 < moved < 20 * 2.0**-bits
+
+
+@pytest.mark.parametrize("field", SHAPES)
+def test_a_shape_is_a_shape_of_the_parameters(field):
+  assert diff(params(ROPE), params(one(field, SHAPES[field])))
+
+
+def test_all_shapes_at_once():
+  cfg = dataclasses.replace(MODELS["yarn"], **SHAPES | dict(num_layers=2, layers=MODELS["yarn"].layers[:2]))
+  assert relative_error(full(cfg, tokens()), oracle.logits(cfg, params(cfg), tokens())) <= 5e-6
+
+
+def test_every_field_is_in_the_table():
+  classes = [ModelConfig, Layer, LogN, RMSNorm, LayerNorm, Glu, Mlp, Plain, Blockwise, *POSITIONS.values()]
+  fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
+  elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")}
+  assert fields == CHANGED.keys() | elsewhere
+
+
+CONFIGS = {f"{row} {i}": cfg for row, pair in CHANGED.items() for i, cfg in enumerate(pair)} | MODELS
+
+
+def test_json_there_and_back():
+  for name, cfg in CONFIGS.items():
+    there = json.dumps(cfg.to_dict(), allow_nan=False)
+    back = ModelConfig.from_dict(json.loads(there))
+    assert back == cfg and hash(back) == hash(cfg), name
+    assert json.dumps(back.to_dict()) == there, name
+  assert len(set(MODELS.values())) == len(MODELS)
+
+
+def test_a_saved_config_may_leave_out_what_is_default():
+  assert ModelConfig.from_dict(SHAPE | {"layers": [{"position": {"name": "rope"}}]}) == ModelConfig(**SHAPE)
+
+
+def build(**changes):
+  return lambda: ModelConfig(**SHAPE | changes)
+
+
+def load(**changes):
+  return lambda: ModelConfig.from_dict(ROPE.to_dict() | changes)
+
+
+ERRORS = [
+  *(
+    (build(**{field: bad}), rf"{field}: found {bad!r}, expected an integer of at least 1")
+    for field in SHAPES
+    for bad in (0, -1, 2.5, "8", True)
+  ),
+  (build(num_kv_heads=3), "num_kv_heads: found 3, expected a divisor of num_heads = 4"),
+  (build(layers=()), "layers: a pattern of 0 does not divide num_layers = 3"),
+  (build(layers=(Layer(),) * 2), "layers: a pattern of 2 does not divide num_layers = 3"),
+  (build(dtype="float8"), "dtype: found 'float8', expected one of float32, bfloat16, float16"),
+  (
+    build(layers=(Layer(Rope(rotary_dim=18)),)),
+    "rotary_dim: found 18, expected an even number of at most head_dim = 16",
+  ),
+  (build(head_dim=15), "rotary_dim: found 15, expected an even number of at most head_dim = 15"),
+  *(
+    (
+      lambda bad=bad: Layer(window=bad),
+      f"Layer.window: found {bad!r}, expected an integer of at least 1, or None",
+    )
+    for bad in (0, -3, 2.0, "8")
+  ),
+  (lambda: LogN(1), "LogN.train_length: found 1, expected an integer of at least 2"),
+  (lambda: LogN(8, 1.5), "LogN.floor: found 1.5, expected a number from 0 to 1"),
+  (
+    lambda: ROPE.with_position("ropes"),
+    "position method: found 'ropes', expected one of nope, alibi, rope, ",
+  ),
+  (
+    lambda: ROPE.with_position("ntk", scale=2.0),
+    "ntk: no field scale; it has base, factor, layout, original_length, ",
+  ),
+  (lambda: MODELS["alibi"].with_position("ntk"), "position method ntk: the model has no global RoPE layer"),
+  (
+    lambda: one("layers", (Layer(Rope(), 4),)).with_position("ntk"),
+    "position method ntk: the model has no global",
+  ),
+  (lambda: MODELS["dynamic_ntk"].rope_tables(), "dynamic_ntk: .*give max_len, or seq_len to pin one"),
+  (load(depth=3, heads=2), "model config: unknown key depth, heads; known: attention, "),
+  (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer"),
+  (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer"),
+  (load(mlp={"name": "glu", "gate": 1}), "mlp: glu has no field gate; it has activation"),
+  (load(attention={"name": "flash"}), "attention.name: found 'flash', expected one of plain, blockwise"),
+  (load(query_scale={"name": "sqrt"}), "query_scale.name: found 'sqrt', expected one of log_n"),
+  (
+    load(layers=[{"position": {"name": "yarn", "betas": 3}}]),
+    "layers.position: yarn has no field betas; it has ",
+  ),
+  (
+    load(layers=[{"position": {"name": "yarn"}}]),
+    "YarnRope.original_length: found None, expected the length",
+  ),
+]
+
+
+@pytest.mark.parametrize(("broken", "message"), ERRORS, ids=[str(i) for i in range(len(ERRORS))])
+def test_errors_name_the_field_what_was_found_and_what_is_expected(broken, message):
+  with pytest.raises(ConfigError, match=message):
+    broken()
+
+
+def test_with_position_keeps_what_it_is_not_told():
+  base = ModelConfig(
+    **SHAPE, layers=(Layer(Rope(base=500.0, rotary_dim=8, layout="interleaved", original_length=8)),)
+  )
+  yarn = base.with_position("yarn", factor=4.0).layers[0].position
+  assert yarn == POSITIONS["yarn"](500.0, 8, "interleaved", 8, factor=4.0)
+  again = (
+    base.with_position("yarn", factor=4.0).with_position("pi", factor=2.0, base=100.0).layers[0].position
+  )
+  assert again == POSITIONS["pi"](100.0, 8, "interleaved", 8, factor=2.0)
+  assert base.with_position("nope").layers == (Layer(position("nope")),)
+
+
+def test_with_position_leaves_local_layers_alone():
+  """Windowed RoPE layers and layers without RoPE stay as they were trained."""
+  cfg = one("layers", (Layer(Rope()), Layer(Rope(), 4), Layer(position("nope"))))
+  changed = cfg.with_position("ntk", factor=4.0)
+  assert changed.layers == (Layer(POSITIONS["ntk"](factor=4.0)), *cfg.layers[1:])
+  assert [type(rope).__name__ for rope in changed.ropes] == ["NtkRope", "Rope"]
+
+
+def test_tables_of_one_length():
+  """seq_len pins one length for all queries; without it each length beyond the trained one has a row."""
+  cfg = MODELS["dynamic_ntk"]
+  assert [cfg.rope_tables(max_len=n).ropes[0].rows for n in (4, 8, 9, 24)] == [1, 1, 2, 17]
+  pinned, rows = cfg.rope_tables(seq_len=20).ropes[0], cfg.rope_tables(max_len=24).ropes[0]
+  assert pinned.rows == 1
+  np.testing.assert_array_equal(pinned.hi[0], rows.hi[12])
+  ids = tokens()
+  found = relative_error(
+    np.asarray(
+      jax.jit(lambda p, t: Transformer(cfg).apply({"params": p}, t, rope=cfg.rope_tables(seq_len=20))[0])(
+        params(cfg), ids
+      )
+    ),
+    oracle.logits(cfg, params(cfg), ids, seq_len=20),
+  )
+  assert found <= 5e-6
+
+
+def test_tables_that_do_not_fit_the_model():
+  rows = MODELS["dynamic_ntk"].rope_tables(max_len=24)
+  with pytest.raises(
+    ConfigError, match=r"rope: a table of 17 rows needs unrotated keys, which Rope does not keep"
+  ):
+    Transformer(ROPE).apply({"params": params(ROPE)}, tokens(), rope=rows)
+  with pytest.raises(ConfigError, match="rope: found tables of 0 RoPEs, expected 1"):
+    Transformer(ROPE).apply({"params": params(ROPE)}, tokens(), rope=MODELS["nope"].rope_tables())
+
+
+def test_fields_of_the_suite_are_fields():
+  known = {field.name for cls in POSITIONS.values() for field in dataclasses.fields(cls)}
+  assert FIELDS.keys() | VALUES.keys() <= known
