@@ -28,7 +28,9 @@ ACTIVATIONS = {"gelu": gelu, "silu": silu}
 def _check_activation(owner) -> None:
   if owner.activation not in ACTIVATIONS:
     allowed = ", ".join(sorted(ACTIVATIONS))
-    raise ConfigError(f"{type(owner).__name__}.activation: found {owner.activation!r}, expected one of {allowed}")
+    raise ConfigError(
+      f"{type(owner).__name__}.activation: found {owner.activation!r}, expected one of {allowed}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

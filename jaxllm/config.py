@@ -62,9 +62,13 @@ class ModelConfig:
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}: found {value!r}, expected an integer of at least 1")
     if self.num_heads % self.num_kv_heads:
-      raise ConfigError(f"num_kv_heads: found {self.num_kv_heads}, expected a divisor of num_heads = {self.num_heads}")
+      raise ConfigError(
+        f"num_kv_heads: found {self.num_kv_heads}, expected a divisor of num_heads = {self.num_heads}"
+      )
     if not self.layers or self.num_layers % len(self.layers):
-      raise ConfigError(f"layers: a pattern of {len(self.layers)} does not divide num_layers = {self.num_layers}")
+      raise ConfigError(
+        f"layers: a pattern of {len(self.layers)} does not divide num_layers = {self.num_layers}"
+      )
     if self.dtype not in DTYPES:
       raise ConfigError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
     for rope in self.ropes:
@@ -102,8 +106,12 @@ class ModelConfig:
     def replaced(layer: Layer) -> Layer:
       if not isinstance(layer.position, Rope) or layer.window is not None:
         return layer
-      kept = {key: getattr(layer.position, key) for key in ("base", "rotary_dim", "layout", "original_length")}
-      return dataclasses.replace(layer, position=cls(**({k: v for k, v in kept.items() if k in known} | kwargs)))
+      kept = {
+        key: getattr(layer.position, key) for key in ("base", "rotary_dim", "layout", "original_length")
+      }
+      return dataclasses.replace(
+        layer, position=cls(**({k: v for k, v in kept.items() if k in known} | kwargs))
+      )
 
     if not any(isinstance(layer.position, Rope) and layer.window is None for layer in self.layers):
       raise ConfigError(f"position method {name}: the model has no global RoPE layer for it to change")
@@ -142,7 +150,8 @@ class ModelConfig:
     values |= {key: _build(kinds, key, plain[key]) for key, kinds in _VALUES.items() if key in plain}
     if "layers" in plain:
       values["layers"] = tuple(
-        Layer(_build(POSITIONS, "layers.position", layer["position"]), layer.get("window")) for layer in plain["layers"]
+        Layer(_build(POSITIONS, "layers.position", layer["position"]), layer.get("window"))
+        for layer in plain["layers"]
       )
     return cls(**values)
 
@@ -166,5 +175,7 @@ def _build(kinds: Mapping[str, type], key: str, plain: Mapping[str, Any] | None)
     raise ConfigError(f"{key}.name: found {name!r}, expected one of {', '.join(kinds)}")
   known = {f.name for f in dataclasses.fields(kinds[name])}
   if unknown := sorted(set(fields) - known):
-    raise ConfigError(f"{key}: {name} has no field {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
+    raise ConfigError(
+      f"{key}: {name} has no field {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
+    )
   return kinds[name](**fields)

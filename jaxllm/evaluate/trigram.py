@@ -30,7 +30,11 @@ class Trigram:
     label, before, earlier = w[:, 1:], w[:, :-1], np.pad(w[:, :-2], ((0, 0), (1, 0)))
     p = np.full(label.shape, 1.0 / V)
     for order, context in enumerate((np.zeros_like(label), before, earlier * V + before)):
-      counts, total, distinct = self._counts[order], self._totals[order][context], self._distinct[order][context]
+      counts, total, distinct = (
+        self._counts[order],
+        self._totals[order][context],
+        self._distinct[order][context],
+      )
       mixed = (counts[context, label] + distinct * p) / np.maximum(total + distinct, 1)
       known = total + distinct > 0
       if order == 2:

@@ -41,7 +41,9 @@ class Attention(nn.Module):
       for name, n in heads.items()
     )
     p = {name: weight(self, name, shape, init) for name, (shape, init) in position.params(cfg).items()}
-    q_BTNH = query_scale(q_BTNH.astype(jnp.float32) * cfg.head_dim**-0.5, q_side.pos)  # one rounding, at the end
+    q_BTNH = query_scale(
+      q_BTNH.astype(jnp.float32) * cfg.head_dim**-0.5, q_side.pos
+    )  # one rounding, at the end
 
     if position.needs_raw_keys:
       q_BTNH = q_BTNH.astype(cfg.dtype)
@@ -49,7 +51,9 @@ class Attention(nn.Module):
     else:  # keys are rotated once, before they are cached
       q_BTNH = position.rotate_q(q_BTNH, q_side.pos, table).astype(cfg.dtype)
       k_BTKH = position.rotate_k(k_BTKH, q_side.pos, table)
-      score = lambda q, k, q_pos, k_pos: add_bias(inner_products(q, k), position.bias(p, q_pos, k_pos, cfg.num_heads))
+      score = lambda q, k, q_pos, k_pos: add_bias(
+        inner_products(q, k), position.bias(p, q_pos, k_pos, cfg.num_heads)
+      )
 
     if cache is not None:
       cache = (append(cache[0], k_BTKH, length_B), append(cache[1], v_BTKH, length_B))

@@ -64,7 +64,9 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> Cache:
 
 def append(slots_BS: jax.Array, new_BT: jax.Array, length_B: jax.Array) -> jax.Array:
   """`new_BT...` written into each row's slots from its own length on."""
-  write = lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)
+  write = lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(
+    slots, new.astype(slots.dtype), start, axis=0
+  )
   return jax.vmap(write)(slots_BS, new_BT, length_B)
 
 
@@ -72,14 +74,20 @@ def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tupl
   """(queries, keys, the cache with positions and lengths moved on) of a call on tokens of `shape` (B, T)."""
   B, T = shape
   start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
-  index = context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+  index = (
+    context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+  )
   pos = context.pos if context.pos is not None else index
   queries = Side(index, pos, context.segment, context.valid)
   if cache is None:
     return queries, queries, None
   if context.index is not None or context.segment is not None:
-    raise ConfigError("context: index and segment cannot be given with a cache, whose slots are the order of one sequence")
-  new = jnp.full((B,), T, jnp.int32) if context.valid is None else jnp.sum(context.valid, axis=1, dtype=jnp.int32)
+    raise ConfigError(
+      "context: index and segment cannot be given with a cache, whose slots are the order of one sequence"
+    )
+  new = (
+    jnp.full((B,), T, jnp.int32) if context.valid is None else jnp.sum(context.valid, axis=1, dtype=jnp.int32)
+  )
   moved = dataclasses.replace(
     cache, pos=append(cache.pos, jnp.broadcast_to(pos, shape), cache.length), length=cache.length + new
   )

@@ -44,5 +44,7 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    p = {name: weight(self, name, shape, init) for name, (shape, init) in self.kind.params(x.shape[-1]).items()}
+    p = {
+      name: weight(self, name, shape, init) for name, (shape, init) in self.kind.params(x.shape[-1]).items()
+    }
     return self.kind(p, x)

@@ -91,12 +91,16 @@ class Transformer(nn.Module):
     q_side, k_side, moved = sides(context, cache, tokens_BT.shape)
     tables = self._tables(rope, context, cache, tokens_BT.shape[1])
 
-    embed_VD = weight(self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5))
+    embed_VD = weight(
+      self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5)
+    )
     x_BTD = (embed_VD[tokens_BT] * cfg.embed_scale).astype(cfg.dtype)
     x_BTD = cfg.layers[0].position.embed(x_BTD, q_side.pos, {})
     if self.scan:
       if cache is not None:
-        raise ConfigError("Transformer.scan: decoding with a cache takes the unstacked layout (tree.unstack_layers)")
+        raise ConfigError(
+          "Transformer.scan: decoding with a cache takes the unstacked layout (tree.unstack_layers)"
+        )
       body = nn.scan(
         Layers,
         variable_axes={"params": 0},
@@ -121,14 +125,20 @@ class Transformer(nn.Module):
 
   def _head(self) -> jax.Array:
     cfg = self.cfg
-    return weight(self, "head", (cfg.embed_dim, cfg.vocab_size), nn.initializers.variance_scaling(1, "fan_in", "normal"))
+    return weight(
+      self, "head", (cfg.embed_dim, cfg.vocab_size), nn.initializers.variance_scaling(1, "fan_in", "normal")
+    )
 
-  def _tables(self, rope: PositionTables | None, context: Context, cache: Cache | None, T: int) -> PositionTables:
+  def _tables(
+    self, rope: PositionTables | None, context: Context, cache: Cache | None, T: int
+  ) -> PositionTables:
     if rope is None:
       own_positions = context.pos is not None or context.index is not None
       rope = self.cfg.rope_tables(max_len=None if own_positions else (T if cache is None else cache.capacity))
     if len(rope.ropes) != len(self.cfg.ropes):
-      raise ConfigError(f"rope: found tables of {len(rope.ropes)} RoPEs, expected {len(self.cfg.ropes)}, one a distinct RoPE")
+      raise ConfigError(
+        f"rope: found tables of {len(rope.ropes)} RoPEs, expected {len(self.cfg.ropes)}, one a distinct RoPE"
+      )
     for position, table in zip(self.cfg.ropes, rope.ropes, strict=True):
       if table.rows > 1 and not position.needs_raw_keys:
         raise ConfigError(

@@ -33,4 +33,15 @@ POSITIONS: dict[str, type[Position]] = {
   "rerope": ReRope,
 }
 
-__all__ = ["POSITIONS", "Alibi", "LogN", "NoPE", "Position", "PositionTables", "ReRope", "Rope", "RopeTable", "alibi_slopes"]
+__all__ = [
+  "POSITIONS",
+  "Alibi",
+  "LogN",
+  "NoPE",
+  "Position",
+  "PositionTables",
+  "ReRope",
+  "Rope",
+  "RopeTable",
+  "alibi_slopes",
+]

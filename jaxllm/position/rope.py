@@ -51,12 +51,16 @@ class Rope(Position):
       raise ConfigError(f"{name}.layout: found {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
     rotary_dim = self.rotary_dim
     if rotary_dim is not None and (not isinstance(rotary_dim, int) or rotary_dim < 2 or rotary_dim % 2):
-      raise ConfigError(f"{name}.rotary_dim: found {rotary_dim!r}, expected an even integer of at least 2, or None")
+      raise ConfigError(
+        f"{name}.rotary_dim: found {rotary_dim!r}, expected an even integer of at least 2, or None"
+      )
     length = self.original_length
     if length is None and self.needs_original_length:
       raise ConfigError(f"{name}.original_length: found None, expected the length the model was trained at")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-      raise ConfigError(f"{name}.original_length: found {length!r}, expected an integer of at least 1, or None")
+      raise ConfigError(
+        f"{name}.original_length: found {length!r}, expected an integer of at least 1, or None"
+      )
 
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     return base_power(self.base, rotary_dim), 1.0
@@ -209,7 +213,9 @@ class DynamicNtkRope(ScaledRope):
 
   def seq_lens(self, max_len: int | None) -> tuple[int, Sequence[int | None]]:
     if max_len is None:
-      raise ConfigError("dynamic_ntk: its frequencies depend on the length; give max_len, or seq_len to pin one")
+      raise ConfigError(
+        "dynamic_ntk: its frequencies depend on the length; give max_len, or seq_len to pin one"
+      )
     return self.original_length, range(self.original_length, max(max_len, self.original_length) + 1)
 
 
@@ -237,7 +243,9 @@ class YarnRope(ScaledRope):
     super().__post_init__()
     check_positive(self, beta_fast=self.beta_fast, beta_slow=self.beta_slow)
     if self.beta_fast <= self.beta_slow:
-      raise ConfigError(f"YarnRope.beta_fast: found {self.beta_fast!r}, expected more than beta_slow = {self.beta_slow!r}")
+      raise ConfigError(
+        f"YarnRope.beta_fast: found {self.beta_fast!r}, expected more than beta_slow = {self.beta_slow!r}"
+      )
     if self.attention_factor is not None:
       check_positive(self, attention_factor=self.attention_factor)
     for name in ("mscale", "mscale_all_dim"):

@@ -63,7 +63,9 @@ class QueryScale:
 
   def __call__(self, q_BTNH: jax.Array, pos_BT: jax.Array) -> jax.Array:
     """Queries times the factor of their positions."""
-    log_n = jnp.log(pos_BT.astype(jnp.float32) + 1)  # in float32: a half type has too few digits for the ratio
+    log_n = jnp.log(
+      pos_BT.astype(jnp.float32) + 1
+    )  # in float32: a half type has too few digits for the ratio
     factor_BT = jnp.maximum(self.floor, log_n * self.inverse_log)
     return q_BTNH * factor_BT[..., None, None]
 

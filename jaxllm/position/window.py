@@ -30,7 +30,9 @@ class ReRope(Rope):
   def __post_init__(self):
     super().__post_init__()
     if self.window is None and self.original_length is None:
-      raise ConfigError("ReRope.window: found None, expected an integer (or original_length, whose half is the window)")
+      raise ConfigError(
+        "ReRope.window: found None, expected an integer (or original_length, whose half is the window)"
+      )
     if self.window is not None and (type(self.window) is not int or self.window < 1):
       raise ConfigError(f"ReRope.window: found {self.window!r}, expected an integer of at least 1")
 

@@ -40,7 +40,9 @@ class TrainConfig:
     check_positive(self, steps=self.steps, batch_size=self.batch_size, length=self.length)
     check_positive(self, learning_rate=self.learning_rate, clip_norm=self.clip_norm)
     if not 0 <= self.warmup < 1:
-      raise ConfigError(f"TrainConfig.warmup: found {self.warmup}, expected a share of the steps, from 0 to below 1")
+      raise ConfigError(
+        f"TrainConfig.warmup: found {self.warmup}, expected a share of the steps, from 0 to below 1"
+      )
 
   def schedule(self) -> optax.Schedule:
     """Learning rate of a step: linear from 0, then a cosine to final_ratio of the peak."""
@@ -67,7 +69,9 @@ def init_state(model: Transformer, config: TrainConfig, seed: int) -> State:
   return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": config.optimizer().init(params)}
 
 
-def make_step(model: Transformer, config: TrainConfig) -> Callable[[State, jax.Array], tuple[State, jax.Array]]:
+def make_step(
+  model: Transformer, config: TrainConfig
+) -> Callable[[State, jax.Array], tuple[State, jax.Array]]:
   """step(state, tokens [B, length + 1]) -> (state, mean loss in nats), compiled; the old state is given up."""
   optimizer = config.optimizer()
 
