@@ -44,8 +44,8 @@ flags.DEFINE_string(
 flags.DEFINE_integer("train_length", 128, "context length of training, in bytes")
 flags.DEFINE_string("lengths", None, "context lengths to test; default 1, 2, 4, 8 and 16 times train_length")
 flags.DEFINE_integer("seeds", 1, "models to train a scheme; several give 95 % intervals")
-flags.DEFINE_integer("steps", 800, "training steps of the first scheme")
-flags.DEFINE_integer("other_steps", 250, "training steps of every other scheme")
+flags.DEFINE_integer("steps", 750, "training steps of the first scheme")
+flags.DEFINE_integer("other_steps", 400, "training steps of every other scheme")
 flags.DEFINE_integer("batch_size", 16, "sequences a training step")
 flags.DEFINE_float("learning_rate", 2e-3, "peak of the warm-up and cosine schedule")
 flags.DEFINE_integer("embed_dim", 128, "model width")
@@ -226,7 +226,7 @@ def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
       "last_block": settings.train_length,
       "group_size": methods.GROUP_SIZE,
       "tokens_at_once": windows.TOKENS_AT_ONCE,
-      "dynamic_ntk": "one base for the whole window: a factor f at length L stretches by f L / L0 - (f - 1), 57 for f = 8 at 8 L0",
+      "dynamic_ntk": "one base a window; factor f at length L stretches by f L / L0 - (f - 1), 57 for f = 8 at 8 L0",
       "methods": {name: dataclasses.asdict(methods.METHODS[name]) for name in settings.methods},
     },
   }
