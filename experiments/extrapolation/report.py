@@ -89,18 +89,22 @@ def _plots(out: Path, settings, rows: list[dict], curve: list[dict]) -> list[str
     ("accuracy_repeated_vs_length.png", "accuracy_repeated"),
   ):
     if metric in settings.metrics:
-      lines, bands = series(rows, metric)
       xlabel = f"test length in bytes (trained at {settings.train_length})"
-      plots.lines(out / name, lines, xlabel, HEADINGS[metric], HEADINGS[metric], bands=bands)
+      plots.lines(out / name, _panels(rows, metric), xlabel, HEADINGS[metric], HEADINGS[metric])
       written.append(name)
   # a position takes the place of the length, so that the same series code serves
-  by_position = [{**row, "length": row["position"]} for row in curve]
-  lines, bands = series(by_position, methods.BY_POSITION)
+  by_position = _panels([{**row, "length": row["position"]} for row in curve], methods.BY_POSITION)
   title = f"Bits per byte by position, windows of {max(settings.lengths)} bytes"
   plots.lines(
-    out / "bpb_vs_position.png", lines, "position in bytes", "bits per byte", title, xlog2=False, bands=bands
+    out / "bpb_vs_position.png", by_position, "position in bytes", "bits per byte", title, xlog2=False
   )
   return [*written, "bpb_vs_position.png"]
+
+
+def _panels(rows: list[dict], metric: str) -> dict:
+  """A panel a scheme."""
+  schemes = dict.fromkeys(row["scheme"] for row in rows)
+  return {scheme: series([row for row in rows if row["scheme"] == scheme], metric) for scheme in schemes}
 
 
 def _trigram(settings, corpus) -> float:

@@ -15,50 +15,59 @@ DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)))
 MARKERS = "osD^vPX<>phd8H*"
 
 
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""{label: (xs, ys)}; as bands, {label: (lows, highs)} around the line of the same label."""
+
+
 def lines(
   path: str | os.PathLike,
-  series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  panels: Mapping[str, tuple[Series, Series]],
   xlabel: str,
   ylabel: str,
   title: str,
   xlog2: bool = True,
-  bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
-  y_limit: tuple[float, float] | None = None,
 ) -> None:
-  """Writes a PNG with one line for each of `series`, {label: (xs, ys)}, and the legend beside it.
+  """Writes a PNG with a panel for each of `panels`, {name: (lines, bands)}, side by side on one scale.
 
-  `bands` are {label: (lows, highs)} around lines of the same label. With `xlog2` the axis is logarithmic and
-  labelled with the xs themselves. Values outside `y_limit` are marked at the edge by arrows of the line's
-  colour. A NaN or None in ys breaks the line.
+  A label has one colour and marker in all panels, and one legend beside them. With `xlog2` the axis is
+  logarithmic and labelled with the xs themselves. A NaN or None in ys breaks the line.
   """
   import matplotlib
   from matplotlib.figure import Figure
 
+  labels = list(dict.fromkeys(label for series, _ in panels.values() for label in series))
   with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
-    figure = Figure(figsize=(9.6, 5.4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for i, (label, (xs, ys)) in enumerate(series.items()):
-      ys = [math.nan if y is None else y for y in ys]
-      colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-      axes.plot(
-        xs, ys, color=colour, linestyle=dash, linewidth=1.7, label=label,
-        marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.5,
-      )  # fmt: skip
-      if bands and label in bands:
-        axes.fill_between(xs, *bands[label], color=colour, alpha=0.14, linewidth=0)
-      if y_limit is not None:
-        _mark_outside(axes, xs, ys, y_limit, colour)
-    if y_limit is not None:
-      axes.set_ylim(*y_limit)
-    if xlog2:
-      _label_powers(axes, sorted({x for xs, _ in series.values() for x in xs}))
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, handlelength=3.2, labelspacing=0.6)
+    figure = Figure(figsize=(3.6 + 4.2 * max(1, len(panels)), 5.4), dpi=100, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    grid = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    for axes, (name, (series, bands)) in zip(grid, panels.items(), strict=False):
+      for label, (xs, ys) in series.items():
+        i = labels.index(label)
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        axes.plot(
+          xs, [math.nan if y is None else y for y in ys], color=colour, linestyle=dash, linewidth=1.7, label=label,
+          marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.5,
+        )  # fmt: skip
+        if label in bands:
+          axes.fill_between(xs, *bands[label], color=colour, alpha=0.14, linewidth=0)
+      if xlog2:
+        _label_powers(axes, sorted({x for xs, _ in series.values() for x in xs}))
+      axes.set_title(name, fontsize=10)
+      axes.set_xlabel(xlabel)
+      axes.grid(color="#e3e6ea", linewidth=0.8)
+      axes.set_axisbelow(True)
+      axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_ylabel(ylabel)
+    handles = {t: h for axes in grid for h, t in zip(*axes.get_legend_handles_labels(), strict=True)}
+    shown = [label for label in labels if label in handles]
+    figure.legend(
+      [handles[t] for t in shown],
+      shown,
+      loc="outside right upper",
+      frameon=False,
+      handlelength=3.2,
+      labelspacing=0.6,
+    )
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})  # no version of matplotlib in the bytes
   files.write_bytes(path, image.getvalue())
@@ -68,11 +77,3 @@ def _label_powers(axes, xs: list[float]) -> None:
   axes.set_xscale("log", base=2)
   axes.set_xticks(xs, [f"{x:g}" if x < 1e6 else f"{x:.3g}" for x in xs])
   axes.minorticks_off()
-
-
-def _mark_outside(axes, xs, ys, y_limit: tuple[float, float], colour: str) -> None:
-  low, high = y_limit
-  for edge, marker, outside in ((high, "^", lambda y: y > high), (low, "v", lambda y: y < low)):
-    at = [x for x, y in zip(xs, ys, strict=True) if outside(y)]
-    if at:  # an empty unclipped line would stretch the layout to the origin
-      axes.plot(at, [edge] * len(at), marker, color=colour, markersize=8, clip_on=False, zorder=5)

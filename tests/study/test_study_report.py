@@ -180,14 +180,21 @@ def test_a_plot_is_the_same_bytes_and_shows_what_it_is_given(tmp_path):
   series = {f"method {i}": (lengths, [2.0, 2.1 + 0.1 * i, 3.0 + i]) for i in range(15)}
   bands = {"method 3": ([1.9, 2.3, 5.9], [2.1, 2.5, 6.1])}
 
-  def draw(name, series, **kw):
-    plots.lines(tmp_path / name, series, "length", "bits per byte", "Loss", **kw)
+  def draw(name, *panels, **kw):
+    named = {f"panel {i}": panel for i, panel in enumerate(panels)}
+    plots.lines(tmp_path / name, named, "length", "bits per byte", "Loss", **kw)
     return (tmp_path / name).read_bytes()
 
-  first = draw("a.png", series, bands=bands, y_limit=(1.5, 5.0))
+  first = draw("a.png", (series, bands), (series, {}))
   assert first[:8] == b"\x89PNG\r\n\x1a\n"
-  assert draw("b.png", series, bands=bands, y_limit=(1.5, 5.0)) == first
+  assert draw("b.png", (series, bands), (series, {})) == first
   assert b"Software" not in first and b"Date" not in first
-  one = {"yarn": (lengths, [2.0, 2.4, 4.0])}
-  hole = {"yarn": (lengths, [2.0, None, 4.0])}
-  assert len({draw("c.png", one), draw("d.png", hole), draw("e.png", one, xlog2=False)}) == 3
+  one = {"yarn": (lengths, [2.0, 2.4, 4.0])}, {}
+  hole = {"yarn": (lengths, [2.0, None, 4.0])}, {}
+  others = (
+    draw("c.png", one),
+    draw("d.png", hole),
+    draw("e.png", one, xlog2=False),
+    draw("f.png", (series, {})),
+  )
+  assert len({first, *others}) == 5
