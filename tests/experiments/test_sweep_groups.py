@@ -1,7 +1,6 @@
 """The cells of a group: one program for all RoPE scalings, and each value as it is defined."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -37,20 +36,18 @@ class Untrained:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.5), shapes)
 
 
+def groups_of(settings):
+  chosen = (settings.schemes, settings.methods, settings.metrics, settings.factors)
+  return methods.plan(*chosen, settings.train_length, settings.lengths, settings.seeds, settings.windows)
+
+
 def sweep(*args):
   """(settings, rows of all groups, in the order of the plan)."""
   settings = sweep_case.settings_of(*sweep_case.TINY, *args)
   trained = Untrained(settings)
-  groups = methods.plan(
-    settings.schemes,
-    settings.methods,
-    settings.metrics,
-    settings.factors,
-    16,
-    settings.lengths,
-    settings.seeds,
-  )
-  return settings, [row for group in groups for row in evaluate.compute(settings, trained, TEXT, group)]
+  return settings, [
+    row for group in groups_of(settings) for row in evaluate.compute(settings, trained, TEXT, group)
+  ]
 
 
 def values(rows, **wanted):
@@ -100,6 +97,16 @@ def measured():
   return sweep("--schemes=rope,rope_logn,alibi", "--methods=all", "--lengths=40")
 
 
+def score(cfg, params, tokens):
+  """(bits, hits) of a model by itself, in float64 from its logits."""
+  tables, model = cfg.rope_tables(seq_len=tokens.shape[1] - 1), Transformer(cfg)
+  apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens, rope=tables)[0])
+  logits, labels = np.asarray(apply(tokens[:, :-1]), np.float64), tokens[:, 1:]
+  log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+  bits = (log_sum - np.take_along_axis(logits, labels[..., None], -1)[..., 0]) / np.log(2)
+  return bits, logits.argmax(-1) == labels
+
+
 @pytest.mark.parametrize(
   ("scheme", "name"),
   [
@@ -113,40 +120,44 @@ def measured():
 def test_a_cell_is_what_the_model_alone_gives(measured, scheme, name):
   settings, rows = measured
   trained = Untrained(settings)
-  params = trained.params(scheme, 0)
-  cfg, method, length = trained.configs[scheme], methods.METHODS[name], 40
+  params, cfg, method, length = trained.params(scheme, 0), trained.configs[scheme], methods.METHODS[name], 40
   factor = length / 16 if method.stretches else 1.0
   if method.position:
     cfg = cfg.with_position(method.position, **({"factor": factor} if method.stretches else {}))
   if method.log_n:
     cfg = dataclasses.replace(cfg, query_scale=LogN(16, floor=1.0))
   windows = cut_windows(TEXT, length, max(settings.lengths), settings.windows)
-  tables, model = cfg.rope_tables(seq_len=length), Transformer(cfg)
-  apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens, rope=tables)[0])
-
-  def score(tokens):
-    logits, labels = np.asarray(apply(tokens[:, :-1]), np.float64), tokens[:, 1:]
-    log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-    bits = (log_sum - np.take_along_axis(logits, labels[..., None], -1)[..., 0]) / np.log(2)
-    return bits, logits.argmax(-1) == labels
-
-  bits, hits = score(windows)
   repeated = np.tile(windows[:, -16:], 3)[:, -length - 1 :]
+  bits, hits = score(cfg, params, windows)
   expected = {
     "bpb": bits.mean(),
     "bpb_last": bits[:, -16:].mean(),
     "accuracy": hits.mean(),
-    "accuracy_repeated": score(repeated)[1].mean(),
+    "accuracy_repeated": score(cfg, params, repeated)[1].mean(),
   }
-  for metric, value in expected.items():
-    (found,) = values(rows, scheme=scheme, method=name, factor=factor, length=length, metric=metric)
-    np.testing.assert_allclose(found, value, rtol=2e-6, err_msg=metric)
+  cell = dict(scheme=scheme, method=name, factor=factor, length=length)
+  for metric, expected_value in expected.items():
+    np.testing.assert_allclose(
+      values(rows, metric=metric, **cell), [expected_value], rtol=2e-6, err_msg=metric
+    )
+  by_window = values(rows, metric=methods.BY_WINDOW, **cell)
+  np.testing.assert_allclose(by_window, bits[:, -16:].mean(axis=1), rtol=2e-6)
+
+
+def test_the_loss_within_the_trained_length_is_that_of_the_model_as_trained(measured):
+  settings, rows = measured
+  trained = Untrained(settings)
+  windows = evaluate.in_length_windows(TEXT, 16)
+  assert len(windows) > 100
+  bits, _ = score(trained.configs["rope_logn"], trained.params("rope_logn", 0), windows)
+  found = values(rows, scheme="rope_logn", metric=methods.IN_LENGTH)
+  np.testing.assert_allclose(found, [bits.mean()], rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["none", "yarn", "rerope"])
 def test_the_curve_by_position_averages_to_the_whole_window(measured, name):
-  cells = dict(scheme="rope", method=name)
-  curve = values(measured[1], metric=methods.POSITION_CURVE, **cells)
+  cells = dict(scheme="rope", method=name, length=40)
+  curve = values(measured[1], metric=methods.BY_POSITION, **cells)
   assert len(curve) == 40 // 8
   for metric, part in (("bpb", curve), ("bpb_last", curve[-2:])):
     np.testing.assert_allclose([np.mean(part)], values(measured[1], metric=metric, **cells), rtol=1e-6)
@@ -156,15 +167,14 @@ def test_a_failed_training_fails_its_cells_each_time_and_is_tried_once(monkeypat
   from jaxllm.train.loop import DivergedError
 
   settings, tried = sweep_case.settings_of(*sweep_case.TINY), []
-  trained = evaluate.Trained(tmp_path, {"rope": 0, "alibi": 0}, None, TEXT, None, types.SimpleNamespace())
+  trained = evaluate.Trained(tmp_path, Untrained(settings).configs, None, TEXT, None, None)
 
   def train(scheme, seed):
     tried.append(scheme)
     raise DivergedError("the loss is nan")
 
   monkeypatch.setattr(trained, "_train", train)
-  groups = methods.plan(settings.schemes, settings.methods, settings.metrics, None, 16, settings.lengths, 1)
-  for group in groups:
+  for group in groups_of(settings):
     if group.name.split("/")[3] != "none":
       with pytest.raises(DivergedError):
         evaluate.compute(settings, trained, TEXT, group)

@@ -12,7 +12,7 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 
 
 def plan(schemes=methods.SCHEMES, names=ALL, metrics=methods.METRICS, factors=None, lengths=LENGTHS, seeds=2):
-  return methods.plan(schemes, names, metrics, factors, 128, lengths, seeds)
+  return methods.plan(schemes, names, metrics, factors, 128, lengths, seeds, windows=3)
 
 
 def key(cell):
@@ -44,19 +44,30 @@ def test_every_cell_is_there_once(names, factors):
   assert set(found.values()) == {1}
 
 
-def test_the_curve_by_position_covers_the_longest_window_of_every_method_once():
-  curve = collections.Counter(
-    (cell["scheme"], cell["method"], cell["seed"], cell["length"], cell["position"])
+@pytest.mark.parametrize(
+  ("metric", "column", "places", "lengths"),
+  [
+    (methods.BY_POSITION, "position", range(0, 2048, 64), (2048,)),
+    (methods.BY_WINDOW, "window", range(3), LENGTHS),
+  ],
+)
+def test_details_cover_every_place_of_every_method_once(metric, column, places, lengths):
+  found = collections.Counter(
+    (cell["scheme"], cell["method"], cell["seed"], cell["length"], cell[column])
     for group in plan()
     for cell in group.cells
-    if cell["metric"] == methods.POSITION_CURVE
+    if cell["metric"] == metric
   )
   applicable = [(s, m) for s in methods.SCHEMES for m in ALL if not methods.not_applicable(s, m)]
   wanted = {
-    (s, m, seed, 2048, position) for s, m in applicable for seed in (0, 1) for position in range(0, 2048, 64)
+    (s, m, seed, length, place)
+    for s, m in applicable
+    for seed in (0, 1)
+    for length in lengths
+    for place in places
   }
-  assert set(curve) == wanted
-  assert set(curve.values()) == {1}
+  assert set(found) == wanted
+  assert set(found.values()) == {1}
 
 
 def test_groups_have_their_own_names_and_at_most_the_size_of_their_program():
@@ -65,7 +76,7 @@ def test_groups_have_their_own_names_and_at_most_the_size_of_their_program():
   for group in groups:
     scheme, seed, length, program, _ = group.name.split("/")
     assert {(c["scheme"], c["seed"], c["length"]) for c in group.cells} == {(scheme, int(seed), int(length))}
-    if program != "none":
+    if program not in ("none", "in_length"):
       members = {(cell["method"], cell["factor"]) for cell in group.cells}
       assert len(members) <= methods.program_size(scheme, program) <= methods.GROUP_SIZE
 
@@ -110,7 +121,7 @@ def test_methods_are_off_at_the_trained_length_and_given_factors_apply_everywher
         stretches or (on and variant.method != "none")
       ), variant
   programs = {group.name.split("/")[3] for group in plan(schemes=("rope",), lengths=(128,))}
-  assert programs == {"tables"}
+  assert programs == {"tables", "in_length"}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,12 @@ def test_methods_are_off_at_the_trained_length_and_given_factors_apply_everywher
 )
 def test_a_method_that_changes_nothing_is_refused_but_for_controls(names, factors, lengths, refused):
   if refused is None:
-    methods.check_methods_matter(names, factors, 128, lengths)
+    methods.check_methods_matter(("rope", "alibi"), names, factors, 128, lengths)
     return
-  with pytest.raises(ConfigError, match=f"--methods={refused}: changes nothing"):
-    methods.check_methods_matter(names, factors, 128, lengths)
+  with pytest.raises(ConfigError, match=f"--methods={refused} .*changes nothing"):
+    methods.check_methods_matter(("rope", "alibi"), names, factors, 128, lengths)
+
+
+def test_a_method_that_applies_to_no_scheme_is_refused():
+  with pytest.raises(ConfigError, match="--methods=pi with --schemes=alibi,nope: pi changes RoPE"):
+    methods.check_methods_matter(("alibi", "nope"), ("none", "pi"), None, 128, LENGTHS)
