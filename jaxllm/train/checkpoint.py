@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import json
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +16,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxllm import tree
 from jaxllm.errors import CheckpointError
 
 State = Any
+
+_NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM)
+"""Errors of the system on reading, which say nothing about what is on disk."""
 
 
 class Checkpoints:
@@ -24,7 +33,8 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | Path, keep: int = 2):
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save
+    # Orbax tells of every save, and of the errors that it raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     self.directory = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
@@ -43,39 +53,101 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: State) -> None:
-    """Commit `state` as `step`; a save that did not happen raises."""
-    if not self._manager.save(step, args=ocp.args.StandardSave(state)):
-      raise CheckpointError(f"{self.directory}: step {step} was not saved, as it is there already; use another directory")
-    self._manager.wait_until_finished()
+    """Commit `state` as `step`; a save that did not happen raises, OSError if the system refused it."""
+    try:
+      saved = self._manager.save(step, args=ocp.args.StandardSave(state))
+      self._manager.wait_until_finished()
+    except MemoryError:
+      raise
+    except Exception as e:  # whatever Orbax and the formats below it raise for a failed write
+      raise self._os_error(_errno(e) or errno.EIO) from e
+    if not saved:
+      raise CheckpointError(
+        f"{self.directory}: step {step} was not saved, as it is there already; use another directory"
+      )
 
   def restore(self, target: State) -> State | None:
     """The newest step that can be read, in the shapes and types of `target`; None if nothing is saved.
 
-    A step that cannot be read is moved aside (into `unreadable/`) and the one before it is used.  Raises CheckpointError
-    when none can be read, or when the saved state is of another model.
+    A step that cannot be read is moved aside (into `unreadable/`) and the one before it is used.  Raises CheckpointError,
+    and moves nothing, when none can be read or when the saved state is of another model; OSError when the system does not
+    let this process read.
     """
     steps = self.steps
+    damaged: dict[int, Exception] = {}
     for step in reversed(steps):
       try:
         found = self._manager.restore(step, args=ocp.args.StandardRestore())
+      except MemoryError:
+        raise
       except Exception as e:  # whatever Orbax and the formats below it raise for damaged files
-        aside = self.directory / "unreadable" / str(step)
-        logging.getLogger(__name__).warning("%s: step %d cannot be read (%s); moved to %s", self.directory, step, e, aside)
-        aside.parent.mkdir(exist_ok=True)
-        shutil.move(self.directory / str(step), aside)
-        self._manager.reload()
+        if (code := _errno(e)) in _NOT_DAMAGE:
+          raise self._os_error(code) from e
+        damaged[step] = e
         continue
-      return _fitted(target, found, f"{self.directory}, step {step}")
+      state = _fitted(target, found, f"{self.directory}, step {step}")
+      for later, problem in damaged.items():
+        self._move_aside(later, problem)
+      return state
     if steps:
-      raise CheckpointError(f"{self.directory}: none of the steps {steps} can be read; remove the directory to train again")
+      raise CheckpointError(
+        f"{self.directory}: none of the steps {steps} can be read; remove the directory to train again"
+      )
     return None
+
+  def check_identity(self, identity: dict) -> None:
+    """Write `run.json` on first use; later raise CheckpointError unless it holds the same JSON values, naming the others."""
+    path = self.directory / "run.json"
+    text = json.dumps(identity, indent=2, allow_nan=False) + "\n"
+    if not path.exists():
+      temporary = path.with_name(".run.json.tmp")
+      with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+      return
+    try:
+      there, here = (tree.flatten(json.loads(each)) for each in (path.read_bytes(), text))
+    except (ValueError, AttributeError):
+      raise CheckpointError(f"{path}: not a JSON object; restore the file, or use another --out") from None
+    other = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if other:
+      raise CheckpointError(
+        f"{path}: another run's checkpoints ({', '.join(other)} differ); use another --out"
+      )
+
+  def _move_aside(self, step: int, problem: Exception) -> None:
+    parent = self.directory / "unreadable"
+    parent.mkdir(exist_ok=True)
+    names = (f"{step}-{i}" if i else str(step) for i in itertools.count())
+    aside = next(parent / name for name in names if not (parent / name).exists())
+    logging.getLogger(__name__).warning(
+      "%s: step %d cannot be read (%s); moved to %s", self.directory, step, problem, aside
+    )
+    shutil.move(self.directory / str(step), aside)
+    self._manager.reload()
+
+  def _os_error(self, code: int) -> OSError:
+    return OSError(code, os.strerror(code), str(self.directory))
+
+
+def _errno(error: Exception) -> int | None:
+  """The system's error number; the formats below Orbax have it in their text only."""
+  if isinstance(error, OSError):
+    return error.errno
+  if found := re.search(r"os_error_code\W*(\d+)", str(error)):
+    return int(found[1])
+  return errno.ENOSPC if "No space left" in str(error) else None
 
 
 def restore_tree(directory: str | Path) -> tuple[int, State]:
   """(step, state) of the newest step, as nested dicts and lists of NumPy arrays; for reading a finished run."""
   directory = Path(directory).absolute()
   if not directory.is_dir():
-    raise CheckpointError(f"{directory}: no such directory; give the --out of a run of experiments.length_extrapolation")
+    raise CheckpointError(
+      f"{directory}: no such directory; give the --out of a run of experiments.length_extrapolation"
+    )
   with ocp.CheckpointManager(directory) as manager:
     step = manager.latest_step()
     if step is None:
@@ -83,7 +155,9 @@ def restore_tree(directory: str | Path) -> tuple[int, State]:
     try:
       return step, jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore()))
     except Exception as e:  # whatever Orbax and the formats below it raise for damaged files
-      raise CheckpointError(f"{directory}, step {step}: cannot be read ({e}); run the command that trained it again") from e
+      raise CheckpointError(
+        f"{directory}, step {step}: cannot be read ({e}); run the command that trained it again"
+      ) from e
 
 
 def _fitted(target: State, found: State, source: str) -> State:

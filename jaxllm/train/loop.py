@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxllm.errors import JaxllmError
+from jaxllm.errors import CheckpointError, JaxllmError
 from jaxllm.nn.transformer import Transformer
 from jaxllm.train import data
 from jaxllm.train.checkpoint import Checkpoints
@@ -37,13 +39,26 @@ def fit(
   """Train to config.steps, or go on from the newest checkpoint in `directory`; the final state.
 
   `on_start(step)` is told where the run begins, `on_step(steps done, loss)` of each step (the loss may still be computing).
-  `check_stop()` is called where the state is on disk, and may raise.
+  `check_stop()` is called where the state is on disk, and may raise.  Raises CheckpointError if the checkpoints there are of
+  another model, configuration, seed or text, or further than config.steps.
   """
   with Checkpoints(directory) as checkpoints:
     state = init_state(model, config, seed)
     saved = checkpoints.restore(state)
+    checkpoints.check_identity(
+      {
+        "model": model.cfg.to_dict(),
+        "training": dataclasses.asdict(config),
+        "seed": seed,
+        "text_sha256": hashlib.sha256(np.ascontiguousarray(text)).hexdigest(),
+      }
+    )
     state = state if saved is None else saved
     start = int(state["step"])
+    if start > config.steps:
+      raise CheckpointError(
+        f"{directory}: trained for {start} steps, expected at most {config.steps}; use another --out"
+      )
     on_start(start)
     if start == config.steps:
       return state
