@@ -13,6 +13,7 @@ a float32 product pos * inv_freq is off by 2e-2 at a million, and a float64 one 
 from __future__ import annotations
 
 import decimal
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import numpy as np
 
 _FRACTION_BITS = 64
 _CONSTANT_BITS = 192
+_LIMB = 2**32 - 1
 
 
 def _inverse_two_pi() -> int:
@@ -44,13 +46,26 @@ _INVERSE_TWO_PI = _inverse_two_pi()
 def words(inv_freq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """inv_freq / (2 pi) modulo 1 as two uint32 words (hi, lo) of the same shape.
 
-  A float64 is an integer times a power of two, so the quotient is one big-integer product: exact to 2**-64 turns.
+  A float64 is an integer of 53 bits times a power of two, so the quotient is one product of integers, shifted: exact to
+  2**-64 turns.  Integers are 32-bit limbs here, the least first.  inv_freq is finite and not negative.
   """
   mantissa, exponent = np.frexp(np.asarray(inv_freq, np.float64))
-  scaled = (mantissa * 2.0**53).astype(np.int64).astype(object) * _INVERSE_TWO_PI
-  shift = (_CONSTANT_BITS + 53 - _FRACTION_BITS - exponent.astype(np.int64)).astype(object)
-  turns = np.asarray((scaled >> shift) % 2**_FRACTION_BITS, object)
-  return (turns >> 32).astype(np.uint32), (turns % 2**32).astype(np.uint32)
+  integer = np.ldexp(mantissa, 53).astype(np.uint64)
+  product = np.zeros((_CONSTANT_BITS // 32 + 5, *integer.shape), np.uint64)  # the last three stay 0
+  for i, half in enumerate((integer & _LIMB, integer >> 32)):
+    for j in range(_CONSTANT_BITS // 32):
+      part = half * (_INVERSE_TWO_PI >> 32 * j & _LIMB)
+      product[i + j] += part & _LIMB
+      product[i + j + 1] += part >> 32
+  for carry, limb in itertools.pairwise(product):
+    limb += carry >> 32
+    carry &= _LIMB
+  shift = _CONSTANT_BITS + 53 - _FRACTION_BITS - exponent
+  shift = np.clip(shift, 0, 32 * (len(product) - 3)).astype(np.uint64)
+  first, bits = (shift >> 5).astype(np.intp), shift & 31
+  a, b, c = (np.take_along_axis(product, (first + k)[None], axis=0)[0] for k in range(3))
+  lo, hi = ((word >> bits & _LIMB).astype(np.uint32) for word in (a | b << 32, b | c << 32))
+  return hi, lo
 
 
 def _mulhi(a: jax.Array, b: jax.Array) -> jax.Array:
