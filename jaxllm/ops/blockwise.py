@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,9 @@ class Blockwise:
       def key_tile(carry, key):
         k, v, k_tile = key
         mask = allowed(q_tile, k_tile, window)
-        return jax.lax.cond(jnp.any(mask), _attend, lambda carry, *_: carry, carry, q, q_tile, k, v, k_tile, mask), None
+        return jax.lax.cond(
+          jnp.any(mask), _attend, lambda carry, *_: carry, carry, q, q_tile, k, v, k_tile, mask
+        ), None
 
       def _attend(carry, q, q_tile, k, v, k_tile, mask):
         top, total, out = carry
@@ -65,7 +68,9 @@ class Blockwise:
 
       K = k_BSKH.shape[2]
       rows = (B, K, N // K, t)
-      start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((*rows, H)))
+      # the type of the scores, whatever JAX's default is
+      zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+      start = (zeros(rows) + MASKED, zeros(rows), zeros((*rows, H)))
       (_, total, out), _ = jax.lax.scan(key_tile, start, keys)
       return jnp.moveaxis(out / jnp.where(total > 0, total, 1.0)[..., None], 3, 1).astype(q_BTNH.dtype)
 

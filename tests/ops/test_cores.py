@@ -139,6 +139,24 @@ def test_the_core_does_not_change_the_model_in_bfloat16():
   assert relative_error(blockwise.astype(np.float32), plain.astype(np.float32)) <= 2**-7
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_with_64_bit_types_on(name):
+  """JAX_ENABLE_X64 changes what jnp makes by default, and nothing of the result."""
+  qkv, cotangent = arrays()
+  side = Side(INDEX, INDEX + TRAINED)
+  run = lambda: program.__wrapped__(name, Blockwise(6, 7))(qkv, cotangent, side, side, None, table(name))[0][
+    1
+  ]
+  expected = run()
+  jax.config.update("jax_enable_x64", True)
+  try:
+    found = run()
+  finally:
+    jax.config.update("jax_enable_x64", False)
+  assert found.dtype == expected.dtype == jnp.float32
+  assert relative_error(found, expected) <= 1e-6
+
+
 def test_config_values():
   for field in ("q_block", "k_block"):
     for bad in (0, -1, 2.5, "8"):
