@@ -137,7 +137,9 @@ class ModelConfig:
     """Plain JSON values; `from_dict` is the inverse."""
     plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     plain |= {key: _dump(kinds, plain[key]) for key, kinds in _VALUES.items()}
-    plain["layers"] = [{"position": _dump(POSITIONS, l.position), "window": l.window} for l in self.layers]
+    plain["layers"] = [
+      {"position": _dump(POSITIONS, layer.position), "window": layer.window} for layer in self.layers
+    ]
     return plain
 
   @classmethod
