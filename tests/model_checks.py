@@ -13,8 +13,8 @@ from jaxllm.nn import Context, Transformer, init_cache
 PROGRAMS = {}
 """Compiled programs by kind and config; patched code needs an empty one."""
 
-AS_USED = [structure(MODELS[name]) for name in ("rope", "yarn, and the rest otherwise")]
-"""Their forward passes are compiled as users run them; all else is compiled by quick_jit."""
+AS_USED = structure(MODELS["rope"])
+"""Its forward passes are compiled as users run them; all else is compiled by quick_jit."""
 
 
 def quick_jit(f):
@@ -26,7 +26,7 @@ def program(kind, cfg):
   """The jitted function `kind` for the structure of cfg."""
   cfg = structure(cfg)
   if (kind, cfg) not in PROGRAMS:
-    jit = jax.jit if cfg in AS_USED and kind != "gradient" else quick_jit
+    jit = jax.jit if cfg == AS_USED and kind != "gradient" else quick_jit
     PROGRAMS[kind, cfg] = jit(KINDS[kind](Transformer(cfg)))
   return PROGRAMS[kind, cfg]
 
