@@ -146,12 +146,10 @@ def disturb(out: Path, args: tuple[str, ...], course: Course, signals, seed: int
     if at_start:
       time.sleep(rng.uniform(0, 3))
     else:
-      reached = None
-      while reached != course.events[moment]:
-        reached = run.next()
-        if reached is None:
-          problems.append(f"ended by itself before {course.events[moment]}: {run.errors[-500:]}")
-          break
+      while (event := run.next()) is not None and course.events.index(event) < moment:
+        pass
+      if event is None:
+        problems.append(f"ended by itself before {course.events[moment]}: {run.errors[-500:]}")
       time.sleep(rng.uniform(0, course.seconds[moment]))
     code = run.end(number)
     wanted = {-signal.SIGKILL} if number == signal.SIGKILL else {75}
