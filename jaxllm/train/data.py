@@ -41,7 +41,7 @@ def load_corpus(path: str | None = None) -> Corpus:
   total = sum(map(len, texts.values()))
   if total == 0:
     raise DataError(
-      f"{_printable(root if path is None else Path(path))}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text"
+      f"{_printable(path or root)}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text"
     )
   held_out = _held_out({name: len(text) for name, text in texts.items()}, total)
   if held_out:

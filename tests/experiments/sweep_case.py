@@ -11,7 +11,7 @@ from jaxllm.study import run_app
 
 TINY = (
   "--train_length=16",
-  "--lengths=16,32,64",
+  "--lengths=16,32",
   "--methods=none,pi,yarn,ntk,rerope",
   "--schemes=rope,alibi",
   "--steps=8",

@@ -22,23 +22,20 @@ TINY = [
 RUN = """
 from experiments import benchmark
 from jaxllm.study import run_app
-sides = (lambda: None, lambda: None)
-benchmark.torch_side = lambda *args: {other}
+benchmark.torch_side = lambda *args: None
 run_app(benchmark.main, check=benchmark.check, argv={argv})
 """
 
 
-def run(argv, other="None"):
+def run(code):
   env = {name: item for name, item in os.environ.items() if name != "XLA_FLAGS"}
-  code = RUN.format(other=other, argv=argv)
   return subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
   )
 
 
-@pytest.mark.parametrize("other", ["None", "sides"])
-def test_a_row_for_training_and_one_for_evaluation(other):
-  done = run(TINY, other)
+def test_a_row_for_training_and_one_for_evaluation_without_torch():
+  done = run(RUN.format(argv=TINY))
   assert done.returncode == 0, done.stderr
   rows = [
     [cell.strip() for cell in line.split("|")[1:-1]]
@@ -48,10 +45,15 @@ def test_a_row_for_training_and_one_for_evaluation(other):
   assert [row[:3] for row in rows] == [["float32", "16", "train"], ["float32", "16", "evaluate"]]
   for row in rows:
     assert float(row[3].replace(",", "")) > 0
-    if other == "None":
-      assert row[4:] == ["-", "-"]
-    else:
-      assert float(row[4].replace(",", "")) > 0 and float(row[5]) >= 0
+    assert row[4:] == ["-", "-"]
+
+
+def test_the_ratio_is_above_one_where_this_side_is_faster():
+  sides = "lambda: time.sleep(0.01), lambda: time.sleep(0.03)"
+  done = run(
+    f"import time; from experiments import benchmark; print(benchmark.measure({sides}, 3, 600).ratio)"
+  )
+  assert 1.5 < float(done.stdout) < 4, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_a_row_for_training_and_one_for_evaluation(other):
   ],
 )
 def test_bad_calls(flag, named):
-  done = run([*TINY, flag])
+  done = run(RUN.format(argv=[*TINY, flag]))
   assert done.returncode == 2
   for words in named:
     assert words in done.stderr

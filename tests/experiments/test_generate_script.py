@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import types
 
 import pytest
 import sweep_case
@@ -32,26 +33,25 @@ def test_a_prompt_is_continued_past_the_trained_length(finished, capfd, method):
   assert texts[0] == texts[1]
 
 
-def test_greedy_has_no_chance_in_it_and_methods_are_put_on(finished, capfd, monkeypatch):
-  from jaxllm.generate import loop
+def test_the_method_and_its_factor_are_put_on_the_model(finished, monkeypatch):
+  seen = []
 
-  seen, run = [], loop.generate
-
-  def watched(model, *args, **kwargs):
+  def watched(model, params, prompts, max_new_tokens, **kwargs):
+    position = model.cfg.layers[0].position
     seen.append(
-      (type(model.cfg.layers[0].position).__name__, getattr(model.cfg.layers[0].position, "factor", None))
+      (type(position).__name__, getattr(position, "factor", None), model.cfg.query_scale is not None)
     )
-    out = run(model, *args, **kwargs)
-    assert len(out.tokens[0]) == 24
-    return out
+    return types.SimpleNamespace(tokens=[[65] * max_new_tokens])
 
-  monkeypatch.setattr(loop, "generate", watched)
-  for extra in ([], ["--factor=3"], ["--method=none"]):
-    assert (
-      call(f"--run={finished[0]}", "--method=pi", "--prompt=import", "--tokens=24", "--temperature=0", *extra)
-      == 0
-    )
-  assert seen == [("PiRope", 2.0), ("PiRope", 3.0), ("Rope", None)]  # 30 bytes over 16
+  monkeypatch.setattr("jaxllm.generate.loop.generate", watched)
+  for extra in (["--method=pi"], ["--method=ntk_logn", "--factor=3"], ["--method=none"], ["--method=rerope"]):
+    assert call(f"--run={finished[0]}", "--prompt=import", "--tokens=24", *extra) == 0
+  assert seen == [
+    ("PiRope", 2.0, False),
+    ("NtkRope", 3.0, True),
+    ("Rope", None, False),
+    ("ReRope", None, False),
+  ]
 
 
 def test_the_prompt_may_come_from_standard_input(finished, capfd, monkeypatch):

@@ -6,7 +6,7 @@ import kill_sweep
 import pytest
 import sweep_case
 
-ARGS = (*sweep_case.TINY, "--steps=60", "--other_steps=30", "--lengths=16,32", "--metrics=bpb_last,bpb")
+ARGS = (*sweep_case.TINY, "--steps=60", "--other_steps=30", "--metrics=bpb_last,bpb")
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,13 @@ def check(whole, out, signals, seed):
   assert found["problems"] == []
   assert kill_sweep.differing(whole[0], out) == []
   return found
+
+
+@pytest.mark.slow  # a minute, and a step of its own in CI
+def test_a_few(whole, tmp_path):
+  found = check(whole, tmp_path / "out", [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL], seed=1)
+  assert found["between"] == 3
+  assert found["in_training"] and found["in_cells"]
 
 
 @pytest.mark.slow  # a minute, and a step of its own in CI

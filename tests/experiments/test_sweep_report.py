@@ -30,6 +30,12 @@ ARGS = (
 )
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+  """For tests of words: figures take most of the time."""
+  monkeypatch.setattr(report.plots, "lines", lambda *args, **kwargs: None)
+
+
 def value(cell, sign=1):
   """Bits per byte that differ by method, grow with length, and vary with the seed; `sign` turns their order."""
   rank = list(methods.METHODS).index(cell["method"])
@@ -64,7 +70,7 @@ def findings(out):
 
 
 @pytest.mark.core
-def test_reversed_rows_reverse_the_sentences(tmp_path, corpus):
+def test_reversed_rows_reverse_the_sentences(tmp_path, corpus, no_figures):
   sentences = []
   for sign in (1, -1):
     assert write(tmp_path / str(sign), corpus, make=functools.partial(value, sign=sign))[0] == 0
@@ -81,13 +87,13 @@ def test_reversed_rows_reverse_the_sentences(tmp_path, corpus):
   assert "`alibi none` at length 128 is above" in text
 
 
-def test_equal_rows_are_no_difference(tmp_path, corpus):
+def test_equal_rows_are_no_difference(tmp_path, corpus, no_figures):
   write(tmp_path / "out", corpus, make=lambda cell: 3.0)
   for sentence in findings(tmp_path / "out"):
     assert re.search("no difference|equals|lowest", sentence), sentence
 
 
-def test_several_seeds_have_intervals_and_pairs(tmp_path, corpus):
+def test_several_seeds_have_intervals_and_pairs(tmp_path, corpus, no_figures):
   out = tmp_path / "out"
   assert write(out, corpus, "--seeds=3")[0] == 0
   text = (out / "report.md").read_text()
@@ -126,7 +132,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, corpus):
     assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_failed_cells_are_counted_and_do_not_enter_a_finding(tmp_path, corpus, capsys):
+def test_failed_cells_are_counted_and_do_not_enter_a_finding(tmp_path, corpus, no_figures, capsys):
   make = lambda cell: rows.failed(cell, "OutOfPaper: no more") if cell["method"] == "yarn" else value(cell)
   code, _ = write(tmp_path / "out", corpus, make=make)
   assert code == 1
