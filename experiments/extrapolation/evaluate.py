@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import ModelConfig
@@ -142,7 +141,7 @@ def tables_of(
 def stack(tables: list[PositionTables], size: int) -> PositionTables:
   """Tables on a new first axis, padded to `size` with the first one."""
   padded = tables + [tables[0]] * (size - len(tables))
-  return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *padded)
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
 
 
 def value(cell: dict, member: int, scored: dict, block: int) -> float:

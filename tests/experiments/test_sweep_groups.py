@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import sweep_case
@@ -33,7 +32,9 @@ class Untrained:
     cfg = self.configs[scheme]
     shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * 0.5), shapes)
+    return jax.tree.map(
+      lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32) * 0.5), shapes
+    )
 
 
 def groups_of(settings):
@@ -72,11 +73,14 @@ def compiled(mlp_dim, *args):
 def test_twenty_methods_compile_as_often_as_five(small_operations):
   five = compiled(10, "--schemes=rope", "--methods=pi,ntk,ntk_fixed,ntk_mixed,yarn")
   twenty = compiled(12, "--schemes=rope", "--methods=pi,ntk,ntk_fixed,ntk_mixed,yarn", "--factors=2,4,6,8")
-  assert five == twenty == 2  # at the trained length for what the model has learnt, and at 32
+  assert five == twenty > 0
 
 
 def test_log_n_and_its_training_compile_nothing_more(small_operations):
-  assert compiled(14, "--schemes=rope,rope_logn", "--methods=none,logn,ntk_logn,yarn,dynamic_ntk") == 2
+  plain = compiled(16, "--schemes=rope", "--methods=none,pi,ntk,yarn,dynamic_ntk")
+  assert (
+    compiled(14, "--schemes=rope,rope_logn", "--methods=none,logn,ntk_logn,yarn,dynamic_ntk") == plain > 0
+  )
 
 
 def test_every_method_is_the_trained_model_at_the_trained_length():
