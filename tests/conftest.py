@@ -1,12 +1,17 @@
-"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, compile once."""
+"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation."""
 
 import os
+from importlib.metadata import version
 
-os.environ["XLA_FLAGS"] = (
-  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)
+# The tests compile much and compute little: LLVM's optimizations would cost more than they save.  What XLA
+# rewrites and fuses stays as it is, and flags of the user come last and win.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+  # the older emitter compiles in half the time; later ones do not have it
+  FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
-from jaxllm.study import compile_cache
+from jaxllm.study import compile_cache  # noqa: E402
 
 compile_cache.turn_on()
 

@@ -13,21 +13,17 @@ from jaxllm.nn import Context, Transformer, init_cache
 PROGRAMS = {}
 """Compiled programs by kind and config; patched code needs an empty one."""
 
-AS_USED = structure(MODELS["rope"])
-"""Its forward passes are compiled as users run them; all else is compiled by quick_jit."""
-
-
-def quick_jit(f):
-  """jax.jit without the compiler's optimizations: the same operations, compiled in a third of the time."""
-  return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+AS_USED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMIZED = structure(MODELS["rope"])
+"""Its forward passes are compiled as users have them; all else without LLVM's optimizations (conftest.py)."""
 
 
 def program(kind, cfg):
   """The jitted function `kind` for the structure of cfg."""
   cfg = structure(cfg)
   if (kind, cfg) not in PROGRAMS:
-    jit = jax.jit if cfg == AS_USED and kind != "gradient" else quick_jit
-    PROGRAMS[kind, cfg] = jit(KINDS[kind](Transformer(cfg)))
+    options = AS_USED if cfg == OPTIMIZED and kind != "gradient" else None
+    PROGRAMS[kind, cfg] = jax.jit(KINDS[kind](Transformer(cfg)), compiler_options=options)
   return PROGRAMS[kind, cfg]
 
 
@@ -158,9 +154,9 @@ def check_shift(name, shift=1_000_000, tolerance=1e-5):
   assert error <= tolerance, f"{name} shifted by {shift}: {error:.2e} > {tolerance}"
 
 
-def gradient(name, ids, weights, context=None):
-  """d sum(weights * loss) / d parameters of the first two layers, the label of a token being its id + 1."""
-  cfg = dataclasses.replace(MODELS[name], num_layers=2, layers=MODELS[name].layers[:2])
+def gradient(name, ids, weights, context=None, num_layers=1):
+  """d sum(weights * loss) / d parameters of a model of the first layers, the label of a token being its id + 1."""
+  cfg = dataclasses.replace(MODELS[name], num_layers=num_layers, layers=MODELS[name].layers[:num_layers])
   context = Context(pos=positions(), valid=np.ones((B, T), bool)) if context is None else context
   labels = (ids + 1) % cfg.vocab_size
   return program("gradient", cfg)(params(cfg), ids, labels, weights, context, tables(cfg))

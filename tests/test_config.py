@@ -63,7 +63,7 @@ CHANGED = {
   "LayerNorm.eps": (NOPE_1, one("norm", LayerNorm(0.1), NOPE_1)),
   "Glu.activation": (ROPE_1, one("mlp", Glu("gelu"), ROPE_1)),
   "Mlp.activation": (NOPE_1, one("mlp", Mlp("silu"), NOPE_1)),
-  "Blockwise.q_block": (TILES, one("attention", Blockwise(3, 7), TILES)),
+  "Blockwise.q_block": (TILES, one("attention", Blockwise(32, 7), TILES)),
   "Blockwise.k_block": (TILES, one("attention", Blockwise(5, 24), TILES)),
 }
 SAME = {"ModelConfig.attention", "Blockwise.q_block", "Blockwise.k_block"}

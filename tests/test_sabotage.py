@@ -259,7 +259,7 @@ def test_the_bug_is_caught(monkeypatch, name):
   patch, check = BUGS[name]
   check()
   monkeypatch.setattr(model_checks, "PROGRAMS", {})
-  monkeypatch.setattr(model_checks, "AS_USED", None)
+  monkeypatch.setattr(model_checks, "OPTIMIZED", None)
   patch(monkeypatch)
   with pytest.raises(AssertionError):
     check()

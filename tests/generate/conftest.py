@@ -10,15 +10,6 @@ from jaxllm.position import Rope
 LENGTHS = (5, 11, 16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-  """The tests compile much and compute little: half the time without the compiler's optimizations."""
-  found = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", found)
-
-
 def build(num_layers):
   """(Transformer, params) with weights about twice their initial scale, so that the text varies."""
   model = Transformer(

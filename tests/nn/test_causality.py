@@ -10,7 +10,7 @@ from model_checks import check_finite_gradient, check_later_tokens, gradient
 from jaxllm.config import Layer
 
 
-def reach(name):
+def reach(name, num_layers=1):
   """bool [T, T]: whether the loss of token t depends on the embedding of token j, by gradient."""
   ids = np.broadcast_to(np.random.default_rng(0).permutation(SHAPE["vocab_size"])[:T], (B, T)).astype(
     np.int32
@@ -20,7 +20,7 @@ def reach(name):
     weights = np.zeros((B, T), np.float32)
     weights[0, t] = 1
     d_embed = np.asarray(
-      gradient(name, ids, weights)["embed"]
+      gradient(name, ids, weights, num_layers=num_layers)["embed"]
     )  # no id twice: a row of the table is a token of the row
     rows.append(np.any(d_embed[ids[0]] != 0, axis=-1))
   return np.stack(rows)
@@ -45,8 +45,9 @@ def test_a_window_reaches_exactly_its_width(monkeypatch):
   """A window of w is w - 1 tokens back, and over two layers twice that."""
   one = MODELS["rope"]
   cfg = dataclasses.replace(one, num_layers=2, layers=(Layer(position("rope"), 4),))
-  monkeypatch.setitem(MODELS, "two layers", cfg)
-  np.testing.assert_array_equal(reach("two layers"), np.tri(T, dtype=bool) & ~np.tri(T, k=-7, dtype=bool))
+  monkeypatch.setitem(MODELS, "two windows", cfg)
+  seen = reach("two windows", num_layers=2)
+  np.testing.assert_array_equal(seen, np.tri(T, dtype=bool) & ~np.tri(T, k=-7, dtype=bool))
 
 
 def test_programs_are_shared():

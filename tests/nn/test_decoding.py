@@ -1,5 +1,6 @@
 """Prefill and decoding with a cache against the full forward pass, for every position method."""
 
+import jax
 import numpy as np
 import pytest
 from model_cases import MODELS, B, T, each_model, params, tables, tokens
@@ -9,7 +10,6 @@ from model_checks import (
   check_ragged,
   check_unused_slots,
   full,
-  quick_jit,
   relative_error,
 )
 
@@ -37,7 +37,7 @@ def test_nan_in_unused_slots_changes_nothing(name):
 def test_a_row_alone():
   cfg, ids = MODELS["rope"], tokens()
   model, rope, weights = Transformer(cfg), tables(cfg), params(cfg)
-  alone = quick_jit(lambda weights, ids: model.apply({"params": weights}, ids, rope=rope)[0])
+  alone = jax.jit(lambda weights, ids: model.apply({"params": weights}, ids, rope=rope)[0])
   truth = full(cfg, ids)
   for b in range(B):
     assert relative_error(alone(weights, ids[b : b + 1]), truth[b : b + 1]) <= 1e-5
@@ -53,7 +53,7 @@ def test_the_config_alone_gives_the_same():
   """Without rope=, the model makes its own tables: those of its config."""
   for name in ("dynamic_ntk, log-n at test time", "yarn, and the rest otherwise"):
     cfg, ids = MODELS[name], tokens()
-    own = quick_jit(lambda weights, ids, cfg=cfg: Transformer(cfg).apply({"params": weights}, ids)[0])
+    own = jax.jit(lambda weights, ids, cfg=cfg: Transformer(cfg).apply({"params": weights}, ids)[0])
     assert relative_error(own(params(cfg), ids), full(cfg, ids)) <= 5e-6, name
 
 
@@ -67,7 +67,7 @@ def test_logits_of_the_last_real_token_only():
     )[0]
     return apply("last"), apply(None), apply("all")
 
-  last, hidden, all_logits = map(np.asarray, quick_jit(parts)(params(cfg), ids))
+  last, hidden, all_logits = map(np.asarray, jax.jit(parts)(params(cfg), ids))
   np.testing.assert_allclose(last[:, 0], all_logits[np.arange(B), lengths - 1], rtol=0, atol=2e-5)
   np.testing.assert_allclose(hidden @ params(cfg)["head"], all_logits, rtol=0, atol=2e-5)
 

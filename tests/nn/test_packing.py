@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from model_cases import MODELS, B, T, params, structure, tables, tokens
-from model_checks import full, quick_jit, relative_error
+from model_checks import full, relative_error
 
 from jaxllm.config import Layer
 from jaxllm.nn import Context, Transformer
@@ -22,7 +23,7 @@ def test_packed_is_unpacked(name):
   rows = [np.repeat(np.arange(len(n), dtype=np.int32), n) for n in LENGTHS]
   segment = np.stack(rows)
   pos = np.stack([np.concatenate([np.arange(m, dtype=np.int32) for m in n]) for n in LENGTHS])
-  program = quick_jit(
+  program = jax.jit(
     lambda weights, ids, context, rope: Transformer(structure(cfg)).apply(
       {"params": weights}, ids, context, rope=rope
     )[0]

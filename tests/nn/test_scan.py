@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_cases import MODELS, B, T, params, position, tables, tokens
-from model_checks import full, positions, quick_jit, relative_error
+from model_checks import full, positions, relative_error
 
 from jaxllm.config import Layer
 from jaxllm.errors import ConfigError
@@ -33,7 +33,7 @@ def test_scan_is_unrolled(name):
       logits = Transformer(cfg, scan=scan).apply({"params": weights}, ids)[0]
       return jnp.mean(jax.nn.logsumexp(logits, -1) ** 2), logits
 
-    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
   (_, logits), gradient = run(False)(weights, ids)
   (_, scanned_logits), scanned = run(True)(stack_layers(weights, len(cfg.layers)), ids)

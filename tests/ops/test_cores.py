@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_cases import TRAINED, position
-from model_checks import quick_jit, relative_error
+from model_checks import relative_error
 
 from jaxllm.config import ModelConfig
 from jaxllm.ops.attention import Plain, Side, allowed
@@ -16,7 +16,7 @@ from jaxllm.position.base import add_bias, inner_products
 from jaxllm.position.tables import make_table
 
 B, T, N, K, H = 2, 20, 4, 2, 16
-METHODS = ["nope", "alibi", "rope", "dynamic_ntk", "rerope"]
+METHODS = ["rope", "alibi", "dynamic_ntk", "rerope"]  # keys turned before, a bias, and scores of their own
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def program(name, core):
     out = core(q, k, v, q_side, k_side, window, score)
     return jnp.sum(out * cotangent), out
 
-  return quick_jit(jax.value_and_grad(run, has_aux=True))
+  return jax.jit(jax.value_and_grad(run, has_aux=True))
 
 
 def table(name):
@@ -80,8 +80,7 @@ def attend(name, core, queries, keys, window):
   return np.asarray(out), [np.asarray(g) for g in gradients]
 
 
-# every method with tiles that do not divide, and one with tiles that do or are larger than the sequence
-CASES = [(name, (6, 7)) for name in METHODS] + [("alibi", (4, 5)), ("alibi", (32, 32))]
+CASES = [*((name, (6, 7)) for name in METHODS), ("alibi", (4, 5))]  # tiles that do not divide, and that do
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,7 @@ def test_weights_of_a_window(core):
   v = np.eye(T, dtype=np.float32)[None, :, None]
   q = np.zeros((1, T, 1, T), np.float32)
   score = lambda q, k, *_: inner_products(q, k)
-  run = quick_jit(lambda window: core(q, q, v, side, side, window, score)[0, :, 0])
+  run = jax.jit(lambda window: core(q, q, v, side, side, window, score)[0, :, 0])
   for window in (1, 4, T):
     weights, count = np.asarray(run(window)), np.minimum(window, np.arange(T) + 1)
     np.testing.assert_array_equal((weights > 0).sum(-1), count)
@@ -133,13 +132,13 @@ def test_the_core_does_not_change_the_model_in_bfloat16():
   side = Side(INDEX, INDEX)
   low = [jnp.asarray(x, jnp.bfloat16) for x in (q / 4, k, v)]
   score = lambda q, k, *_: inner_products(q, k)
-  run = lambda core: quick_jit(lambda q, k, v: core(q, k, v, side, side, None, score))(*low)
+  run = lambda core: jax.jit(lambda q, k, v: core(q, k, v, side, side, None, score))(*low)
   plain, blockwise = run(Plain()), run(Blockwise(6, 7))
   assert plain.dtype == blockwise.dtype == jnp.bfloat16
   assert relative_error(blockwise.astype(np.float32), plain.astype(np.float32)) <= 2**-7
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["alibi", "rerope"])
 def test_with_64_bit_types_on(name):
   """JAX_ENABLE_X64 changes what jnp makes by default, and nothing of the result."""
   qkv, cotangent = arrays()

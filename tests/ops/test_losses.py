@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_checks import quick_jit
 
 from jaxllm.ops.losses import cross_entropy
 
@@ -35,7 +34,7 @@ def test_every_chunk_gives_the_same(chunk):
 
   nll, correct, probs = truth()
   weights = RNG.standard_normal((B, T)).astype(np.float32)
-  grad = quick_jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+  grad = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
   (d_hidden, d_head), (found, found_correct) = grad(HIDDEN, HEAD, weights)
   np.testing.assert_allclose(found, nll, rtol=0, atol=5e-6)
   np.testing.assert_array_equal(found_correct, correct)

@@ -46,7 +46,7 @@ def test_masked_softmax_has_right_derivatives_of_two_orders():
   mask = jnp.asarray(random_mask(rng, rows=6, keys=5))
   scores = jnp.asarray(rng.standard_normal(mask.shape), jnp.float32)
   check_grads(
-    lambda s: masked_softmax(s, mask), (scores,), order=2, modes=("fwd", "rev"), atol=2e-3, rtol=2e-3
+    jax.jit(lambda s: masked_softmax(s, mask)), (scores,), order=2, modes=("fwd", "rev"), atol=2e-3, rtol=2e-3
   )
 
 

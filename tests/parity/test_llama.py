@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import oracle
 import pytest
 from model_cases import params
-from model_checks import quick_jit, relative_error
+from model_checks import relative_error
 
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn import Transformer
@@ -83,7 +84,7 @@ def llama(rope_parameters, weights):
 def ours():
   """Our logits of the table of a method: one program for all of them."""
   model = Transformer(CFG)
-  return quick_jit(lambda weights, rope: model.apply({"params": weights}, IDS, rope=rope)[0])
+  return jax.jit(lambda weights, rope: model.apply({"params": weights}, IDS, rope=rope)[0])
 
 
 @pytest.mark.parametrize("name", METHODS)

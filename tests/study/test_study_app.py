@@ -212,7 +212,8 @@ def test_a_second_signal_ends_even_a_long_compilation_at_once(tmp_path):
 
 
 def test_sigterm_outside_a_stop_flag_is_an_early_stop_too(tmp_path):
-  code, _, err = signalled(start(tmp_path, "print(1, flush=True)\ntime.sleep(60)", "--out=x"), signal.SIGTERM)
+  body = "print(1, flush=True)\nfor _ in range(6000):\n  time.sleep(0.01)"
+  code, _, err = signalled(start(tmp_path, body, "--out=x"), signal.SIGTERM)
   assert (code, err) == (75, "stopped early: run the same command again to continue\n")
 
 
