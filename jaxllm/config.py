@@ -125,11 +125,8 @@ class ModelConfig:
     """
 
     def table(rope: Rope) -> RopeTable:
-      rotary_dim = self.rotary_dim(rope)
-      if seq_len is not None:
-        return make_table([rope.frequencies(rotary_dim, seq_len)])
-      start, lengths = rope.seq_lens(max_len)
-      return make_table([rope.frequencies(rotary_dim, length) for length in lengths], start)
+      start, rows = rope.rows(self.rotary_dim(rope), max_len, seq_len)
+      return make_table(rows, start)
 
     return PositionTables(tuple(map(table, self.ropes)), query_scale_table(self.query_scale))
 

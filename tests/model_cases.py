@@ -27,7 +27,9 @@ from jaxllm.tree import flatten, unflatten
 B, T, TRAINED = 3, 24, 8
 SHAPE = dict(vocab_size=29, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=40)
 WINDOW = 7
-FIELDS = dict(base=100.0, factor=4.0, original_length=TRAINED, beta_slow=0.2)
+FIELDS = dict(base=100.0, factor=4.0, original_length=TRAINED, beta_slow=0.2, sinks=2, scale_base=16.0)
+FIELDS |= dict(short_factor=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7), long_factor=(1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5))
+FIELDS |= dict(beta_turns=(0.1, 0.3), gamma_turns=(0.5, 1.0), low_freq_factor=0.2, high_freq_factor=1.5, proportion=0.6)
 
 
 def position(name, **kwargs):
@@ -66,7 +68,8 @@ each_structure = table_of_models(STRUCTURES, core="rope")
 
 def is_relative(cfg):
   """Whether nothing but differences of positions matters."""
-  return cfg.query_scale is None and not any(type(p).__name__ == "DynamicNtkRope" for p in cfg.ropes)
+  absolute = ("DynamicNtkRope", "LongRope", "SelfExtendRope", "StreamingRope")  # lengths, groups, and sinks
+  return cfg.query_scale is None and not any(type(p).__name__ in absolute for p in cfg.ropes)
 
 
 def structure(cfg):
@@ -80,7 +83,7 @@ def structure(cfg):
       )
     if isinstance(method, DynamicNtkRope):
       method = dataclasses.replace(method, base=100.0, factor=1.0, original_length=1)
-    elif isinstance(method, Rope) and type(method).__module__ == Rope.__module__:
+    elif isinstance(method, Rope) and not method.needs_raw_keys:
       method = Rope(100.0, method.rotary_dim, method.layout)
     return dataclasses.replace(layer, position=method)
 

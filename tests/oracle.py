@@ -10,14 +10,35 @@ import math
 import numpy as np
 
 
+PLAIN = ("Rope", "ReRope", "LeakyReRope", "InvLeakyReRope", "SelfExtendRope", "StreamingRope", "XPosRope")
+
+
 def inv_freq(method, rotary_dim, length):
   """(frequencies [R/2], temperature of cos and sin) of a RoPE for a context of `length` tokens."""
   name, m = type(method).__name__, method
   i = np.arange(rotary_dim // 2)
   theta = np.exp(-2.0 * i / rotary_dim * math.log(m.base))  # RoFormer, section 3.2.2
-  if name in ("Rope", "ReRope"):
+  if name in PLAIN:
     return theta, 1.0
   s = float(m.factor)
+  if name == "ProportionalRope":
+    return np.where(i < int(m.proportion * rotary_dim // 2), theta / s, 0.0), 1.0
+  if name == "LongRope":  # LongRoPE, equation 2, and its temperature
+    listed = np.array(m.long_factor if length > m.original_length else m.short_factor)
+    scale = math.sqrt(1 + math.log(s) / math.log(m.original_length)) if s > 1 else 1.0
+    return theta / listed, m.attention_factor or scale
+  if name == "Llama3Rope":  # Llama 3.1's reference code, a frequency at a time
+    out = []
+    for f in theta:
+      wave, L0 = 2 * math.pi / f, m.original_length
+      if wave < L0 / m.high_freq_factor:
+        out.append(f)
+      elif wave > L0 / m.low_freq_factor:
+        out.append(f / s)
+      else:
+        smooth = (L0 / wave - m.low_freq_factor) / (m.high_freq_factor - m.low_freq_factor)
+        out.append((1 - smooth) * f / s + smooth * f)
+    return np.array(out), 1.0
   if name == "PiRope":
     return theta / s, 1.0
   if name == "NtkOldRope":  # kexue.fm 9675: the base times s
@@ -32,10 +53,22 @@ def inv_freq(method, rotary_dim, length):
   if name in ("NtkRope", "DynamicNtkRope"):  # bloc97: base * s^(R / (R - 2))
     base = m.base * s ** (rotary_dim / (rotary_dim - 2))
     return np.exp(-2.0 * i / rotary_dim * math.log(base)), 1.0
-  assert name == "YarnRope", name
   pair = lambda turns: (
     rotary_dim * math.log(m.original_length / (2 * math.pi * turns)) / (2 * math.log(m.base))
   )
+  if name == "NtkByPartsRope":  # the YaRN authors' LlamaPartNTKScaledRotaryEmbedding
+    kept = lambda fast, slow: 1 - np.clip(
+      (i - max(math.floor(pair(fast)), 0))
+      / max(min(math.ceil(pair(slow)), rotary_dim - 1) - max(math.floor(pair(fast)), 0), 0.001),
+      0,
+      1,
+    )
+    ntk = np.exp(-2.0 * i / rotary_dim * math.log(m.base * s ** (rotary_dim / (rotary_dim - 2))))
+    mask = kept(m.beta_turns[1], m.beta_turns[0])
+    low_part = theta / s * (1 - mask) + ntk * mask
+    mask = kept(m.gamma_turns[1], m.gamma_turns[0])
+    return low_part * (1 - mask) + theta * mask, 1.0
+  assert name == "YarnRope", name
   low, high = pair(m.beta_fast), pair(m.beta_slow)
   if m.truncate:
     low, high = math.floor(low), math.ceil(high)
@@ -63,19 +96,40 @@ def pairs(x, rotary_dim, layout):
   return turned[..., 0::2] + 1j * turned[..., 1::2], rest
 
 
+def relative_positions(m, i, j):
+  """(what a query at i and a key at j are apart for the method, whether it sees the key at all)."""
+  name, apart, all_seen = type(m).__name__, i - j, np.full(np.broadcast_shapes(i.shape, j.shape), True)
+  L0 = m.original_length
+  if name == "ReRope":
+    return np.minimum(apart, m.window or L0 // 2), all_seen
+  if name in ("LeakyReRope", "InvLeakyReRope"):
+    w, step = (m.window or L0 // 2, 1 / m.leak) if name == "LeakyReRope" else (m.window or L0 // 4, 2 * m.factor)
+    return np.where(apart < w, apart, w + (apart - w) * step), all_seen
+  if name == "SelfExtendRope":
+    w = m.window or L0 // 2
+    G = m.group or math.ceil((m.factor * L0 - w) / (L0 - w))
+    return np.where(apart < w, apart, i // G - j // G + w - w // G), all_seen
+  if name == "StreamingRope":  # places in a cache of the sinks and the window
+    w, sink = m.window or L0 - m.sinks, j < m.sinks
+    return np.where(sink, np.minimum(i, m.sinks + w - 1) - j, apart), sink | (apart < w)
+  return apart, all_seen
+
+
 def rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len):
   """Re sum_c q_ic conj(k_jc) e^(i theta_c r_ij), r_ij the relative position, plus what is not turned."""
   rotary_dim = method.rotary_dim or q_BNTH.shape[-1]
   q, q_rest = pairs(q_BNTH, rotary_dim, method.layout)
   k, k_rest = pairs(k_BNSH, rotary_dim, method.layout)
-  relative_TS = pos_T[:, None] - pos_T[None]
-  if type(method).__name__ == "ReRope":
-    relative_TS = np.minimum(relative_TS, method.window or method.original_length // 2)
+  relative_TS, allowed_TS = relative_positions(method, pos_T[:, None], pos_T[None])
   rows = [inv_freq(method, rotary_dim, seq_len or int(p) + 1) for p in pos_T]  # each query's own length
   theta_TC, scale_T = np.stack([f for f, _ in rows]), np.array([s for _, s in rows])
   phase_TSC = np.exp(1j * relative_TS[:, :, None] * theta_TC[:, None])
+  if type(method).__name__ == "XPosRope":  # section 3.2: zeta to the power of the distance
+    zeta = (np.arange(0, rotary_dim, 2) / rotary_dim + method.gamma) / (1 + method.gamma)
+    phase_TSC = phase_TSC * zeta ** (relative_TS[:, :, None] / method.scale_base)
   turned = np.einsum("bntc,bnsc,tsc->bnts", q, k.conj(), phase_TSC).real
-  return turned * scale_T[:, None] ** 2 + np.einsum("bnth,bnsh->bnts", q_rest, k_rest)
+  out = turned * scale_T[:, None] ** 2 + np.einsum("bnth,bnsh->bnts", q_rest, k_rest)
+  return np.where(allowed_TS, out, -np.inf)
 
 
 def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):

@@ -16,8 +16,16 @@ from jaxllm.position.rope import (
   Rope,
   YarnRope,
 )
+from jaxllm.position.scalings import Llama3Rope, LongRope, NtkByPartsRope, ProportionalRope
 from jaxllm.position.tables import PositionTables, RopeTable
-from jaxllm.position.window import ReRope
+from jaxllm.position.window import (
+  InvLeakyReRope,
+  LeakyReRope,
+  ReRope,
+  SelfExtendRope,
+  StreamingRope,
+  XPosRope,
+)
 
 POSITIONS: dict[str, type[Position]] = {
   "nope": NoPE,
@@ -28,9 +36,18 @@ POSITIONS: dict[str, type[Position]] = {
   "ntk": NtkRope,
   "ntk_fixed": NtkFixedRope,
   "ntk_mixed": NtkMixedRope,
+  "ntk_by_parts": NtkByPartsRope,
   "dynamic_ntk": DynamicNtkRope,
   "yarn": YarnRope,
+  "longrope": LongRope,
+  "llama3": Llama3Rope,
+  "proportional": ProportionalRope,
+  "xpos": XPosRope,
   "rerope": ReRope,
+  "leaky_rerope": LeakyReRope,
+  "inv_leaky_rerope": InvLeakyReRope,
+  "self_extend": SelfExtendRope,
+  "streaming": StreamingRope,
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ import numpy as np
 from jaxllm.errors import ConfigError, check_positive
 from jaxllm.ops.einsum import einsum
 from jaxllm.position import phase
-from jaxllm.position.base import Params, Position
+from jaxllm.position.base import Params, Position, inner_products
 from jaxllm.position.tables import RopeTable
 
 LAYOUTS = ("half", "interleaved")
@@ -69,6 +69,13 @@ class Rope(Position):
     """(start, lengths): the distinct lengths whose frequencies differ; row j serves the query at position start + j - 1."""
     return 0, (None,)
 
+  def rows(
+    self, rotary_dim: int, max_len: int | None = None, seq_len: int | None = None
+  ) -> tuple[int, list[tuple[np.ndarray, float]]]:
+    """(start, rows) of this method's RopeTable: a row for each of `seq_lens`, or the one of a pinned length."""
+    start, lengths = (0, (seq_len,)) if seq_len is not None else self.seq_lens(max_len)
+    return start, [self.frequencies(rotary_dim, length) for length in lengths]
+
   def rotate_q(self, q_BTNH: jax.Array, pos_BT: jax.Array, table: RopeTable) -> jax.Array:
     return rotate(q_BTNH, *table.cos_sin(pos_BT), self.layout)
 
@@ -78,7 +85,19 @@ class Rope(Position):
   def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
     if table.rows == 1:
       return super().scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p)
+    if table.rows == 2:
+      return self._two_row_scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table)
     return self._row_wise_scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table)
+
+  def _two_row_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
+    """Both rows for all queries, and each query's own of the two: two inner products instead of a rotation a query."""
+    first, second = (
+      inner_products(
+        rotate(q_BTNH, *one.cos_sin(q_pos_BT), self.layout), rotate(k_BSKH, *one.cos_sin(k_pos_BS), self.layout)
+      )
+      for one in (table.only(0), table.only(1))
+    )
+    return jnp.where((q_pos_BT + 1 > table.start)[:, None, None, :, None], second, first)
 
   def _row_wise_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
     """Every query turns itself and all its keys by the frequencies of its own length: one query row at a time."""
@@ -252,16 +271,6 @@ class YarnRope(ScaledRope):
       if getattr(self, name):  # 0 is "not given" in published configurations, as None is
         check_positive(self, **{name: getattr(self, name)})
 
-  def correction_range(self, rotary_dim: int) -> tuple[float, float]:
-    """(low, high): the pairs between which the ramp rises."""
-    low, high = (
-      rotary_dim * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(self.base))
-      for turns in (self.beta_fast, self.beta_slow)
-    )
-    if self.truncate:
-      low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, rotary_dim - 1)  # R - 1, not R / 2 - 1: as published
-
   def attention_scale(self) -> float:
     """The temperature that multiplies cos and sin, so the scores get its square."""
 
@@ -275,7 +284,27 @@ class YarnRope(ScaledRope):
     return g(1.0)
 
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
-    low, high = self.correction_range(rotary_dim)
-    high = high + 0.001 if low == high else high  # as published: no division by zero
-    ramp = np.clip((np.arange(rotary_dim // 2, dtype=np.float64) - low) / (high - low), 0, 1)
-    return base_power(self.base, rotary_dim) * (ramp / self.factor + (1 - ramp)), self.attention_scale()
+    turns = (self.original_length, rotary_dim, self.beta_fast, self.beta_slow)
+    interpolated = ramp(*correction_range(self.base, *turns, self.truncate), rotary_dim)
+    return base_power(self.base, rotary_dim) * (
+      interpolated / self.factor + (1 - interpolated)
+    ), self.attention_scale()
+
+
+def correction_range(
+  base: float, original_length: int, rotary_dim: int, beta_fast: float, beta_slow: float, truncate: bool = True
+) -> tuple[float, float]:
+  """(low, high): the pairs that turn beta_fast and beta_slow times in the trained length, kept within [0, R - 1]."""
+  low, high = (
+    rotary_dim * math.log(original_length / (2 * math.pi * turns)) / (2 * math.log(base))
+    for turns in (beta_fast, beta_slow)
+  )
+  if truncate:
+    low, high = math.floor(low), math.ceil(high)
+  return max(low, 0), min(high, rotary_dim - 1)  # R - 1, not R / 2 - 1: as published
+
+
+def ramp(low: float, high: float, rotary_dim: int) -> np.ndarray:
+  """clip((i - low) / (high - low), 0, 1) for every pair i, float64 [R / 2]: 0 for high frequencies, 1 for low ones."""
+  high = high + 0.001 if low == high else high  # as published: no division by zero
+  return np.clip((np.arange(rotary_dim // 2, dtype=np.float64) - low) / (high - low), 0, 1)

@@ -40,6 +40,11 @@ class RopeTable:
     hi, lo, scale = (jnp.asarray(x)[index] for x in (self.hi, self.lo, self.scale))
     return RopeTable(hi, lo, scale, self.start)
 
+  def only(self, index: int) -> RopeTable:
+    """Row `index` as a table of its own."""
+    one = slice(index, index + 1)
+    return RopeTable(self.hi[one], self.lo[one], self.scale[one], self.start)
+
   def cos_sin(self, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position [...], times the scale, float32 [..., R/2]; for a table of one row."""
     cos, sin = phase.cos_sin(pos, self.hi[0], self.lo[0])
