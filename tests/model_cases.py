@@ -28,8 +28,12 @@ B, T, TRAINED = 3, 24, 8
 SHAPE = dict(vocab_size=29, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=40)
 WINDOW = 7
 FIELDS = dict(base=100.0, factor=4.0, original_length=TRAINED, beta_slow=0.2, sinks=2, scale_base=16.0)
-FIELDS |= dict(short_factor=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7), long_factor=(1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5))
-FIELDS |= dict(beta_turns=(0.1, 0.3), gamma_turns=(0.5, 1.0), low_freq_factor=0.2, high_freq_factor=1.5, proportion=0.6)
+FIELDS |= dict(
+  short_factor=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7), long_factor=(1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5)
+)
+FIELDS |= dict(
+  beta_turns=(0.1, 0.3), gamma_turns=(0.5, 1.0), low_freq_factor=0.2, high_freq_factor=1.5, proportion=0.6
+)
 
 
 def position(name, **kwargs):

@@ -57,11 +57,14 @@ def inv_freq(method, rotary_dim, length):
     rotary_dim * math.log(m.original_length / (2 * math.pi * turns)) / (2 * math.log(m.base))
   )
   if name == "NtkByPartsRope":  # the YaRN authors' LlamaPartNTKScaledRotaryEmbedding
-    kept = lambda fast, slow: 1 - np.clip(
-      (i - max(math.floor(pair(fast)), 0))
-      / max(min(math.ceil(pair(slow)), rotary_dim - 1) - max(math.floor(pair(fast)), 0), 0.001),
-      0,
-      1,
+    kept = lambda fast, slow: (
+      1
+      - np.clip(
+        (i - max(math.floor(pair(fast)), 0))
+        / max(min(math.ceil(pair(slow)), rotary_dim - 1) - max(math.floor(pair(fast)), 0), 0.001),
+        0,
+        1,
+      )
     )
     ntk = np.exp(-2.0 * i / rotary_dim * math.log(m.base * s ** (rotary_dim / (rotary_dim - 2))))
     mask = kept(m.beta_turns[1], m.beta_turns[0])
@@ -103,7 +106,9 @@ def relative_positions(m, i, j):
   if name == "ReRope":
     return np.minimum(apart, m.window or L0 // 2), all_seen
   if name in ("LeakyReRope", "InvLeakyReRope"):
-    w, step = (m.window or L0 // 2, 1 / m.leak) if name == "LeakyReRope" else (m.window or L0 // 4, 2 * m.factor)
+    w, step = (
+      (m.window or L0 // 2, 1 / m.leak) if name == "LeakyReRope" else (m.window or L0 // 4, 2 * m.factor)
+    )
     return np.where(apart < w, apart, w + (apart - w) * step), all_seen
   if name == "SelfExtendRope":
     w = m.window or L0 // 2

@@ -93,7 +93,8 @@ class Rope(Position):
     """Both rows for all queries, and each query's own of the two: two inner products instead of a rotation a query."""
     first, second = (
       inner_products(
-        rotate(q_BTNH, *one.cos_sin(q_pos_BT), self.layout), rotate(k_BSKH, *one.cos_sin(k_pos_BS), self.layout)
+        rotate(q_BTNH, *one.cos_sin(q_pos_BT), self.layout),
+        rotate(k_BSKH, *one.cos_sin(k_pos_BS), self.layout),
       )
       for one in (table.only(0), table.only(1))
     )
@@ -292,7 +293,12 @@ class YarnRope(ScaledRope):
 
 
 def correction_range(
-  base: float, original_length: int, rotary_dim: int, beta_fast: float, beta_slow: float, truncate: bool = True
+  base: float,
+  original_length: int,
+  rotary_dim: int,
+  beta_fast: float,
+  beta_slow: float,
+  truncate: bool = True,
 ) -> tuple[float, float]:
   """(low, high): the pairs that turn beta_fast and beta_slow times in the trained length, kept within [0, R - 1]."""
   low, high = (

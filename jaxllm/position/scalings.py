@@ -33,7 +33,9 @@ class NtkByPartsRope(ScaledRope):
       slow, fast = _pair(self, name)
       check_positive(self, **{name: slow})
       if not slow < fast < math.inf:
-        raise ConfigError(f"NtkByPartsRope.{name}: found {(slow, fast)!r}, expected (slow, fast), slow < fast")
+        raise ConfigError(
+          f"NtkByPartsRope.{name}: found {(slow, fast)!r}, expected (slow, fast), slow < fast"
+        )
 
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     plain = base_power(self.base, rotary_dim)
@@ -43,7 +45,9 @@ class NtkByPartsRope(ScaledRope):
       return ramp(*correction_range(self.base, self.original_length, rotary_dim, fast, slow), rotary_dim)
 
     interpolated = slow_part(self.beta_turns)
-    low = plain / self.factor * interpolated + ntk_power(self.base, self.factor, rotary_dim) * (1 - interpolated)
+    low = plain / self.factor * interpolated + ntk_power(self.base, self.factor, rotary_dim) * (
+      1 - interpolated
+    )
     stretched = slow_part(self.gamma_turns)
     return low * stretched + plain * (1 - stretched), 1.0
 
@@ -118,7 +122,9 @@ class LongRope(ScaledRope):
       )
     scale = self.attention_factor
     if scale is None:
-      scale = math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
+      scale = (
+        math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
+      )
     return base_power(self.base, rotary_dim) / factors, float(scale)
 
   def seq_lens(self, max_len: int | None) -> tuple[int, Sequence[int | None]]:
@@ -139,7 +145,9 @@ class ProportionalRope(ScaledRope):
     super().__post_init__()
     check_positive(self, proportion=self.proportion)
     if self.proportion > 1:
-      raise ConfigError(f"ProportionalRope.proportion: found {self.proportion!r}, expected a number of at most 1")
+      raise ConfigError(
+        f"ProportionalRope.proportion: found {self.proportion!r}, expected a number of at most 1"
+      )
 
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     turned = np.arange(rotary_dim // 2) < int(self.proportion * rotary_dim // 2)

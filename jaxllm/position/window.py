@@ -155,7 +155,9 @@ class SelfExtendRope(WindowRope):
     super().__post_init__()
     check_positive(self, factor=self.factor)
     if self.group is not None and (type(self.group) is not int or self.group < 1):
-      raise ConfigError(f"SelfExtendRope.group: found {self.group!r}, expected an integer of at least 1, or None")
+      raise ConfigError(
+        f"SelfExtendRope.group: found {self.group!r}, expected an integer of at least 1, or None"
+      )
     if self.group is None and (self.original_length is None or self.original_length <= self.clip):
       raise ConfigError(
         "SelfExtendRope.group: found None, expected an integer (or an original_length above the window, to choose one by)"
