@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.activation import MLPS, Glu
-from jaxllm.errors import ConfigError
-from jaxllm.norm import NORMS, RMSNorm
+from jaxllm.errors import ConfigError, check_positive
+from jaxllm.norm import NORMS, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.ops.blockwise import Blockwise
 from jaxllm.position import POSITIONS, LogN, Position, Rope
 from jaxllm.position.query_scale import query_scale_table
 from jaxllm.position.tables import PositionTables, RopeTable, make_table
+from jaxllm.wiring import WIRINGS, Pre
 
-ATTENTIONS = {"plain": Plain, "blockwise": Blockwise}
-QUERY_SCALES = {"log_n": LogN}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,10 +33,17 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A pre-norm decoder.  Letters: vocab_size V, embed_dim D, num_layers L, num_heads N, num_kv_heads K, head_dim H, mlp_dim F.
+  """A decoder.  Letters: vocab_size V, embed_dim D, num_layers L, num_heads N, num_kv_heads K, head_dim H, mlp_dim F.
 
-  `layers` repeats over the depth; `dtype` is the compute type, parameters being float32; `embed_scale` multiplies the
-  token embeddings; `attention` is the core (Plain or Blockwise), which changes speed and memory and not the result.
+  layers: kinds of layer, repeated over the depth.  wiring, norm, mlp: how a block joins its parts, and what they are.
+  query_scale: queries scaled by position.  biases: which of q, k, v, o, gate, up, down and head have one.
+  tie_embeddings: the head is the embedding, transposed.  embed_scale: multiplies the token embeddings.
+  embed_gradient: the share of its gradient that the embedding gets (`ops.head.shrink_gradient`), tied head included.
+  qk_norm, clip_qkv: queries and keys normalised; q, k and v clipped to +-clip_qkv.  attention_softcap, logit_softcap: scores
+  and logits become cap tanh(x / cap).  attention_sinks: a learned logit a head that takes a share of each query's attention
+  (Xiao et al., 2023, section 3.3; GPT-OSS).  layer_scaling: see `nn.attention.Attention`.
+  attention: the core (Plain or Blockwise), which changes speed and memory and not the result.
+  dtype: the compute type, parameters being float32.
   """
 
   vocab_size: int
@@ -50,9 +56,18 @@ class ModelConfig:
   layers: tuple[Layer, ...] = (Layer(),)
   norm: Any = RMSNorm()
   mlp: Any = Glu()
+  wiring: Any = Pre()
   query_scale: LogN | None = None
+  biases: tuple[str, ...] = ()
   tie_embeddings: bool = False
   embed_scale: float = 1.0
+  embed_gradient: float = 1.0
+  qk_norm: QkNorm | None = None
+  clip_qkv: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  attention_sinks: bool = False
+  layer_scaling: bool = False
   attention: Any = Plain()
   dtype: str = "float32"
 
@@ -69,6 +84,23 @@ class ModelConfig:
       raise ConfigError(
         f"layers: a pattern of {len(self.layers)} does not divide num_layers = {self.num_layers}"
       )
+    object.__setattr__(self, "biases", tuple(self.biases))  # JSON has lists
+    for name in self.biases:
+      if name not in (allowed := ("q", "k", "v", "o", *self.mlp.inputs, "down", "head")):
+        raise ConfigError(f"biases: found {name!r}, expected some of {', '.join(allowed)}")
+    check_positive(self, embed_gradient=self.embed_gradient)
+    if self.embed_gradient > 1:
+      raise ConfigError(f"embed_gradient: found {self.embed_gradient!r}, expected a number above 0 and at most 1")
+    for name in ("clip_qkv", "attention_softcap", "logit_softcap"):
+      if getattr(self, name) is not None:
+        check_positive(self, **{name: getattr(self, name)})
+    if self.qk_norm is not None and self.qk_norm.place == "after":
+      for layer in self.layers:
+        if layer.position.needs_raw_keys:
+          raise ConfigError(
+            f"qk_norm.place: found 'after', expected 'before' with {type(layer.position).__name__}, whose keys are "
+            "rotated anew for each query"
+          )
     if self.dtype not in DTYPES:
       raise ConfigError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
     for rope in self.ropes:
@@ -132,49 +164,56 @@ class ModelConfig:
 
   def to_dict(self) -> dict[str, Any]:
     """Plain JSON values; `from_dict` is the inverse."""
-    plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    plain |= {key: _dump(kinds, plain[key]) for key, kinds in _VALUES.items()}
-    plain["layers"] = [
-      {"position": _dump(POSITIONS, layer.position), "window": layer.window} for layer in self.layers
-    ]
-    return plain
+    return _dump_fields(self)
 
   @classmethod
   def from_dict(cls, plain: Mapping[str, Any]) -> ModelConfig:
     """The config of `to_dict`'s output; an unknown key or name is an error."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(plain) - known):
-      raise ConfigError(f"model config: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    values = dict(plain)
-    values |= {key: _build(kinds, key, plain[key]) for key, kinds in _VALUES.items() if key in plain}
+    values = _build_fields(cls, "model config", plain)
     if "layers" in plain:
-      values["layers"] = tuple(
-        Layer(_build(POSITIONS, "layers.position", layer["position"]), layer.get("window"))
-        for layer in plain["layers"]
-      )
+      values["layers"] = tuple(Layer(**_build_fields(Layer, "layers", layer)) for layer in plain["layers"])
     return cls(**values)
 
 
-_VALUES = {"norm": NORMS, "mlp": MLPS, "query_scale": QUERY_SCALES, "attention": ATTENTIONS}
+_KINDS: dict[str, Mapping[str, type]] = {
+  "position": POSITIONS,
+  "norm": NORMS,
+  "mlp": MLPS,
+  "wiring": WIRINGS,
+  "query_scale": {"log_n": LogN},
+  "qk_norm": {"qk_norm": QkNorm},
+  "attention": {"plain": Plain, "blockwise": Blockwise},
+}
+"""The fields whose value is one of several kinds, by name: JSON has {"name": kind, ... its fields}."""
 
 
-def _dump(kinds: Mapping[str, type], value: Any) -> dict[str, Any] | None:
-  if value is None:
-    return None
-  name = next(name for name, kind in kinds.items() if kind is type(value))
-  return {"name": name} | dataclasses.asdict(value)
+def _dump_fields(value: Any) -> dict[str, Any]:
+  return {f.name: _dump(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)}
 
 
-def _build(kinds: Mapping[str, type], key: str, plain: Mapping[str, Any] | None) -> Any:
-  if plain is None:
-    return None
-  fields = dict(plain)
-  name = fields.pop("name", None)
+def _dump(field: str, value: Any) -> Any:
+  if field == "layers":
+    return [_dump_fields(layer) for layer in value]
+  if field not in _KINDS or value is None:
+    return list(value) if isinstance(value, tuple) else value
+  name = next(name for name, kind in _KINDS[field].items() if kind is type(value))
+  return {"name": name} | _dump_fields(value)
+
+
+def _build(field: str, plain: Any) -> Any:
+  if field not in _KINDS or plain is None:
+    return plain
+  kinds, values = _KINDS[field], dict(plain)
+  name = values.pop("name", None)
   if name not in kinds:
-    raise ConfigError(f"{key}.name: found {name!r}, expected one of {', '.join(kinds)}")
-  known = {f.name for f in dataclasses.fields(kinds[name])}
-  if unknown := sorted(set(fields) - known):
+    raise ConfigError(f"{field}.name: found {name!r}, expected one of {', '.join(kinds)}")
+  return kinds[name](**_build_fields(kinds[name], f"{field}: {name}", values))
+
+
+def _build_fields(cls: type, where: str, plain: Mapping[str, Any]) -> dict[str, Any]:
+  known = {f.name for f in dataclasses.fields(cls)}
+  if unknown := sorted(set(plain) - known):
     raise ConfigError(
-      f"{key}: {name} has no field {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
+      f"{where} has no field {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
     )
-  return kinds[name](**fields)
+  return {name: _build(name, value) for name, value in plain.items()}

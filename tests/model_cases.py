@@ -16,13 +16,14 @@ import pytest
 from jaxllm.activation import Mlp
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn import Transformer
-from jaxllm.norm import LayerNorm
+from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.position import POSITIONS, LogN, ReRope, Rope
 from jaxllm.position.query_scale import query_scale_table
 from jaxllm.position.rope import DynamicNtkRope
 from jaxllm.position.tables import PositionTables, make_table
 from jaxllm.tree import flatten, unflatten
+from jaxllm.wiring import DeepNorm, GlmDeepNorm, Parallel, ParallelTwoNorms, Post, PostOnly, Sandwich
 
 B, T, TRAINED = 3, 24, 8
 SHAPE = dict(vocab_size=29, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=40)
@@ -56,6 +57,23 @@ MODELS = {name: model(name) for name in POSITIONS} | {
   "dynamic_ntk, log-n at test time": model("dynamic_ntk", query_scale=LogN(2 * TRAINED, 1.0)),
   "alibi, log-n": model("alibi", query_scale=LogN(2 * TRAINED, 0.0)),
 }
+# A wiring or a feature of blocks and attention a row, on a method that needs no cached keys unrotated, with a rule of lengths.
+BLOCKS = {
+  "post": dict(wiring=Post()),
+  "post_only": dict(wiring=PostOnly(), norm=LayerNorm()),
+  "sandwich": dict(wiring=Sandwich()),
+  "parallel": dict(wiring=Parallel()),
+  "parallel_two_norms": dict(wiring=ParallelTwoNorms(), biases=("q", "k", "v")),
+  "deepnorm": dict(wiring=DeepNorm(1.6, 0.5), norm=LayerNorm(), biases=("o", "down", "head")),
+  "deepnorm_glm": dict(wiring=GlmDeepNorm(1.6, 0.5), norm=LayerNorm(), layer_scaling=True, biases=("gate", "up")),
+  "qk_norm": dict(qk_norm=QkNorm()),
+  "qk_norm over all": dict(qk_norm=QkNorm(RMSNorm(), "all")),
+  "qk_norm of each": dict(qk_norm=QkNorm(LayerNorm(), "each")),
+  "qk_norm after": dict(qk_norm=QkNorm(RMSNorm(), "head", "after")),
+  "soft caps": dict(attention_softcap=2.0, logit_softcap=4.0),
+  "sinks": dict(attention_sinks=True, clip_qkv=1.5),
+}
+MODELS |= {name: model("yarn", **fields) for name, fields in BLOCKS.items()}
 STRUCTURES = ["nope", "alibi", "rope", "dynamic_ntk", "rerope", "yarn, and the rest otherwise"]
 CORE = "yarn"
 
@@ -122,8 +140,10 @@ def _params(cfg):
     x = rng.standard_normal(shape)
     if path.endswith("norm/scale"):
       return 1 + 0.3 * x
-    if path.endswith("norm/bias"):
+    if path.endswith("bias"):
       return 0.3 * x
+    if path.endswith("sinks"):
+      return 1.5 + x
     if path == "embed":
       return x
     return x * (1.0 if "/attn/" in path else 1.5) * shape[0] ** -0.5

@@ -137,6 +137,17 @@ def rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len):
   return np.where(allowed_TS, out, -np.inf)
 
 
+def turned(method, x_BNTH, pos_T):
+  """x turned by absolute positions, for what happens to it between its rotation and the inner product."""
+  rotary_dim = method.rotary_dim or x_BNTH.shape[-1]
+  z, rest = pairs(x_BNTH, rotary_dim, method.layout)
+  theta, scale = inv_freq(method, rotary_dim, None)
+  z = z * scale * np.exp(1j * pos_T[:, None] * theta)
+  if method.layout == "half":
+    return np.concatenate([z.real, z.imag, rest], -1)
+  return np.concatenate([np.stack([z.real, z.imag], -1).reshape(*z.shape[:-1], -1), rest], -1)
+
+
 def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):
   """Scaled scores with whatever the layer's position method makes of them."""
   method = layer.position
@@ -144,7 +155,7 @@ def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):
     log_n = np.log(pos_T + 1) / math.log(cfg.query_scale.train_length)
     q_BNTH = q_BNTH * np.maximum(cfg.query_scale.floor, log_n)[:, None]
   q_BNTH = q_BNTH / math.sqrt(cfg.head_dim)
-  if hasattr(method, "base"):
+  if hasattr(method, "base") and not (cfg.qk_norm and cfg.qk_norm.place == "after"):
     return rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len)
   out = np.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH)
   if type(method).__name__ == "Alibi":
@@ -159,6 +170,16 @@ def norm(kind, p, x):
   return x + p["bias"] if "bias" in p else x
 
 
+def head_norm(kind, p, x_BTNH):
+  """The norm of queries or keys, over one head's coordinates or all heads' at once."""
+  if kind.over == "all":
+    return norm(kind.norm, p, x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
+  if kind.over == "head":
+    return norm(kind.norm, p, x_BTNH)
+  one = lambda n: norm(kind.norm, {name: weight[n] for name, weight in p.items()}, x_BTNH[:, :, n])
+  return np.stack([one(n) for n in range(x_BTNH.shape[2])], axis=2)
+
+
 def activation(name, x):
   if name == "silu":
     return x / (1 + np.exp(-x))
@@ -166,24 +187,46 @@ def activation(name, x):
   return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def attention(cfg, layer, p, x_BTD, pos_T, seq_len):
+def linear(p, x):
+  return x @ p["w"] + p["bias"] if "bias" in p else x @ p["w"]
+
+
+def attention(cfg, layer, p, x_BTD, pos_T, seq_len, prefix):
   B, T, _ = x_BTD.shape
-  heads = lambda name, n: (x_BTD @ p[name]["w"]).reshape(B, T, n, cfg.head_dim).transpose(0, 2, 1, 3)
   groups = cfg.num_heads // cfg.num_kv_heads
-  q_BNTH = heads("q", cfg.num_heads)
-  k_BNSH, v_BNSH = (np.repeat(heads(name, cfg.num_kv_heads), groups, axis=1) for name in ("k", "v"))
+
+  def heads(name, n):
+    x = linear(p[name], x_BTD)
+    if cfg.clip_qkv:
+      x = np.minimum(np.maximum(x, -cfg.clip_qkv), cfg.clip_qkv)
+    x = x.reshape(B, T, n, cfg.head_dim)
+    if name != "v" and cfg.qk_norm:
+      if cfg.qk_norm.place == "after":
+        x = turned(layer.position, x.transpose(0, 2, 1, 3), pos_T).transpose(0, 2, 1, 3)
+      x = head_norm(cfg.qk_norm, p[f"{name}_norm"], x)
+    return x.transpose(0, 2, 1, 3)
+
+  q_BNTH, k_BKSH, v_BKSH = (
+    heads(name, n) for name, n in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
+  )
+  k_BNSH, v_BNSH = (np.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
   s = scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len)
+  if cfg.attention_softcap:
+    s = cfg.attention_softcap * np.tanh(s / cfg.attention_softcap)
   distance = np.arange(T)[:, None] - np.arange(T)[None]
-  s = np.where((distance >= 0) & (distance < (layer.window or T)), s, -np.inf)
+  seen = (distance >= 0) | (np.arange(T)[None] < prefix)
+  s = np.where(seen & (distance < (layer.window or T)), s, -np.inf)
   weights = np.exp(s - s.max(-1, keepdims=True))
-  weights /= weights.sum(-1, keepdims=True)
-  return (weights @ v_BNSH).transpose(0, 2, 1, 3).reshape(B, T, -1) @ p["o"]["w"]
+  total = weights.sum(-1, keepdims=True)
+  if cfg.attention_sinks:
+    total = total + np.exp(p["sinks"][:, None, None] - s.max(-1, keepdims=True))
+  return linear(p["o"], (weights / total @ v_BNSH).transpose(0, 2, 1, 3).reshape(B, T, -1))
 
 
 def feed_forward(cfg, p, x):
   if "gate" in p:
-    return (activation(cfg.mlp.activation, x @ p["gate"]["w"]) * (x @ p["up"]["w"])) @ p["down"]["w"]
-  return activation(cfg.mlp.activation, x @ p["up"]["w"]) @ p["down"]["w"]
+    return linear(p["down"], activation(cfg.mlp.activation, linear(p["gate"], x)) * linear(p["up"], x))
+  return linear(p["down"], activation(cfg.mlp.activation, linear(p["up"], x)))
 
 
 def float64(tree):
@@ -193,15 +236,45 @@ def float64(tree):
   return np.asarray(tree, np.float64)
 
 
-def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None):
-  """Logits [B, T, V] in float64; pos_T is what position methods see, seq_len pins one length for all."""
+def block(cfg, p, x, attend, feed):
+  """One block by the equations of its wiring's source."""
+  name, n = type(cfg.wiring).__name__, lambda which, h: norm(cfg.norm, p[which], h)
+  if name == "Pre":
+    x = x + attend(n("attn_norm", x))
+    return x + feed(n("mlp_norm", x))
+  if name == "PostOnly":
+    x = x + n("attn_norm", attend(x))
+    return x + n("mlp_norm", feed(x))
+  if name == "Sandwich":
+    x = x + n("attn_post_norm", attend(n("attn_norm", x)))
+    return x + n("mlp_post_norm", feed(n("mlp_norm", x)))
+  if name.startswith("Parallel"):
+    other = "mlp_norm" if name == "ParallelTwoNorms" else "attn_norm"
+    return x + attend(n("attn_norm", x)) + feed(n(other, x))
+  alpha = getattr(cfg.wiring, "alpha", 1.0)
+  if name == "GlmDeepNorm":  # the norm belongs to what comes in, and the residual is its output
+    x = n("attn_norm", x)
+    x = n("mlp_norm", x * alpha + attend(x))
+    return x * alpha + feed(x)
+  assert name in ("Post", "DeepNorm"), name
+  x = n("attn_norm", x * alpha + attend(x))
+  return n("mlp_norm", x * alpha + feed(x))
+
+
+def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
+  """Logits [B, T, V] in float64; pos_T is what position methods see, seq_len pins one length for all.
+
+  `prefix` is how many leading tokens see each other both ways.
+  """
   p = float64(params)
   tokens_BT = np.asarray(tokens_BT)
   pos_T = np.arange(tokens_BT.shape[1]) if pos_T is None else np.asarray(pos_T, np.int64)
   x = p["embed"][tokens_BT] * cfg.embed_scale
   for i in range(cfg.num_layers):
-    layer, block = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
-    x = x + attention(cfg, layer, block["attn"], norm(cfg.norm, block["attn_norm"], x), pos_T, seq_len)
-    x = x + feed_forward(cfg, block["mlp"], norm(cfg.norm, block["mlp_norm"], x))
-  x = norm(cfg.norm, p["final_norm"], x)
-  return x @ (p["embed"].T if cfg.tie_embeddings else p["head"])
+    layer, mine = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
+    attend = lambda h, a=mine["attn"], layer=layer: attention(cfg, layer, a, h, pos_T, seq_len, prefix)
+    x = block(cfg, mine, x, attend, lambda h, f=mine["mlp"]: feed_forward(cfg, f, h))
+  if "final_norm" in p:
+    x = norm(cfg.norm, p["final_norm"], x)
+  x = x @ (p["embed"].T if cfg.tie_embeddings else p["head"]) + p.get("head_bias", 0.0)
+  return cfg.logit_softcap * np.tanh(x / cfg.logit_softcap) if cfg.logit_softcap else x

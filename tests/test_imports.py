@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "jaxllm").rglob("*.py"))
 FLOORS = [
   ("errors", "tree", "leaf"),
   ("ops",),
-  ("position", "norm", "activation", "sampling"),
+  ("position", "norm", "activation", "wiring", "sampling"),
   ("config",),
   ("nn",),
   ("hf", "quant", "parallel", "train", "generate", "evaluate", "flops"),

@@ -9,8 +9,9 @@ from einops import rearrange
 
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn.context import append
-from jaxllm.nn.layers import Linear, weight
+from jaxllm.nn.layers import HeadNorm, Linear, weight
 from jaxllm.ops.attention import Side
+from jaxllm.ops.head import soft_cap
 from jaxllm.position.base import add_bias, inner_products
 from jaxllm.position.tables import QueryScale, RopeTable
 
@@ -18,7 +19,11 @@ LayerCache = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):
-  """o(core(q, k, v)): queries divided by sqrt(H), scaled by position, scored by the layer's position method."""
+  """o(core(q, k, v)): queries divided by sqrt(H), scaled by position, scored by the layer's position method.
+
+  With cfg.layer_scaling the layer of number l (from 0) has its queries divided by l + 1 and its float32 scores multiplied by
+  it: nothing changes but that q k^T stays within a half type's range.  Source: GLM-130B, section 2.1; CogView's PB-Relax.
+  """
 
   cfg: ModelConfig
   layer: Layer
@@ -31,33 +36,50 @@ class Attention(nn.Module):
     k_side: Side,
     table: RopeTable | None,
     query_scale: QueryScale,
+    number: jax.Array | int,
     cache: LayerCache | None,
     length_B: jax.Array | None,
   ) -> tuple[jax.Array, LayerCache | None]:
     cfg, position = self.cfg, self.layer.position
-    heads = {"q": cfg.num_heads, "k": cfg.num_kv_heads, "v": cfg.num_kv_heads}
     q_BTNH, k_BTKH, v_BTKH = (
-      rearrange(Linear(n * cfg.head_dim, cfg.dtype, name=name)(x_BTD), "B T (N H) -> B T N H", N=n)
-      for name, n in heads.items()
+      self._heads(x_BTD, name, n)
+      for name, n in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
     )
     p = {name: weight(self, name, shape, init) for name, (shape, init) in position.params(cfg).items()}
-    q_BTNH = query_scale(
-      q_BTNH.astype(jnp.float32) * cfg.head_dim**-0.5, q_side.pos
-    )  # one rounding, at the end
 
-    if position.needs_raw_keys:
-      q_BTNH = q_BTNH.astype(cfg.dtype)
-      score = lambda q, k, q_pos, k_pos: position.scores(q, k, q_pos, k_pos, table, p)
-    else:  # keys are rotated once, before they are cached
-      q_BTNH = position.rotate_q(q_BTNH, q_side.pos, table).astype(cfg.dtype)
+    q_BTNH = q_BTNH.astype(jnp.float32)  # one rounding, at the end
+    if not position.needs_raw_keys:  # keys are rotated once, before they are cached
+      q_BTNH = position.rotate_q(q_BTNH, q_side.pos, table)
       k_BTKH = position.rotate_k(k_BTKH, q_side.pos, table)
-      score = lambda q, k, q_pos, k_pos: add_bias(
-        inner_products(q, k), position.bias(p, q_pos, k_pos, cfg.num_heads)
-      )
+    q_BTNH, k_BTKH = self._normed("after", "q", q_BTNH), self._normed("after", "k", k_BTKH)
+    layer_scale = number + 1 if cfg.layer_scaling else 1
+    q_BTNH = query_scale(q_BTNH * cfg.head_dim**-0.5, q_side.pos) / layer_scale
+    q_BTNH = q_BTNH.astype(cfg.dtype)
+
+    def score(q, k, q_pos, k_pos):
+      if position.needs_raw_keys:
+        scores = position.scores(q, k, q_pos, k_pos, table, p) * layer_scale
+      else:
+        bias = position.bias(p, q_pos, k_pos, cfg.num_heads)
+        scores = add_bias(inner_products(q, k) * layer_scale, bias)
+      return soft_cap(scores, cfg.attention_softcap)
 
     if cache is not None:
       cache = (append(cache[0], k_BTKH, length_B), append(cache[1], v_BTKH, length_B))
       k_BTKH, v_BTKH = cache
-    out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, score)
-    out_BTD = rearrange(out_BTNH, "B T N H -> B T (N H)")
-    return Linear(cfg.embed_dim, cfg.dtype, init_scale=(2 * cfg.num_layers) ** -0.5, name="o")(out_BTD), cache
+    sinks_N = weight(self, "sinks", (cfg.num_heads,), nn.initializers.zeros) if cfg.attention_sinks else None
+    out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, score, sinks_N)
+    return Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)")), cache
+
+  def _heads(self, x_BTD: jax.Array, name: str, heads: int) -> jax.Array:
+    """The projection `name`, clipped and normalised where the config says so, [B, T, heads, H]."""
+    cfg = self.cfg
+    x = Linear(cfg, heads * cfg.head_dim, name=name)(x_BTD)
+    if cfg.clip_qkv is not None:
+      x = jnp.clip(x, -cfg.clip_qkv, cfg.clip_qkv)
+    x_BTNH = rearrange(x, "B T (N H) -> B T N H", N=heads)
+    return x_BTNH if name == "v" else self._normed("before", name, x_BTNH)
+
+  def _normed(self, place: str, name: str, x_BTNH: jax.Array) -> jax.Array:
+    kind = self.cfg.qk_norm
+    return x_BTNH if kind is None or kind.place != place else HeadNorm(kind, name=f"{name}_norm")(x_BTNH)

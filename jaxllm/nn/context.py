@@ -18,13 +18,15 @@ class Context:
   """Order and positions of the tokens of one call; None means the usual: index counts on from the cache, pos = index.
 
   index_BT: order in the sequence, which masks use.  pos_BT: what position methods rotate by.  segment_BT: the sequence each
-  token of a packed row belongs to.  valid_BT: False for right padding, which the cache then does not count.
+  token of a packed row belongs to.  valid_BT: False for right padding, which the cache then does not count.  prefix_B: how many
+  leading tokens see each other in both directions (prefix-LM); all of them must be in one call, as no later call changes them.
   """
 
   index: jax.Array | None = None
   pos: jax.Array | None = None
   segment: jax.Array | None = None
   valid: jax.Array | None = None
+  prefix: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +80,10 @@ def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tupl
     context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
   )
   pos = context.pos if context.pos is not None else index
-  queries = Side(index, pos, context.segment, context.valid)
+  prefix = None
+  if context.prefix is not None:
+    prefix = jnp.broadcast_to(context.prefix[:, None], (context.prefix.shape[0], T))
+  queries = Side(index, pos, context.segment, context.valid, prefix)
   if cache is None:
     return queries, queries, None
   if context.index is not None or context.segment is not None:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxllm.config import ModelConfig
 from jaxllm.ops.einsum import einsum
 
 
@@ -22,18 +23,25 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init) -> Any:
 
 
 class Linear(nn.Module):
-  """y = x w, w [in, out], computed in `dtype` and accumulated in float32."""
+  """y = x w + bias, w [in, out], computed in cfg.dtype and accumulated in float32.
 
+  The module's name decides how w starts (cfg.wiring.init) and whether there is a bias (cfg.biases).
+  """
+
+  cfg: ModelConfig
   features: int
-  dtype: str
-  init_scale: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    init = nn.initializers.variance_scaling(self.init_scale**2, "fan_in", "normal")
-    w = weight(self, "w", (x.shape[-1], self.features), init)
+    cfg = self.cfg
+    w = weight(self, "w", (x.shape[-1], self.features), cfg.wiring.init(self.name, cfg.num_layers))
     # two-dimensional operands: a CPU's matrix product is slower with more
-    out = einsum("CD,DF->CF", x.reshape(-1, x.shape[-1]), w.astype(self.dtype), out_dtype=self.dtype)
+    x_CD = x.reshape(-1, x.shape[-1])
+    if self.name in cfg.biases:
+      out = einsum("CD,DF->CF", x_CD, w.astype(cfg.dtype))
+      out = (out + weight(self, "bias", (self.features,), nn.initializers.zeros)[None]).astype(cfg.dtype)
+    else:
+      out = einsum("CD,DF->CF", x_CD, w.astype(cfg.dtype), out_dtype=cfg.dtype)
     return out.reshape(*x.shape[:-1], self.features)
 
 
@@ -48,3 +56,14 @@ class Norm(nn.Module):
       name: weight(self, name, shape, init) for name, (shape, init) in self.kind.params(x.shape[-1]).items()
     }
     return self.kind(p, x)
+
+
+class HeadNorm(nn.Module):
+  """A `norm.QkNorm` with its parameters, for queries or keys [B, T, N, H]."""
+
+  kind: Any
+
+  @nn.compact
+  def __call__(self, x_BTNH: jax.Array) -> jax.Array:
+    shapes = self.kind.params(*x_BTNH.shape[-2:])
+    return self.kind({name: weight(self, name, shape, init) for name, (shape, init) in shapes.items()}, x_BTNH)

@@ -17,7 +17,7 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     cfg = self.cfg
-    inputs = [Linear(cfg.mlp_dim, cfg.dtype, name=name)(x_BTD) for name in cfg.mlp.inputs]
+    inputs = [Linear(cfg, cfg.mlp_dim, name=name)(x_BTD) for name in cfg.mlp.inputs]
     # the backward pass recomputes the activation: that is faster than to store and read what its derivative needs
     hidden_BTF = jax.checkpoint(cfg.mlp)(*inputs)
-    return Linear(cfg.embed_dim, cfg.dtype, init_scale=(2 * cfg.num_layers) ** -0.5, name="down")(hidden_BTF)
+    return Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF)

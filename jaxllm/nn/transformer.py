@@ -15,24 +15,26 @@ from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Cache, Context, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
-from jaxllm.ops.einsum import einsum
+from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position.tables import PositionTables, RopeTable
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then + feed-forward(norm(x))."""
+  """Attention and feed-forward, joined to the residual stream by cfg.wiring."""
 
   cfg: ModelConfig
   layer: Layer
 
   @nn.compact
-  def __call__(self, x_BTD, q_side, k_side, table, query_scale, cache=None, length_B=None):
-    h_BTD = Norm(self.cfg.norm, name="attn_norm")(x_BTD)
-    attention = Attention(self.cfg, self.layer, name="attn")
-    h_BTD, cache = attention(h_BTD, q_side, k_side, table, query_scale, cache, length_B)
-    x_BTD = x_BTD + h_BTD
-    h_BTD = Norm(self.cfg.norm, name="mlp_norm")(x_BTD)
-    return x_BTD + FeedForward(self.cfg, name="mlp")(h_BTD), cache
+  def __call__(self, x_BTD, q_side, k_side, table, query_scale, number, cache=None, length_B=None):
+    def attention(h_BTD):
+      nonlocal cache
+      layer = Attention(self.cfg, self.layer, name="attn")
+      out_BTD, cache = layer(h_BTD, q_side, k_side, table, query_scale, number, cache, length_B)
+      return out_BTD
+
+    norm = lambda name, h_BTD: Norm(self.cfg.norm, name=name)(h_BTD)
+    return self.cfg.wiring(x_BTD, norm, attention, FeedForward(self.cfg, name="mlp")), cache
 
 
 class Layers(nn.Module):
@@ -42,15 +44,16 @@ class Layers(nn.Module):
   repeats: int
 
   @nn.compact
-  def __call__(self, x_BTD, q_side, k_side, tables: PositionTables, cache: Cache | None):
+  def __call__(self, x_BTD, q_side, k_side, tables: PositionTables, cache: Cache | None, first: jax.Array | int):
     cfg, k, v = self.cfg, [], []
     for i in range(self.repeats * len(cfg.layers)):
       layer = cfg.layer(i)
       layer_cache = None if cache is None else (cache.k[i], cache.v[i])
       length_B = None if cache is None else cache.length
       block = Block(cfg, layer, name=str(i))
+      table = _table(cfg, layer, tables)
       x_BTD, layer_cache = block(
-        x_BTD, q_side, k_side, _table(cfg, layer, tables), tables.query_scale, layer_cache, length_B
+        x_BTD, q_side, k_side, table, tables.query_scale, first + i, layer_cache, length_B
       )
       if layer_cache is not None:
         k.append(layer_cache[0])
@@ -94,7 +97,8 @@ class Transformer(nn.Module):
     embed_VD = weight(
       self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5)
     )
-    x_BTD = (embed_VD[tokens_BT] * cfg.embed_scale).astype(cfg.dtype)
+    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient)
+    x_BTD = (x_BTD * cfg.embed_scale).astype(cfg.dtype)
     x_BTD = cfg.layers[0].position.embed(x_BTD, q_side.pos, {})
     if self.scan:
       if cache is not None:
@@ -105,29 +109,35 @@ class Transformer(nn.Module):
         Layers,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * 4,
+        in_axes=(*(nn.broadcast,) * 4, 0),
         length=cfg.num_layers // len(cfg.layers),
       )
-      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, q_side, k_side, tables, None)
+      first = jnp.arange(0, cfg.num_layers, len(cfg.layers), dtype=jnp.int32)
+      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, q_side, k_side, tables, None, first)
     else:
       x_BTD, (k, v) = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")(
-        x_BTD, q_side, k_side, tables, cache
+        x_BTD, q_side, k_side, tables, cache, 0
       )
       moved = None if cache is None else dataclasses.replace(moved, k=k, v=v)
-    x_BTD = Norm(cfg.norm, name="final_norm")(x_BTD)
+    if cfg.wiring.final_norm:
+      x_BTD = Norm(cfg.norm, name="final_norm")(x_BTD)
 
-    head_DV = embed_VD.T if cfg.tie_embeddings else self._head()
+    to_logits = head(cfg, {"embed": embed_VD} | self._head())
     if logits is None:
       return x_BTD, moved
     if logits == "last":
       x_BTD = _last(x_BTD, context.valid)
-    return einsum("BTD,DV->BTV", x_BTD, head_DV.astype(cfg.dtype)), moved
+    return to_logits(x_BTD), moved
 
-  def _head(self) -> jax.Array:
-    cfg = self.cfg
-    return weight(
-      self, "head", (cfg.embed_dim, cfg.vocab_size), nn.initializers.variance_scaling(1, "fan_in", "normal")
-    )
+  def _head(self) -> dict[str, jax.Array]:
+    """The parameters of the head beside the embedding."""
+    cfg, p = self.cfg, {}
+    if not cfg.tie_embeddings:
+      init = nn.initializers.variance_scaling(1, "fan_in", "normal")
+      p["head"] = weight(self, "head", (cfg.embed_dim, cfg.vocab_size), init)
+    if "head" in cfg.biases:
+      p["head_bias"] = weight(self, "head_bias", (cfg.vocab_size,), nn.initializers.zeros)
+    return p
 
   def _tables(
     self, rope: PositionTables | None, context: Context, cache: Cache | None, T: int
@@ -148,9 +158,10 @@ class Transformer(nn.Module):
     return rope
 
 
-def head(cfg: ModelConfig, params) -> jax.Array:
-  """The matrix [D, V] that turns hidden states into logits, for `ops.losses.cross_entropy`."""
-  return params["embed"].T if cfg.tie_embeddings else params["head"]
+def head(cfg: ModelConfig, params) -> Head:
+  """What turns hidden states into logits, for `ops.losses.cross_entropy`; a tied one shrinks its gradient as the embedding does."""
+  w_DV = shrink_gradient(params["embed"], cfg.embed_gradient).T if cfg.tie_embeddings else params["head"]
+  return Head(w_DV, params.get("head_bias"), cfg.logit_softcap)
 
 
 def _last(x_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:

@@ -1,7 +1,8 @@
 """Attention cores: masked softmax attention over scores that a position method computes.
 
-A core is a value: core(q, k, v, q_side, k_side, window, score) with q_BTNH, k_BSKH, v_BSKH, and
-score(q_tile, k_tile, q_pos, k_pos) -> float32 [B or 1, K, G, t, s].  Masks see order (index), methods see positions (pos).
+A core is a value: core(q, k, v, q_side, k_side, window, score, sinks) with q_BTNH, k_BSKH, v_BSKH,
+score(q_tile, k_tile, q_pos, k_pos) -> float32 [B or 1, K, G, t, s], and sinks_N, a logit a head that every query attends to
+without a value (None: there is none).  Masks see order (index), methods see positions (pos).
 """
 
 from __future__ import annotations
@@ -26,22 +27,26 @@ class Side:
   """What masks and position methods know of the queries or of the keys; leading axis B or 1, int32.
 
   index: order in the sequence (causality, windows); pos: what position methods rotate by; segment: packed sequences attend
-  within their own number only (None: one segment); valid: False for padding and unused cache slots (None: all are real).
+  within their own number only (None: one segment); valid: False for padding and unused cache slots (None: all are real);
+  prefix: keys of an index below it are seen by every query (read on the queries' side; None: causal throughout).
   """
 
   index: jax.Array
   pos: jax.Array
   segment: jax.Array | None = None
   valid: jax.Array | None = None
+  prefix: jax.Array | None = None
 
 
 def allowed(q: Side, k: Side, window: int | None) -> jax.Array:
-  """Which keys each query attends to, bool [B or 1, T, S]: causal, the nearest `window` keys, own segment, real keys.
+  """Which keys each query attends to, bool [B or 1, T, S]: causal or in the prefix, within `window`, own segment, real keys.
 
   A window of w keeps exactly min(w, i + 1) keys: those with i - j < w, the query itself included.
   """
   distance_BTS = q.index[:, :, None] - k.index[:, None, :]
   mask_BTS = distance_BTS >= 0
+  if q.prefix is not None:
+    mask_BTS |= k.index[:, None, :] < q.prefix[:, :, None]
   if window is not None:
     mask_BTS &= distance_BTS < window
   if q.segment is not None and k.segment is not None:
@@ -54,6 +59,11 @@ def allowed(q: Side, k: Side, window: int | None) -> jax.Array:
 def zero_unused(x_BSKH: jax.Array, valid_BS: jax.Array | None) -> jax.Array:
   """Values with the slots that hold no token set to 0, as 0 * NaN would reach every query."""
   return x_BSKH if valid_BS is None else jnp.where(valid_BS[:, :, None, None], x_BSKH, 0)
+
+
+def per_head(x_N: jax.Array, num_kv_heads: int) -> jax.Array:
+  """A number a query head, float32 [1, K, G, 1, 1]."""
+  return x_N.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
 
 
 @jax.custom_jvp
@@ -76,9 +86,25 @@ def _masked_softmax_jvp(primals, tangents):
 class Plain:
   """softmax(scores) v with all scores at once: the reference, and the faster one for short sequences."""
 
-  def __call__(self, q_BTNH, k_BSKH, v_BSKH, q_side: Side, k_side: Side, window: int | None, score: Score):
+  def __call__(
+    self,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_side: Side,
+    k_side: Side,
+    window: int | None,
+    score: Score,
+    sinks_N: jax.Array | None = None,
+  ) -> jax.Array:
     scores_BKGTS = score(q_BTNH, k_BSKH, q_side.pos, k_side.pos)
-    probs_BKGTS = masked_softmax(scores_BKGTS, allowed(q_side, k_side, window)[:, None, None])
+    mask_BKGTS = allowed(q_side, k_side, window)[:, None, None]
+    if sinks_N is None:
+      probs_BKGTS = masked_softmax(scores_BKGTS, mask_BKGTS)
+    else:  # one more key, which all queries see, and whose value is 0
+      sink = jnp.broadcast_to(per_head(sinks_N, k_BSKH.shape[2]), (*scores_BKGTS.shape[:-1], 1))
+      mask = jnp.pad(mask_BKGTS, [(0, 0)] * 4 + [(0, 1)], constant_values=True)
+      probs_BKGTS = masked_softmax(jnp.concatenate([scores_BKGTS, sink], -1), mask)[..., :-1]
     v_BSKH = zero_unused(v_BSKH, k_side.valid)
     out = einsum("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH, out_dtype=q_BTNH.dtype)
     return out.reshape(q_BTNH.shape)

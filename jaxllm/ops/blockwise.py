@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import ConfigError
-from jaxllm.ops.attention import MASKED, Score, Side, allowed, zero_unused
+from jaxllm.ops.attention import MASKED, Score, Side, allowed, per_head, zero_unused
 from jaxllm.ops.einsum import einsum
 
 
@@ -31,7 +31,17 @@ class Blockwise:
       if not isinstance(value, int) or value < 1:
         raise ConfigError(f"Blockwise.{name}: found {value!r}, expected an integer of at least 1")
 
-  def __call__(self, q_BTNH, k_BSKH, v_BSKH, q_side: Side, k_side: Side, window: int | None, score: Score):
+  def __call__(
+    self,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_side: Side,
+    k_side: Side,
+    window: int | None,
+    score: Score,
+    sinks_N: jax.Array | None = None,
+  ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
     t, s = min(self.q_block, T), min(self.k_block, S)
@@ -70,7 +80,13 @@ class Blockwise:
       rows = (B, K, N // K, t)
       # the type of the scores, whatever JAX's default is
       zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-      start = (zeros(rows) + MASKED, zeros(rows), zeros((*rows, H)))
+      if sinks_N is None:
+        top, total = zeros(rows) + MASKED, zeros(rows)
+      else:  # the sink is the first key seen, and its value is 0
+        sink = zeros(rows) + per_head(sinks_N, K)[..., 0]
+        top = jax.lax.stop_gradient(sink)
+        total = jnp.exp(sink - top)
+      start = (top, total, zeros((*rows, H)))
       (_, total, out), _ = jax.lax.scan(key_tile, start, keys)
       return jnp.moveaxis(out / jnp.where(total > 0, total, 1.0)[..., None], 3, 1).astype(q_BTNH.dtype)
 

@@ -1,0 +1,44 @@
+"""Hidden states to logits, and the two changes to gradients and values that models make there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.ops.einsum import einsum
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap tanh(x / cap), which stays within (-cap, cap); x itself for None.  Source: Gemma 2 (2024), section 2."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def shrink_gradient(w: jax.Array, share: float) -> jax.Array:
+  """w, bit for bit, with `share` of its gradient: w_used = share w + stop_gradient((1 - share) w).
+
+  Written as stop_gradient(w) + share (w - stop_gradient(w)), whose second term is exactly 0.
+  Source: Zeng et al. (2022), GLM-130B, section 3.1 (there alpha, 0.1).
+  """
+  if share == 1:
+    return w
+  still = jax.lax.stop_gradient(w)
+  return still + share * (w - still)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """logits = soft_cap(x w + bias), float32; w [D, V]."""
+
+  w: jax.Array
+  bias: jax.Array | None = None
+  softcap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Logits [..., V] of hidden states [..., D], computed in their type and accumulated in float32."""
+    logits = einsum("...D,DV->...V", x, self.w.astype(x.dtype))
+    if self.bias is not None:
+      logits += jnp.expand_dims(self.bias, range(x.ndim - 1))
+    return soft_cap(logits, self.softcap)
