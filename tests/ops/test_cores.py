@@ -164,3 +164,34 @@ def test_config_values():
       ):
         Blockwise(**{field: bad})
   assert ModelConfig.__dataclass_fields__["attention"].default == Plain()
+
+
+CORES = {"plain": Plain(), "blockwise": Blockwise(8, 6)}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_sinks_and_a_prefix_are_what_numpy_says(name):
+  """A sink is a key that all queries see and whose value is 0; a prefix is seen by all queries."""
+  (q, k, v), cotangent = arrays()
+  sinks, prefix = np.array([-1.0, 0.0, 2.0, 30.0], np.float32), np.array([[6], [0]])
+  queries = Side(INDEX, INDEX, prefix=np.broadcast_to(prefix, (B, T)))
+  score = lambda q, k, *_: inner_products(q, k)
+
+  def run(qkv, sinks):
+    out = CORES[name](*qkv, queries, Side(INDEX, INDEX), 9, score, sinks)
+    return jnp.sum(out * cotangent), out
+
+  (_, out), (gradient, _) = jax.jit(jax.value_and_grad(run, argnums=(1, 0), has_aux=True))((q, k, v), sinks)
+  seen = (INDEX[:, :, None] >= INDEX[:, None]) | (INDEX[:, None] < prefix[..., None])
+  seen &= INDEX[:, :, None] - INDEX[:, None] < 9
+  truth, slope = np.zeros((B, T, N, H)), np.zeros(N)
+  for b in range(B):
+    for n in range(N):
+      s = q[b, :, n].astype(np.float64) @ k[b, :, n // (N // K)].T
+      weights = np.where(seen[b], np.exp(s), 0)
+      total = weights.sum(-1) + np.exp(np.float64(sinks[n]))
+      truth[b, :, n] = weights / total[:, None] @ v[b, :, n // (N // K)]
+      # d out / d sink = -out * e^sink / total
+      slope[n] -= np.sum(truth[b, :, n] * cotangent[b, :, n] * (np.exp(np.float64(sinks[n])) / total)[:, None])
+  assert relative_error(out, truth) <= 2e-6
+  assert relative_error(gradient, slope) <= 1e-5

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.ops.head import Head
 from jaxllm.ops.losses import cross_entropy
 
 B, T, D, V = 3, 7, 16, 29
@@ -29,7 +30,7 @@ def truth():
 @pytest.mark.parametrize("chunk", [7, pytest.param(8, marks=pytest.mark.core), 1000])
 def test_every_chunk_gives_the_same(chunk):
   def total(hidden, head, weights):
-    nll, correct = cross_entropy(hidden, head, LABELS, chunk)
+    nll, correct = cross_entropy(hidden, Head(head), LABELS, chunk)
     return jnp.sum(nll * weights), (nll, correct)
 
   nll, correct, probs = truth()
@@ -45,7 +46,7 @@ def test_every_chunk_gives_the_same(chunk):
 
 def test_bfloat16_hidden_states_are_scored_in_float32():
   hidden = jnp.asarray(HIDDEN, jnp.bfloat16)
-  nll, _ = jax.jit(cross_entropy)(hidden, HEAD, LABELS)
+  nll, _ = jax.jit(cross_entropy)(hidden, Head(HEAD), LABELS)
   assert nll.dtype == jnp.float32
   logits = np.asarray(hidden, np.float64) @ np.asarray(jnp.asarray(HEAD, jnp.bfloat16), np.float64)
   expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, LABELS[..., None], -1)[..., 0]
@@ -53,7 +54,17 @@ def test_bfloat16_hidden_states_are_scored_in_float32():
 
 
 def test_logits_far_from_zero():
-  head = jnp.array([[100.0, -100.0, 99.0]])
+  head = Head(jnp.array([[100.0, -100.0, 99.0]]))
   nll, correct = cross_entropy(jnp.ones((1, 1, 1)), head, jnp.array([[2]]))
   np.testing.assert_allclose(nll[0, 0], np.log1p(np.exp(1.0)), rtol=0, atol=1e-5)  # one unit of 100 is 7.6e-6
   assert not correct[0, 0]
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_bias_and_soft_cap_of_the_head(chunk):
+  bias = RNG.standard_normal(V).astype(np.float32)
+  nll, correct = jax.jit(cross_entropy, static_argnums=3)(HIDDEN, Head(HEAD, bias, 3.0), LABELS, chunk)
+  logits = 3 * np.tanh((HIDDEN.astype(np.float64) @ HEAD + bias) / 3)
+  expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, LABELS[..., None], -1)[..., 0]
+  np.testing.assert_allclose(nll, expected, rtol=0, atol=5e-6)
+  np.testing.assert_array_equal(correct, logits.argmax(-1) == LABELS)
