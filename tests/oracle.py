@@ -153,17 +153,30 @@ def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):
 
 
 def norm(kind, p, x):
-  if "bias" in p:
+  name = type(kind).__name__
+  if name == "L2Norm":
+    return x / np.maximum(np.sqrt((x**2).sum(-1, keepdims=True)), kind.eps)
+  if name == "LayerNorm":
     x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + kind.eps) * p["scale"]
-  return x + p["bias"] if "bias" in p else x
+  measured = x[..., : int(getattr(kind, "fraction", 1.0) * x.shape[-1])]
+  x = x / np.sqrt((measured**2).mean(-1, keepdims=True) + kind.eps)
+  if kind.scale is not None:
+    x = x * (p["scale"] + (kind.scale == "1+w"))
+  return x + p["bias"] if getattr(kind, "bias", False) else x
 
 
-def activation(name, x):
-  if name == "silu":
-    return x / (1 + np.exp(-x))
+def activation(name, x, beta=None):
+  sigmoid = lambda x: 0.5 + 0.5 * np.tanh(x / 2)
+  if name in ("silu", "swish", "gelu_sigmoid"):
+    return x * sigmoid({"silu": 1.0, "swish": beta or 1.0, "gelu_sigmoid": 1.702}[name] * x)
+  if name == "gelu_tanh":
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+  if name in ("relu", "relu2"):
+    return np.where(x > 0, x, 0.0) ** (2 if name == "relu2" else 1)
+  if name in ("sigmoid", "identity"):
+    return sigmoid(x) if name == "sigmoid" else x
   assert name == "gelu", name
-  return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+  return x * 0.5 * np.vectorize(math.erfc)(-x / math.sqrt(2))
 
 
 def attention(cfg, layer, p, x_BTD, pos_T, seq_len):
@@ -180,10 +193,23 @@ def attention(cfg, layer, p, x_BTD, pos_T, seq_len):
   return (weights @ v_BNSH).transpose(0, 2, 1, 3).reshape(B, T, -1) @ p["o"]["w"]
 
 
+def hidden(mlp, p, *inputs):
+  """What a feed-forward value makes of its projections: (gate, up) or (up,)."""
+  name = type(mlp).__name__
+  if name == "ClampedGlu":
+    gate, up = np.minimum(inputs[0], mlp.limit), np.clip(inputs[1], -mlp.limit, mlp.limit)
+    return (up + 1) * activation("swish", gate, mlp.alpha)
+  if name == "Xielu":
+    x, softplus = inputs[0], lambda name: np.log1p(np.exp(p[name]))
+    low = (mlp.beta + softplus("alpha_n")) * (np.expm1(np.minimum(x, mlp.eps)) - x) + mlp.beta * x
+    return np.where(x > 0, softplus("alpha_p") * x**2 + mlp.beta * x, low)
+  out = activation(mlp.activation, inputs[0], mlp.beta)
+  return out * inputs[1] if name == "Glu" else out
+
+
 def feed_forward(cfg, p, x):
-  if "gate" in p:
-    return (activation(cfg.mlp.activation, x @ p["gate"]["w"]) * (x @ p["up"]["w"])) @ p["down"]["w"]
-  return activation(cfg.mlp.activation, x @ p["up"]["w"]) @ p["down"]["w"]
+  inputs = [x @ p[name]["w"] for name in ("gate", "up") if name in p]
+  return hidden(cfg.mlp, p, *inputs) @ p["down"]["w"]
 
 
 def float64(tree):
@@ -201,7 +227,9 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None):
   x = p["embed"][tokens_BT] * cfg.embed_scale
   for i in range(cfg.num_layers):
     layer, block = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
-    x = x + attention(cfg, layer, block["attn"], norm(cfg.norm, block["attn_norm"], x), pos_T, seq_len)
-    x = x + feed_forward(cfg, block["mlp"], norm(cfg.norm, block["mlp_norm"], x))
-  x = norm(cfg.norm, p["final_norm"], x)
+    x = x + attention(
+      cfg, layer, block["attn"], norm(cfg.norm, block.get("attn_norm", {}), x), pos_T, seq_len
+    )
+    x = x + feed_forward(cfg, block["mlp"], norm(cfg.norm, block.get("mlp_norm", {}), x))
+  x = norm(cfg.norm, p.get("final_norm", {}), x)
   return x @ (p["embed"].T if cfg.tie_embeddings else p["head"])
