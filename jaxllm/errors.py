@@ -3,6 +3,8 @@
 `assert` is for this package's own invariants; what reaches a user is one of these.
 """
 
+from collections.abc import Collection
+
 
 class JaxllmError(ValueError):
   """Something the user can mend.  `exit_code` is what a script that meets it returns."""
@@ -45,3 +47,12 @@ def check_positive(owner: object, **values: float) -> None:
   for name, value in values.items():
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
       raise ConfigError(f"{type(owner).__name__}.{name}: found {value!r}, expected a finite number above 0")
+
+
+def check_choice(owner: object, name: str, allowed: Collection[object]) -> None:
+  """Raise ConfigError for a field that is not one of the allowed values."""
+  value = getattr(owner, name)
+  if not any(type(value) is type(one) and value == one for one in allowed):  # 1 is not True
+    raise ConfigError(
+      f"{type(owner).__name__}.{name}: found {value!r}, expected one of {', '.join(map(str, allowed))}"
+    )

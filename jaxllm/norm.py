@@ -1,4 +1,4 @@
-"""Normalisation layers as values: pure functions of their parameters.  Statistics are float32 whatever the input is."""
+"""Normalisation layers as values: pure functions of their parameters.  Statistics are float32 or wider for any input."""
 
 from __future__ import annotations
 
@@ -8,34 +8,130 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import ConfigError, check_positive
+from jaxllm.errors import ConfigError, check_choice, check_positive
+
+SCALES = ("w", "1+w", None)
 
 
 @dataclasses.dataclass(frozen=True)
 class RMSNorm:
-  """x / sqrt(mean(x^2) + eps) * scale.  Source: Zhang and Sennrich (2019); eps inside the root as in Llama."""
+  """x / sqrt(mean(x^2) + eps) * g, with eps inside the root as in Llama (the authors' code divides by rms + eps).
+
+  scale: g = w, g = 1 + w with w from 0 (Gemma), or no g (None: what Llama 4 calls an L2 norm of queries and keys).
+  multiply_in: "float32" multiplies by g, then casts to the type of x (Gemma); "input" casts, then multiplies in the type
+  of x (Llama, T5), which in bfloat16 is another number.
+  fraction: below 1 it is pRMSNorm: the mean is of the first int(fraction * D) coordinates only, the authors' rounding.
+
+  Raises ConfigError for a bad field, and on use where the fraction leaves no coordinate.
+  Source: Zhang and Sennrich (2019), and their rmsnorm_torch.py for pRMSNorm.
+  """
 
   eps: float = 1e-6
+  scale: str | None = "w"
+  multiply_in: str = "float32"
+  fraction: float = 1.0
+
+  def __post_init__(self):
+    check_positive(self, eps=self.eps, fraction=self.fraction)
+    check_choice(self, "scale", SCALES)
+    check_choice(self, "multiply_in", ("float32", "input"))
+    if self.fraction > 1:
+      raise ConfigError(f"RMSNorm.fraction: found {self.fraction}, expected at most 1")
+
+  def params(self, dim: int) -> dict:
+    """{name: (shape, initializer)}"""
+    return _gain_params(self.scale, dim)
+
+  def __call__(self, p, x: jax.Array) -> jax.Array:
+    """x [..., D] normalised over its last axis, in the type of x."""
+    measured = int(self.fraction * x.shape[-1])
+    if not measured:
+      raise ConfigError(
+        f"RMSNorm.fraction: found {self.fraction}, which is less than one of {x.shape[-1]} coordinates"
+      )
+    wide = _wide(x)
+    wide = wide * _inverse_root(wide[..., :measured], -1, self.eps)
+    if self.scale is None:
+      return wide.astype(x.dtype)
+    gain = _gain(self.scale, p, wide)
+    if self.multiply_in == "float32":
+      return (wide * gain).astype(x.dtype)
+    # Rounded by reduce_precision as well as by the cast: compiled, XLA may drop a cast down that is followed by one up.
+    # The exponent stays wide, as reduce_precision would flush what float16 keeps as subnormal numbers.
+    mantissa = int(jnp.finfo(x.dtype).nmant)
+    wide = jax.lax.reduce_precision(wide, int(jnp.finfo(wide.dtype).nexp), mantissa)
+    return wide.astype(x.dtype) * gain.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+  """(x - mean) / sqrt(var + eps) * g + b, over the coordinates of each token; var is the biased variance.
+
+  scale: g = w, g = 1 + w with w from 0 (Nemotron's LayerNorm1P, which adds in the type of its weights), or no g (None);
+  bias: whether there is a b.  OLMo 1 has neither, Cohere no b.
+  The variance is the mean of squared deviations (two passes): at mean 1e4, std 1 the float32 result is 5e-7 off, where
+  torch's is 2e-3 off and E[x^2] - E[x]^2 would be off by 866.
+
+  Raises ConfigError for a bad field.  Source: Ba, Kiros and Hinton (2016).
+  """
+
+  eps: float = 1e-5
+  scale: str | None = "w"
+  bias: bool = True
+
+  def __post_init__(self):
+    check_positive(self, eps=self.eps)
+    check_choice(self, "scale", SCALES)
+    check_choice(self, "bias", (True, False))
+
+  def params(self, dim: int) -> dict:
+    """{name: (shape, initializer)}"""
+    bias = {"bias": ((dim,), jax.nn.initializers.zeros)} if self.bias else {}
+    return _gain_params(self.scale, dim) | bias
+
+  def __call__(self, p, x: jax.Array) -> jax.Array:
+    """x [..., D] normalised over its last axis, in the type of x."""
+    wide = _standardised(_wide(x), -1, self.eps)
+    if self.scale is not None:
+      wide = wide * _gain(self.scale, p, wide)
+    if self.bias:
+      wide = wide + _row(p["bias"], wide)
+    return wide.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2Norm:
+  """x / max(||x||_2, eps), without parameters: torch.nn.functional.normalize.
+
+  Not what Llama 4 calls an L2 norm, which divides by the root of the *mean* square: that is RMSNorm(scale=None).
+  Raises ConfigError for a bad eps.
+  """
+
+  eps: float = 1e-12
 
   def __post_init__(self):
     check_positive(self, eps=self.eps)
 
   def params(self, dim: int) -> dict:
     """{name: (shape, initializer)}"""
-    return {"scale": ((dim,), jax.nn.initializers.ones)}
+    return {}
 
   def __call__(self, p, x: jax.Array) -> jax.Array:
-    """x [..., D] normalised over its last axis, in the type of x."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    return (x32 * _row(p["scale"], x)).astype(x.dtype)
+    """x [..., D] with rows of length 1, in the type of x."""
+    wide = _wide(x)
+    length = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    # the maximum under the root, as the gradient of a root at 0 is infinite; and above 0 where eps^2 is too small a number
+    floor = max(self.eps**2, float(jnp.finfo(wide.dtype).tiny))
+    return (wide * jax.lax.rsqrt(jnp.maximum(length, floor))).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerNorm:
-  """(x - mean) / sqrt(var + eps) * scale + bias.  Source: Ba, Kiros and Hinton (2016).
+class BatchNorm:
+  """(x - mean) / sqrt(var + eps) * w + b, with mean and variance of each coordinate over all tokens of the batch.
 
-  The variance is the mean of squared deviations (two passes): E[x^2] - E[x]^2 in float32 is off by 866 at mean 1e4, std 1.
+  For comparison only, and not in NORMS: a token's output depends on later tokens (no causal decoder), on the batch it is
+  in, and on padding, and a single token has no variance.  Training statistics; there are no running ones.
+  Source: Ioffe and Szegedy (2015).
   """
 
   eps: float = 1e-5
@@ -45,21 +141,47 @@ class LayerNorm:
 
   def params(self, dim: int) -> dict:
     """{name: (shape, initializer)}"""
-    return {"scale": ((dim,), jax.nn.initializers.ones), "bias": ((dim,), jax.nn.initializers.zeros)}
+    return LayerNorm(self.eps).params(dim)
 
   def __call__(self, p, x: jax.Array) -> jax.Array:
-    """x [..., D] normalised over its last axis, in the type of x."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-    return (x32 * _row(p["scale"], x) + _row(p["bias"], x)).astype(x.dtype)
+    """x [..., D] normalised over all axes but its last, in the type of x."""
+    wide = _standardised(_wide(x), tuple(range(x.ndim - 1)), self.eps)
+    return (wide * _row(p["scale"], wide) + _row(p["bias"], wide)).astype(x.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  """float32 at least: squares overflow in float16, and a sum in bfloat16 has two digits."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _inverse_root(x: jax.Array, axis, eps: float) -> jax.Array:
+  return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axis, keepdims=True) + eps)
+
+
+def _standardised(x: jax.Array, axis, eps: float) -> jax.Array:
+  x = x - jnp.mean(x, axis=axis, keepdims=True)
+  # what rounding left of the mean: of 1e4 it is 1e-3.  It is 0 but for rounding, and so is its gradient
+  x = x - jax.lax.stop_gradient(jnp.mean(x, axis=axis, keepdims=True))
+  return x * _inverse_root(x, axis, eps)
+
+
+def _gain_params(scale: str | None, dim: int) -> dict:
+  if scale is None:
+    return {}
+  init = jax.nn.initializers.zeros if scale == "1+w" else jax.nn.initializers.ones
+  return {"scale": ((dim,), init)}
+
+
+def _gain(scale: str, p, x: jax.Array) -> jax.Array:
+  w = _row(p["scale"], x)
+  return 1 + w if scale == "1+w" else w
 
 
 def _row(p_D: jax.Array, x: jax.Array) -> jax.Array:
-  return jnp.expand_dims(p_D, range(x.ndim - 1))
+  return jnp.expand_dims(p_D, range(x.ndim - 1)).astype(x.dtype)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "l2": L2Norm}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +199,8 @@ class QkNorm:
   place: str = "before"
 
   def __post_init__(self):
-    for name, allowed in (("over", ("head", "each", "all")), ("place", ("before", "after"))):
-      if getattr(self, name) not in allowed:
-        raise ConfigError(
-          f"QkNorm.{name}: found {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-        )
+    check_choice(self, "over", ("head", "each", "all"))
+    check_choice(self, "place", ("before", "after"))
 
   def params(self, heads: int, head_dim: int) -> dict:
     """{name: (shape, initializer)}"""

@@ -164,10 +164,16 @@ def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):
 
 
 def norm(kind, p, x):
-  if "bias" in p:
+  name = type(kind).__name__
+  if name == "L2Norm":
+    return x / np.maximum(np.sqrt((x**2).sum(-1, keepdims=True)), kind.eps)
+  if name == "LayerNorm":
     x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + kind.eps) * p["scale"]
-  return x + p["bias"] if "bias" in p else x
+  measured = x[..., : int(getattr(kind, "fraction", 1.0) * x.shape[-1])]
+  x = x / np.sqrt((measured**2).mean(-1, keepdims=True) + kind.eps)
+  if kind.scale is not None:
+    x = x * (p["scale"] + (kind.scale == "1+w"))
+  return x + p["bias"] if getattr(kind, "bias", False) else x
 
 
 def head_norm(kind, p, x_BTNH):
@@ -180,11 +186,18 @@ def head_norm(kind, p, x_BTNH):
   return np.stack([one(n) for n in range(x_BTNH.shape[2])], axis=2)
 
 
-def activation(name, x):
-  if name == "silu":
-    return x / (1 + np.exp(-x))
+def activation(name, x, beta=None):
+  sigmoid = lambda x: 0.5 + 0.5 * np.tanh(x / 2)
+  if name in ("silu", "swish", "gelu_sigmoid"):
+    return x * sigmoid({"silu": 1.0, "swish": beta or 1.0, "gelu_sigmoid": 1.702}[name] * x)
+  if name == "gelu_tanh":
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+  if name in ("relu", "relu2"):
+    return np.where(x > 0, x, 0.0) ** (2 if name == "relu2" else 1)
+  if name in ("sigmoid", "identity"):
+    return sigmoid(x) if name == "sigmoid" else x
   assert name == "gelu", name
-  return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+  return x * 0.5 * np.vectorize(math.erfc)(-x / math.sqrt(2))
 
 
 def linear(p, x):
@@ -203,7 +216,7 @@ def attention(cfg, layer, p, x_BTD, pos_T, seq_len, prefix):
     if name != "v" and cfg.qk_norm:
       if cfg.qk_norm.place == "after":
         x = turned(layer.position, x.transpose(0, 2, 1, 3), pos_T).transpose(0, 2, 1, 3)
-      x = head_norm(cfg.qk_norm, p[f"{name}_norm"], x)
+      x = head_norm(cfg.qk_norm, p.get(f"{name}_norm", {}), x)
     return x.transpose(0, 2, 1, 3)
 
   q_BNTH, k_BKSH, v_BKSH = (
@@ -223,10 +236,23 @@ def attention(cfg, layer, p, x_BTD, pos_T, seq_len, prefix):
   return linear(p["o"], (weights / total @ v_BNSH).transpose(0, 2, 1, 3).reshape(B, T, -1))
 
 
+def hidden(mlp, p, *inputs):
+  """What a feed-forward value makes of its projections: (gate, up) or (up,)."""
+  name = type(mlp).__name__
+  if name == "ClampedGlu":
+    gate, up = np.minimum(inputs[0], mlp.limit), np.clip(inputs[1], -mlp.limit, mlp.limit)
+    return (up + 1) * activation("swish", gate, mlp.alpha)
+  if name == "Xielu":
+    x, softplus = inputs[0], lambda name: np.log1p(np.exp(p[name]))
+    low = (mlp.beta + softplus("alpha_n")) * (np.expm1(np.minimum(x, mlp.eps)) - x) + mlp.beta * x
+    return np.where(x > 0, softplus("alpha_p") * x**2 + mlp.beta * x, low)
+  out = activation(mlp.activation, inputs[0], mlp.beta)
+  return out * inputs[1] if name == "Glu" else out
+
+
 def feed_forward(cfg, p, x):
-  if "gate" in p:
-    return linear(p["down"], activation(cfg.mlp.activation, linear(p["gate"], x)) * linear(p["up"], x))
-  return linear(p["down"], activation(cfg.mlp.activation, linear(p["up"], x)))
+  inputs = [linear(p[name], x) for name in ("gate", "up") if name in p]
+  return linear(p["down"], hidden(cfg.mlp, p, *inputs))
 
 
 def float64(tree):
@@ -238,7 +264,7 @@ def float64(tree):
 
 def block(cfg, p, x, attend, feed):
   """One block by the equations of its wiring's source."""
-  name, n = type(cfg.wiring).__name__, lambda which, h: norm(cfg.norm, p[which], h)
+  name, n = type(cfg.wiring).__name__, lambda which, h: norm(cfg.norm, p.get(which, {}), h)
   if name == "Pre":
     x = x + attend(n("attn_norm", x))
     return x + feed(n("mlp_norm", x))
@@ -274,7 +300,7 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
     layer, mine = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
     attend = lambda h, a=mine["attn"], layer=layer: attention(cfg, layer, a, h, pos_T, seq_len, prefix)
     x = block(cfg, mine, x, attend, lambda h, f=mine["mlp"]: feed_forward(cfg, f, h))
-  if "final_norm" in p:
-    x = norm(cfg.norm, p["final_norm"], x)
+  if type(cfg.wiring).__name__ not in ("Post", "DeepNorm"):
+    x = norm(cfg.norm, p.get("final_norm", {}), x)
   x = x @ (p["embed"].T if cfg.tie_embeddings else p["head"]) + p.get("head_bias", 0.0)
   return cfg.logit_softcap * np.tanh(x / cfg.logit_softcap) if cfg.logit_softcap else x

@@ -21,10 +21,10 @@ from model_cases import (
 )
 from model_checks import full, relative_error
 
-from jaxllm.activation import Glu, Mlp
+from jaxllm.activation import MLPS, ClampedGlu, Glu, Mlp, Xielu
 from jaxllm.errors import ConfigError
 from jaxllm.nn import Transformer
-from jaxllm.norm import LayerNorm, RMSNorm
+from jaxllm.norm import NORMS, L2Norm, LayerNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.ops.blockwise import Blockwise
 from jaxllm.position import POSITIONS, LogN, Rope
@@ -45,6 +45,10 @@ def small(name, fields=None, **kwargs):
 
 ROPE_1, NOPE_1, TILES = small("rope"), small("nope", **OTHER), small("rope", attention=Blockwise(5, 7))
 LOG_N = small("rope", query_scale=LogN(8))
+L2_1, CLAMPED_1, XIELU_1 = (
+  one(*value, ROPE_1)
+  for value in (("norm", L2Norm()), ("mlp", ClampedGlu(limit=1.0)), ("mlp", Xielu(eps=-0.5)))
+)
 
 # What a field is changed from and to.  All must move the logits, except those of SAME, which must not.
 CHANGED = {
@@ -60,13 +64,29 @@ CHANGED = {
   "LogN.train_length": (LOG_N, one("query_scale", LogN(16), LOG_N)),
   "LogN.floor": (LOG_N, one("query_scale", LogN(8, 0.9), LOG_N)),
   "RMSNorm.eps": (ROPE_1, one("norm", RMSNorm(0.1), ROPE_1)),
+  "RMSNorm.scale": (ROPE_1, one("norm", RMSNorm(scale="1+w"), ROPE_1)),
+  "RMSNorm.multiply_in": (ROPE_1, one("norm", RMSNorm(multiply_in="input"), ROPE_1)),
+  "RMSNorm.fraction": (ROPE_1, one("norm", RMSNorm(fraction=0.3), ROPE_1)),
   "LayerNorm.eps": (NOPE_1, one("norm", LayerNorm(0.1), NOPE_1)),
+  "LayerNorm.scale": (NOPE_1, one("norm", LayerNorm(scale="1+w"), NOPE_1)),
+  "LayerNorm.bias": (NOPE_1, one("norm", LayerNorm(bias=False), NOPE_1)),
+  "L2Norm.eps": (L2_1, one("norm", L2Norm(100.0), L2_1)),  # above every length
   "Glu.activation": (ROPE_1, one("mlp", Glu("gelu"), ROPE_1)),
-  "Mlp.activation": (NOPE_1, one("mlp", Mlp("silu"), NOPE_1)),
+  "Glu.beta": (ROPE_1, one("mlp", Glu("swish", 3.0), ROPE_1)),
+  "Mlp.activation": (NOPE_1, one("mlp", Mlp("relu2"), NOPE_1)),
+  "Mlp.beta": (NOPE_1, one("mlp", Mlp("swish", 3.0), NOPE_1)),
+  "ClampedGlu.alpha": (CLAMPED_1, one("mlp", ClampedGlu(3.0, 1.0), CLAMPED_1)),
+  "ClampedGlu.limit": (CLAMPED_1, one("mlp", ClampedGlu(limit=0.5), CLAMPED_1)),
+  "Xielu.alpha_p": (XIELU_1, one("mlp", Xielu(alpha_p=2.0, eps=-0.5), XIELU_1)),
+  "Xielu.alpha_n": (XIELU_1, one("mlp", Xielu(alpha_n=2.0, eps=-0.5), XIELU_1)),
+  "Xielu.beta": (XIELU_1, one("mlp", Xielu(beta=0.2, eps=-0.5), XIELU_1)),
+  "Xielu.eps": (XIELU_1, one("mlp", Xielu(), XIELU_1)),
   "Blockwise.q_block": (TILES, one("attention", Blockwise(32, 7), TILES)),
   "Blockwise.k_block": (TILES, one("attention", Blockwise(5, 24), TILES)),
 }
 SAME = {"ModelConfig.attention", "Blockwise.q_block", "Blockwise.k_block"}
+SAME |= {"Xielu.alpha_p", "Xielu.alpha_n"}  # where training starts
+SAME |= {"RMSNorm.multiply_in"}  # in float32
 
 # Fields of the position methods, each with a value unlike the table's; yarn starts with a ramp to move.
 VALUES = dict(base=300.0, rotary_dim=8, layout="interleaved", factor=2.0, original_length=16)
@@ -114,7 +134,8 @@ def test_all_shapes_at_once():
 
 
 def test_every_field_is_in_the_table():
-  classes = [ModelConfig, Layer, LogN, RMSNorm, LayerNorm, Glu, Mlp, Plain, Blockwise, *POSITIONS.values()]
+  classes = [ModelConfig, Layer, LogN, Plain, Blockwise]
+  classes += [*NORMS.values(), *MLPS.values(), *POSITIONS.values()]
   fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
   elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")}
   assert fields == CHANGED.keys() | elsewhere
@@ -183,9 +204,9 @@ ERRORS = [
   ),
   (lambda: MODELS["dynamic_ntk"].rope_tables(), "dynamic_ntk: .*give max_len, or seq_len to pin one"),
   (load(depth=3, heads=2), "model config: unknown key depth, heads; known: attention, "),
-  (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer"),
-  (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer"),
-  (load(mlp={"name": "glu", "gate": 1}), "mlp: glu has no field gate; it has activation"),
+  (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer, l2"),
+  (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer, l2"),
+  (load(mlp={"name": "glu", "gate": 1}), "mlp: glu has no field gate; it has activation, beta"),
   (load(attention={"name": "flash"}), "attention.name: found 'flash', expected one of plain, blockwise"),
   (load(query_scale={"name": "sqrt"}), "query_scale.name: found 'sqrt', expected one of log_n"),
   (

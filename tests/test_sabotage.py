@@ -240,7 +240,7 @@ def norm_weight_counted_from_one(monkeypatch):
 class TanhMlp(Mlp):
   """A class of its own, as JAX remembers what it has traced of the other."""
 
-  def __call__(self, up):
+  def __call__(self, p, up):
     return jax.nn.gelu(up, approximate=True)
 
 

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 
 from jaxllm.config import ModelConfig
-from jaxllm.nn.layers import Linear
+from jaxllm.nn.layers import Linear, weight
 
 
 class FeedForward(nn.Module):
-  """down(cfg.mlp(gate(x), up(x))), with the inputs that cfg.mlp names."""
+  """down(cfg.mlp(p, gate(x), up(x))), with the inputs that cfg.mlp names and its own parameters p, if it has any."""
 
   cfg: ModelConfig
 
@@ -18,6 +18,7 @@ class FeedForward(nn.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     cfg = self.cfg
     inputs = [Linear(cfg, cfg.mlp_dim, name=name)(x_BTD) for name in cfg.mlp.inputs]
+    p = {name: weight(self, name, shape, init) for name, (shape, init) in cfg.mlp.params().items()}
     # the backward pass recomputes the activation: that is faster than to store and read what its derivative needs
-    hidden_BTF = jax.checkpoint(cfg.mlp)(*inputs)
+    hidden_BTF = jax.checkpoint(cfg.mlp)(p, *inputs)
     return Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF)
