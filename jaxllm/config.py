@@ -90,7 +90,9 @@ class ModelConfig:
         raise ConfigError(f"biases: found {name!r}, expected some of {', '.join(allowed)}")
     check_positive(self, embed_gradient=self.embed_gradient)
     if self.embed_gradient > 1:
-      raise ConfigError(f"embed_gradient: found {self.embed_gradient!r}, expected a number above 0 and at most 1")
+      raise ConfigError(
+        f"embed_gradient: found {self.embed_gradient!r}, expected a number above 0 and at most 1"
+      )
     for name in ("clip_qkv", "attention_softcap", "logit_softcap"):
       if getattr(self, name) is not None:
         check_positive(self, **{name: getattr(self, name)})

@@ -8,6 +8,7 @@ only share a compiled program.
 
 import dataclasses
 import functools
+import zlib
 
 import jax
 import numpy as np
@@ -65,7 +66,9 @@ BLOCKS = {
   "parallel": dict(wiring=Parallel()),
   "parallel_two_norms": dict(wiring=ParallelTwoNorms(), biases=("q", "k", "v")),
   "deepnorm": dict(wiring=DeepNorm(1.6, 0.5), norm=LayerNorm(), biases=("o", "down", "head")),
-  "deepnorm_glm": dict(wiring=GlmDeepNorm(1.6, 0.5), norm=LayerNorm(), layer_scaling=True, biases=("gate", "up")),
+  "deepnorm_glm": dict(
+    wiring=GlmDeepNorm(1.6, 0.5), norm=LayerNorm(), layer_scaling=True, biases=("gate", "up")
+  ),
   "qk_norm": dict(qk_norm=QkNorm()),
   "qk_norm over all": dict(qk_norm=QkNorm(RMSNorm(), "all")),
   "qk_norm of each": dict(qk_norm=QkNorm(LayerNorm(), "each")),
@@ -123,7 +126,7 @@ def tables(cfg, offset=0):
 
 
 def params(cfg):
-  """Random weights, the same for all models of the same shapes; no norm weight is 1."""
+  """Random weights, the same in all models that have one of that path and shape; no norm weight is 1."""
   plain = dict(
     layers=(Layer(position("nope")),), query_scale=None, embed_scale=1.0, attention=Plain(), dtype="float32"
   )
@@ -134,10 +137,9 @@ def params(cfg):
 def _params(cfg):
   init = lambda key: Transformer(cfg).init(key, np.zeros((1, 1), np.int32))["params"]
   shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
-  rng = np.random.default_rng(0)
 
   def draw(path, shape):
-    x = rng.standard_normal(shape)
+    x = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape)
     if path.endswith("norm/scale"):
       return 1 + 0.3 * x
     if path.endswith("bias"):

@@ -24,11 +24,12 @@ from model_checks import full, relative_error
 from jaxllm.activation import MLPS, ClampedGlu, Glu, Mlp, Xielu
 from jaxllm.errors import ConfigError
 from jaxllm.nn import Transformer
-from jaxllm.norm import NORMS, L2Norm, LayerNorm, RMSNorm
+from jaxllm.norm import NORMS, L2Norm, LayerNorm, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.ops.blockwise import Blockwise
 from jaxllm.position import POSITIONS, LogN, Rope
 from jaxllm.tree import diff
+from jaxllm.wiring import WIRINGS, DeepNorm, GlmDeepNorm, Post
 
 ROPE = MODELS["rope"]
 SHAPES = dict(vocab_size=31, embed_dim=20, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=12, mlp_dim=28)
@@ -50,6 +51,11 @@ L2_1, CLAMPED_1, XIELU_1 = (
   for value in (("norm", L2Norm()), ("mlp", ClampedGlu(limit=1.0)), ("mlp", Xielu(eps=-0.5)))
 )
 
+QK_1, DEEP_1, GLM_1 = (
+  one(*value, ROPE_1)
+  for value in (("qk_norm", QkNorm()), ("wiring", DeepNorm(1.5, 0.5)), ("wiring", GlmDeepNorm(1.5, 0.5)))
+)
+
 # What a field is changed from and to.  All must move the logits, except those of SAME, which must not.
 CHANGED = {
   "ModelConfig.layers": (ROPE, one("layers", (Layer(position("rope")),))),
@@ -59,6 +65,22 @@ CHANGED = {
   "ModelConfig.tie_embeddings": (ROPE_1, one("tie_embeddings", True, ROPE_1)),
   "ModelConfig.embed_scale": (ROPE_1, one("embed_scale", 0.5, ROPE_1)),
   "ModelConfig.attention": (ROPE_1, TILES),
+  "ModelConfig.wiring": (ROPE_1, one("wiring", Post(), ROPE_1)),
+  "ModelConfig.biases": (ROPE_1, one("biases", ("q", "gate", "head"), ROPE_1)),
+  "ModelConfig.embed_gradient": (ROPE_1, one("embed_gradient", 0.1, ROPE_1)),
+  "ModelConfig.qk_norm": (ROPE_1, QK_1),
+  "ModelConfig.clip_qkv": (ROPE_1, one("clip_qkv", 1.0, ROPE_1)),
+  "ModelConfig.attention_softcap": (ROPE_1, one("attention_softcap", 2.0, ROPE_1)),
+  "ModelConfig.logit_softcap": (ROPE_1, one("logit_softcap", 2.0, ROPE_1)),
+  "ModelConfig.attention_sinks": (ROPE_1, one("attention_sinks", True, ROPE_1)),
+  "ModelConfig.layer_scaling": (ROPE, one("layer_scaling", True)),
+  "QkNorm.norm": (QK_1, one("qk_norm", QkNorm(L2Norm()), ROPE_1)),
+  "QkNorm.over": (QK_1, one("qk_norm", QkNorm(RMSNorm(), "all"), ROPE_1)),
+  "QkNorm.place": (QK_1, one("qk_norm", QkNorm(RMSNorm(), "head", "after"), ROPE_1)),
+  "DeepNorm.alpha": (DEEP_1, one("wiring", DeepNorm(2.5, 0.5), DEEP_1)),
+  "DeepNorm.beta": (DEEP_1, one("wiring", DeepNorm(1.5, 0.1), DEEP_1)),
+  "GlmDeepNorm.alpha": (GLM_1, one("wiring", GlmDeepNorm(2.5, 0.5), GLM_1)),
+  "GlmDeepNorm.beta": (GLM_1, one("wiring", GlmDeepNorm(1.5, 0.1), GLM_1)),
   "Layer.position": (ROPE, one("layers", (*ROPE.layers[:2], Layer(position("nope"))))),
   "Layer.window": (ROPE, one("layers", (Layer(position("rope"), 3), *ROPE.layers[1:]))),
   "LogN.train_length": (LOG_N, one("query_scale", LogN(16), LOG_N)),
@@ -86,6 +108,8 @@ CHANGED = {
 }
 SAME = {"ModelConfig.attention", "Blockwise.q_block", "Blockwise.k_block"}
 SAME |= {"Xielu.alpha_p", "Xielu.alpha_n"}  # where training starts
+SAME |= {"DeepNorm.beta", "GlmDeepNorm.beta", "ModelConfig.embed_gradient"}  # and how it goes on
+SAME |= {"ModelConfig.layer_scaling"}  # in exact arithmetic
 SAME |= {"RMSNorm.multiply_in"}  # in float32
 
 # Fields of the position methods, each with a value unlike the table's; yarn starts with a ramp to move.
@@ -110,11 +134,15 @@ for name, cls in POSITIONS.items():
 def test_a_changed_field_moves_the_logits(field):
   """And where it moves them to is right, by the float64 decoder."""
   before, after = CHANGED[field]
-  weights = params(dataclasses.replace(before, tie_embeddings=False))
-  old, new = full(before, tokens(), weights=weights), full(after, tokens(), weights=weights)
+  old, new = (full(cfg, tokens(), weights=untied(cfg)) for cfg in (before, after))
   moved = relative_error(new, old)
   assert moved <= 1e-5 if field in SAME else moved > 1e-3, f"{field}: moved by {moved:.1e}"
-  assert relative_error(new, oracle.logits(after, weights, tokens())) <= 5e-6
+  assert relative_error(new, oracle.logits(after, untied(after), tokens())) <= 5e-6
+
+
+def untied(cfg):
+  """Weights that are the same at the same path, the head included."""
+  return params(dataclasses.replace(cfg, tie_embeddings=False))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
@@ -135,7 +163,7 @@ def test_all_shapes_at_once():
 
 def test_every_field_is_in_the_table():
   classes = [ModelConfig, Layer, LogN, Plain, Blockwise]
-  classes += [*NORMS.values(), *MLPS.values(), *POSITIONS.values()]
+  classes += [QkNorm, *NORMS.values(), *MLPS.values(), *WIRINGS.values(), *POSITIONS.values()]
   fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
   elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")}
   assert fields == CHANGED.keys() | elsewhere
@@ -203,7 +231,23 @@ ERRORS = [
     "position method ntk: the model has no global",
   ),
   (lambda: MODELS["dynamic_ntk"].rope_tables(), "dynamic_ntk: .*give max_len, or seq_len to pin one"),
-  (load(depth=3, heads=2), "model config: unknown key depth, heads; known: attention, "),
+  (build(biases=("q", "gates")), "biases: found 'gates', expected some of q, k, v, o, gate, up, down, head"),
+  (build(mlp=Mlp(), biases=("gate",)), "biases: found 'gate', expected some of q, k, v, o, up, down, head"),
+  *(
+    (build(**{field: bad}), rf"ModelConfig.{field}: found {bad!r}, expected a finite number above 0")
+    for field in ("embed_gradient", "clip_qkv", "attention_softcap", "logit_softcap")
+    for bad in (0, -1.0, float("inf"), "2", True)
+  ),
+  (build(embed_gradient=1.5), "embed_gradient: found 1.5, expected a number above 0 and at most 1"),
+  (
+    build(layers=(Layer(position("rerope")),), qk_norm=QkNorm(place="after")),
+    "qk_norm.place: found 'after', expected 'before' with ReRope, whose keys",
+  ),
+  (lambda: QkNorm(over="heads"), "QkNorm.over: found 'heads', expected one of head, each, all"),
+  (lambda: QkNorm(place="between"), "QkNorm.place: found 'between', expected one of before, after"),
+  (load(wiring={"name": "deep"}), "wiring.name: found 'deep', expected one of pre, post, "),
+  (load(qk_norm={"name": "qk_norm", "norm": {"name": "l3"}}), "norm.name: found 'l3', expected one of rms"),
+  (load(depth=3, heads=2), "model config has no field depth, heads; it has attention, "),
   (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer, l2"),
   (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer, l2"),
   (load(mlp={"name": "glu", "gate": 1}), "mlp: glu has no field gate; it has activation, beta"),
@@ -211,7 +255,7 @@ ERRORS = [
   (load(query_scale={"name": "sqrt"}), "query_scale.name: found 'sqrt', expected one of log_n"),
   (
     load(layers=[{"position": {"name": "yarn", "betas": 3}}]),
-    "layers.position: yarn has no field betas; it has ",
+    "position: yarn has no field betas; it has ",
   ),
   (
     load(layers=[{"position": {"name": "yarn"}}]),

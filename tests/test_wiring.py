@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import MODELS, params, tokens
+from model_cases import MODELS, tokens
 from model_checks import full
 
 from jaxllm.activation import Glu, Mlp
@@ -21,7 +21,10 @@ from jaxllm.wiring import WIRINGS, DeepNorm, GlmDeepNorm, Post, Pre, deepnorm_co
 
 COEFFICIENTS = [
   # layers, topology, optimizer: alpha and beta as printed in DeepNet's and GLM-130B's papers and in kexue.fm/archives/8978
-  *((n, "decoder", "paper", a, b) for n, a, b in ((6, 1.8612, 0.3799), (12, 2.2134, 0.3195), (24, 2.6321, 0.2686))),
+  *(
+    (n, "decoder", "paper", a, b)
+    for n, a, b in ((6, 1.8612, 0.3799), (12, 2.2134, 0.3195), (24, 2.6321, 0.2686))
+  ),
   *((n, "encoder", "paper", a, b) for n, a, b in ((200, 4.4721, 0.1581), (1000, 6.6874, 0.1057))),
   (70, "decoder", "adam", 11.8322, 0.0845),
   (28, "decoder", "adam", 7.4833, 0.1336),
@@ -68,7 +71,9 @@ def test_bad_fields():
 
 
 def narrow(**kwargs):
-  sizes = dict(vocab_size=32, embed_dim=96, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=24, mlp_dim=256)
+  sizes = dict(
+    vocab_size=32, embed_dim=96, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=24, mlp_dim=256
+  )
   return ModelConfig(**sizes | dict(norm=LayerNorm()) | kwargs)
 
 
@@ -82,7 +87,9 @@ def test_every_wiring_has_its_norms_and_no_other(name):
 
 def test_deepnorm_starts_as_xavier_with_gain_beta():
   """q and k keep gain 1, and the halves of a GLU are two matrices; all biases are 0 and all norms the identity."""
-  cfg = narrow(wiring=GlmDeepNorm(2.0, 0.25), mlp=Glu("gelu"), biases=("q", "k", "v", "o", "gate", "up", "down"))
+  cfg = narrow(
+    wiring=GlmDeepNorm(2.0, 0.25), mlp=Glu("gelu"), biases=("q", "k", "v", "o", "gate", "up", "down")
+  )
   init = jax.jit(lambda key: Transformer(cfg).init(key, tokens())["params"])
   for path, x in flatten(init(jax.random.key(0))["layers"]["0"]).items():
     if path.endswith("/w"):
@@ -93,9 +100,7 @@ def test_deepnorm_starts_as_xavier_with_gain_beta():
 
 
 def test_alpha_and_beta_of_1_are_post_norm():
-  post, deep = (
-    dataclasses.replace(MODELS["post"], wiring=wiring) for wiring in (Post(), DeepNorm(1.0, 1.0))
-  )
+  post, deep = (dataclasses.replace(MODELS["post"], wiring=wiring) for wiring in (Post(), DeepNorm(1.0, 1.0)))
   np.testing.assert_array_equal(full(deep, tokens()), full(post, tokens()))
 
 
@@ -131,7 +136,9 @@ def update_sizes(wiring, optimizer, step):
   def change(depth, seed):
     alpha, beta = deepnorm_coefficients(depth, optimizer=wiring)["decoder"] if wiring else (1.0, 1.0)
     cfg = narrow(
-      **dict(embed_dim=64, head_dim=16, mlp_dim=128, num_layers=depth, vocab_size=64, layers=(Layer(NoPE()),)),
+      **dict(
+        embed_dim=64, head_dim=16, mlp_dim=128, num_layers=depth, vocab_size=64, layers=(Layer(NoPE()),)
+      ),
       wiring=Pre() if wiring is None else DeepNorm(alpha, beta),
       mlp=Mlp("gelu"),
     )

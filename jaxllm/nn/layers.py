@@ -66,4 +66,6 @@ class HeadNorm(nn.Module):
   @nn.compact
   def __call__(self, x_BTNH: jax.Array) -> jax.Array:
     shapes = self.kind.params(*x_BTNH.shape[-2:])
-    return self.kind({name: weight(self, name, shape, init) for name, (shape, init) in shapes.items()}, x_BTNH)
+    return self.kind(
+      {name: weight(self, name, shape, init) for name, (shape, init) in shapes.items()}, x_BTNH
+    )

@@ -44,7 +44,9 @@ class Layers(nn.Module):
   repeats: int
 
   @nn.compact
-  def __call__(self, x_BTD, q_side, k_side, tables: PositionTables, cache: Cache | None, first: jax.Array | int):
+  def __call__(
+    self, x_BTD, q_side, k_side, tables: PositionTables, cache: Cache | None, first: jax.Array | int
+  ):
     cfg, k, v = self.cfg, [], []
     for i in range(self.repeats * len(cfg.layers)):
       layer = cfg.layer(i)

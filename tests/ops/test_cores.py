@@ -192,6 +192,8 @@ def test_sinks_and_a_prefix_are_what_numpy_says(name):
       total = weights.sum(-1) + np.exp(np.float64(sinks[n]))
       truth[b, :, n] = weights / total[:, None] @ v[b, :, n // (N // K)]
       # d out / d sink = -out * e^sink / total
-      slope[n] -= np.sum(truth[b, :, n] * cotangent[b, :, n] * (np.exp(np.float64(sinks[n])) / total)[:, None])
+      slope[n] -= np.sum(
+        truth[b, :, n] * cotangent[b, :, n] * (np.exp(np.float64(sinks[n])) / total)[:, None]
+      )
   assert relative_error(out, truth) <= 2e-6
   assert relative_error(gradient, slope) <= 1e-5
