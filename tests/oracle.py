@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 
-
 PLAIN = ("Rope", "ReRope", "LeakyReRope", "InvLeakyReRope", "SelfExtendRope", "StreamingRope", "XPosRope")
 
 

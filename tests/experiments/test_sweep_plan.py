@@ -109,8 +109,8 @@ def test_methods_that_build_a_factor_in_have_a_program_a_factor():
   assert methods.program_size("rope", "self_extend x2.0") == 1 and methods.program_size("rope", "rerope") == 2
 
 
-DEFAULT = "none logn pi ntk_old ntk ntk_logn ntk_fixed ntk_fixed_logn ntk_mixed ntk_mixed_logn dynamic_ntk yarn"
-DEFAULT += " rerope rerope_logn"
+DEFAULT = "none logn pi ntk_old ntk ntk_logn ntk_fixed ntk_fixed_logn ntk_mixed ntk_mixed_logn dynamic_ntk"
+DEFAULT += " yarn rerope rerope_logn"
 
 
 @pytest.mark.core
