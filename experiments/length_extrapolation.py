@@ -36,7 +36,11 @@ flags.DEFINE_bool("smoke", False, "a tiny run that goes through everything in un
 flags.DEFINE_string(
   "schemes", "rope,rope_logn,alibi", f"how to train: all, or any of {', '.join(methods.SCHEMES)}"
 )
-flags.DEFINE_string("methods", "all", f"how to test: all, or any of {', '.join(methods.METHODS)}")
+flags.DEFINE_string(
+  "methods",
+  "default",
+  f"how to test: default ({len(methods.DEFAULT)} of them), all, or any of {', '.join(methods.METHODS)}",
+)
 flags.DEFINE_string("metrics", "all", f"what to measure: all, or any of {', '.join(methods.METRICS)}")
 flags.DEFINE_string(
   "factors", None, "context multipliers to apply at every length; default length / train_length"
@@ -98,8 +102,8 @@ def read_settings(f) -> Settings:
   for name, value in values.items():
     if value < 1:
       raise ConfigError(f"--{name}={value}: found {value}, expected a whole number of at least 1")
-  if values["train_length"] < 4:
-    raise ConfigError(f"--train_length={values['train_length']}: expected at least 4")
+  if values["train_length"] < 8:  # twice the sinks of `streaming`
+    raise ConfigError(f"--train_length={values['train_length']}: expected at least 8")
   if values["embed_dim"] % (2 * values["num_heads"]):
     raise ConfigError(
       f"--num_heads={values['num_heads']}: head_dim = embed_dim / num_heads must be an even whole number, and "
@@ -115,12 +119,9 @@ def read_settings(f) -> Settings:
       )
   factors = None if f.factors is None else choices.number_list("factors", f.factors, float, 1.0)
   schemes = choices.choice_list("schemes", f.schemes, methods.SCHEMES)
-  chosen = choices.choice_list("methods", f.methods, tuple(methods.METHODS))
-  if f.methods == "all":  # all that apply
-    chosen = tuple(
-      name for name in chosen if not all(methods.not_applicable(scheme, name) for scheme in schemes)
-    )
-    chosen = chosen if factors is not None or lengths[-1] > train_length else ("none",)
+  chosen = methods.choose(f.methods, schemes)
+  if f.methods in ("default", "all") and factors is None and lengths[-1] <= train_length:
+    chosen = ("none",)
   methods.check_methods_matter(schemes, chosen, factors, train_length, lengths)
   if f.corpus is not None and not (f.corpus and Path(f.corpus).exists()):
     raise ConfigError(

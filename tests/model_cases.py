@@ -76,6 +76,7 @@ BLOCKS = {
   "soft caps": dict(attention_softcap=2.0, logit_softcap=4.0),
   "sinks": dict(attention_sinks=True, clip_qkv=1.5),
 }
+MODELS["streaming, soft cap"] = model("streaming", attention_softcap=2.0)
 MODELS |= {name: model("yarn", **fields) for name, fields in BLOCKS.items()}
 STRUCTURES = ["nope", "alibi", "rope", "dynamic_ntk", "rerope", "yarn, and the rest otherwise"]
 CORE = "yarn"

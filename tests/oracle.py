@@ -224,7 +224,7 @@ def attention(cfg, layer, p, x_BTD, pos_T, seq_len, prefix):
   k_BNSH, v_BNSH = (np.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
   s = scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len)
   if cfg.attention_softcap:
-    s = cfg.attention_softcap * np.tanh(s / cfg.attention_softcap)
+    s = np.where(np.isinf(s), s, cfg.attention_softcap * np.tanh(s / cfg.attention_softcap))
   distance = np.arange(T)[:, None] - np.arange(T)[None]
   seen = (distance >= 0) | (np.arange(T)[None] < prefix)
   s = np.where(seen & (distance < (layer.window or T)), s, -np.inf)

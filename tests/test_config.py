@@ -114,15 +114,25 @@ SAME |= {"RMSNorm.multiply_in"}  # in float32
 
 # Fields of the position methods, each with a value unlike the table's; yarn starts with a ramp to move.
 VALUES = dict(base=300.0, rotary_dim=8, layout="interleaved", factor=2.0, original_length=16)
-VALUES |= dict(exponent=0.2, window=6, beta_fast=2.0, beta_slow=0.5, mscale=2.0, mscale_all_dim=2.0)
+VALUES |= dict(exponent=0.2, window=5, beta_fast=2.0, beta_slow=0.5, mscale=2.0, mscale_all_dim=2.0)
 VALUES |= dict(attention_factor=0.5, truncate=False)
+VALUES |= dict(beta_turns=(0.05, 0.15), gamma_turns=(0.2, 0.6), low_freq_factor=0.4, high_freq_factor=3.0)
+VALUES |= dict(short_factor=(1.0, 2.0) * 4, long_factor=(4.0, 1.0) * 4, proportion=0.3)
+VALUES |= dict(leak=2.0, group=3, sinks=1, scale_base=4.0, gamma=3.0)
 YARN = dict(original_length=64, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5)
-LENGTH_MATTERS = ("dynamic_ntk", "yarn", "rerope")  # the others are told original_length, and do not use it
+LENGTH_MATTERS = ("dynamic_ntk", "yarn", "rerope", "ntk_by_parts", "longrope", "llama3", "leaky_rerope")
+LENGTH_MATTERS += (
+  "inv_leaky_rerope",
+  "self_extend",
+  "streaming",
+)  # others know original_length, and do not use it
+NARROWER = dict(short_factor=(1.0,) * 4, long_factor=(4.0,) * 4)  # a list has a number a pair of rotary_dim
 for name, cls in POSITIONS.items():
   for field in dataclasses.fields(cls):
     start = YARN if name == "yarn" else {}
     row = f"{cls.__name__}.{field.name}"
-    CHANGED[row] = (small(name, start), small(name, start | {field.name: VALUES[field.name]}))
+    other = NARROWER if (name, field.name) == ("longrope", "rotary_dim") else {}
+    CHANGED[row] = (small(name, start), small(name, start | {field.name: VALUES[field.name]} | other))
     if field.name == "original_length" and name not in LENGTH_MATTERS:
       SAME.add(row)
 

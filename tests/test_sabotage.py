@@ -28,11 +28,11 @@ from jaxllm.nn import Context, context, transformer
 from jaxllm.nn import attention as nn_attention
 from jaxllm.norm import LayerNorm, RMSNorm
 from jaxllm.ops import attention
-from jaxllm.position import bias, phase, rope
+from jaxllm.position import bias, phase, rope, scalings
 from jaxllm.position.base import inner_products
 from jaxllm.position.query_scale import LogN
 from jaxllm.position.tables import QueryScale, RopeTable
-from jaxllm.position.window import ReRope
+from jaxllm.position.window import LeakyReRope, ReRope, SelfExtendRope, StreamingRope, XPosRope
 
 OTHER = "yarn, and the rest otherwise"
 BUGS = {}
@@ -127,6 +127,67 @@ def dynamic_ntk_with_one_base_a_call(monkeypatch):
 def rerope_window_off_by_one(monkeypatch):
   clip = ReRope.clip.fget
   monkeypatch.setattr(ReRope, "clip", property(lambda self: clip(self) + 1))
+
+
+@bug(check_oracle, "leaky_rerope", 0)
+def leaky_rerope_without_the_window_before_the_steps(monkeypatch):
+  """(i - j) / leak for w + (i - j - w) / leak."""
+
+  def rows(self, rotary_dim, max_len=None, seq_len=None):
+    inv_freq, scale = self.frequencies(rotary_dim)
+    return 0, [(inv_freq, scale), (inv_freq * self.step, scale), (0 * inv_freq, 1.0)]
+
+  monkeypatch.setattr(LeakyReRope, "rows", rows)
+
+
+@bug(check_oracle, "self_extend", 0)
+def self_extend_without_the_shift_of_its_queries(monkeypatch):
+  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table):
+    sides = ((q_BTNH, q_pos_BT), (k_BSKH, k_pos_BS))
+    return inner_products(*(self.turn(x, pos // self.size, table) for x, pos in sides))
+
+  monkeypatch.setattr(SelfExtendRope, "far_scores", far_scores)
+
+
+@bug(check_oracle, "streaming", 0)
+def streaming_at_positions_of_the_text(monkeypatch):
+  """Sinks as far away as they are in the text, beyond what was trained, in place of in the cache."""
+
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p):
+    found = rope.Rope.scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p)
+    seen_BTS = (q_pos_BT[:, :, None] - k_pos_BS[:, None] < self.clip) | (k_pos_BS < self.sinks)[:, None]
+    return jnp.where(seen_BTS[:, None, None], found, attention.MASKED)
+
+  monkeypatch.setattr(StreamingRope, "scores", scores)
+
+
+@bug(check_decode, "longrope")
+def longrope_with_one_list_a_call(monkeypatch):
+  """The longest query decides for all: what a full forward pass does, and decoding does not."""
+
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p):
+    row = table.row(jnp.max(q_pos_BT)[None])
+    one = RopeTable(row.hi, row.lo, row.scale, table.start)
+    return rope.Rope.scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, one, p)
+
+  monkeypatch.setattr(scalings.LongRope, "scores", scores)
+
+
+@bug(check_shift, "xpos")
+def xpos_counted_from_position_0(monkeypatch):
+  """Factors of zeta ** (i / scale_base) overflow far into a text."""
+
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p):
+    log_zeta = self.log_zeta(2 * table.hi.shape[-1]).astype(np.float32)[None, None]
+
+    def turn(x, pos, sign):
+      cos, sin = table.cos_sin(pos)
+      decay = jnp.exp(sign * pos[..., None] * log_zeta)
+      return rope.rotate(x, cos * decay, sin * decay, self.layout)
+
+    return inner_products(turn(q_BTNH, q_pos_BT, 1), turn(k_BSKH, k_pos_BS, -1))
+
+  monkeypatch.setattr(XPosRope, "scores", scores)
 
 
 @bug(check_oracle, "alibi", 0)

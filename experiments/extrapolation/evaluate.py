@@ -98,7 +98,7 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
     cfg, query_scale=None, attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain()
   )
   if program != "tables":
-    program_cfg = program_cfg.with_position(program)
+    program_cfg = on(program_cfg, next(iter(members)))
   tables = stack(
     [tables_of(cfg, v, settings.factors, block, length) for v in members],
     methods.program_size(scheme, program),
@@ -128,14 +128,19 @@ def tables_of(
   cfg: ModelConfig, variant: methods.Variant, factors, train_length: int, length: int
 ) -> PositionTables:
   """The position tables of a variant at a length: data for the program of its group."""
-  method = methods.METHODS[variant.method]
   if methods.is_on(variant, factors, train_length, length):
-    if method.position is not None:
-      stretch = {"factor": variant.factor} if method.stretches else {}
-      cfg = cfg.with_position(method.position, **stretch)
-    if method.log_n:
+    cfg = on(cfg, variant)
+    if methods.METHODS[variant.method].log_n:
       cfg = dataclasses.replace(cfg, query_scale=LogN(train_length, floor=1.0))
   return cfg.rope_tables(seq_len=length)
+
+
+def on(cfg: ModelConfig, variant: methods.Variant) -> ModelConfig:
+  """The config with the variant's position method on its RoPE layers."""
+  method = methods.METHODS[variant.method]
+  if method.position is None:
+    return cfg
+  return cfg.with_position(method.position, **({"factor": variant.factor} if method.stretches else {}))
 
 
 def stack(tables: list[PositionTables], size: int) -> PositionTables:

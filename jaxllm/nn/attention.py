@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn.context import append
 from jaxllm.nn.layers import HeadNorm, Linear, weight
-from jaxllm.ops.attention import Side
+from jaxllm.ops.attention import MASKED, Side
 from jaxllm.ops.head import soft_cap
 from jaxllm.position.base import add_bias, inner_products
 from jaxllm.position.tables import QueryScale, RopeTable
@@ -62,7 +62,10 @@ class Attention(nn.Module):
       else:
         bias = position.bias(p, q_pos, k_pos, cfg.num_heads)
         scores = add_bias(inner_products(q, k) * layer_scale, bias)
-      return soft_cap(scores, cfg.attention_softcap)
+      if cfg.attention_softcap is None:
+        return scores
+      # a method may mask by its scores (Streaming), and a cap would show again what it hides
+      return jnp.where(scores > MASKED / 2, soft_cap(scores, cfg.attention_softcap), MASKED)
 
     if cache is not None:
       cache = (append(cache[0], k_BTKH, length_B), append(cache[1], v_BTKH, length_B))

@@ -98,7 +98,8 @@ class Rope(Position):
       )
       for one in (table.only(0), table.only(1))
     )
-    return jnp.where((q_pos_BT + 1 > table.start)[:, None, None, :, None], second, first)
+    # the context of position p has p + 1 tokens; as p >= start nothing leaves int32
+    return jnp.where((q_pos_BT >= table.start)[:, None, None, :, None], second, first)
 
   def _row_wise_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
     """Every query turns itself and all its keys by the frequencies of its own length: one query row at a time."""
@@ -177,9 +178,14 @@ class NtkRope(ScaledRope):
 
 def ntk_power(base: float, factor: float, rotary_dim: int) -> np.ndarray:
   """Frequencies of base * factor ** (R / (R - 2)), written so that the last is exactly base_power / factor."""
+  return base_power(base, rotary_dim) * ntk_ratio(factor, rotary_dim)
+
+
+def ntk_ratio(factor: float, rotary_dim: int) -> np.ndarray:
+  """factor ** (-2 i / (R - 2)): what NTK-aware scaling multiplies each frequency by, 1 to 1 / factor."""
   i = np.arange(rotary_dim // 2, dtype=np.float64)
   # a single pair has no lower frequency to stretch instead: its exponent is 0
-  return base_power(base, rotary_dim) * float(factor) ** (-2 * i / max(rotary_dim - 2, 1))
+  return float(factor) ** (-2 * i / max(rotary_dim - 2, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,9 +293,8 @@ class YarnRope(ScaledRope):
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     turns = (self.original_length, rotary_dim, self.beta_fast, self.beta_slow)
     interpolated = ramp(*correction_range(self.base, *turns, self.truncate), rotary_dim)
-    return base_power(self.base, rotary_dim) * (
-      interpolated / self.factor + (1 - interpolated)
-    ), self.attention_scale()
+    stretch = interpolated / self.factor + (1 - interpolated)
+    return base_power(self.base, rotary_dim) * stretch, self.attention_scale()
 
 
 def correction_range(

@@ -1,4 +1,4 @@
-"""RoPE scalings that treat each frequency by its wavelength, and those that published checkpoints bring their own numbers for."""
+"""RoPE scalings by wavelength, and those that published checkpoints bring their own numbers for."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import ClassVar
 import numpy as np
 
 from jaxllm.errors import ConfigError, check_positive
-from jaxllm.position.rope import Rope, ScaledRope, base_power, correction_range, ntk_power, ramp
+from jaxllm.position.rope import ScaledRope, base_power, correction_range, ntk_ratio, ramp
 
 
 @dataclasses.dataclass(frozen=True)
 class NtkByPartsRope(ScaledRope):
   """NTK-by-parts: low frequencies interpolated, middle ones by the NTK base, high ones kept.
 
-  Two ramps over the turns r that a pair makes in the trained length: from PI to NTK-aware as r rises through `beta_turns`, then to
-  plain RoPE as it rises through `gamma_turns`.  Its successor YaRN has one ramp, from PI to plain RoPE, and a temperature.
+  inv_freq'_i = inv_freq_i (g_i (b_i / factor + (1 - b_i) factor ** (-2 i / (R - 2))) + 1 - g_i): b and g are ramps from 0 to 1
+  over the pairs that turn from fast down to slow times in the trained length, floored and ceiled as in YaRN.  b, over
+  `beta_turns` = (slow, fast), leads from NTK-aware to PI, and g, over `gamma_turns`, from plain RoPE to these.  The successor,
+  YaRN, has one ramp from plain RoPE to PI, and a temperature.
   Source: bloc97 (2023), "NTK-by-parts", with the defaults of the YaRN authors' code.
   """
 
@@ -30,26 +32,22 @@ class NtkByPartsRope(ScaledRope):
   def __post_init__(self):
     super().__post_init__()
     for name in ("beta_turns", "gamma_turns"):
-      slow, fast = _pair(self, name)
-      check_positive(self, **{name: slow})
-      if not slow < fast < math.inf:
+      turns = getattr(self, name)
+      numbers = isinstance(turns, (tuple, list)) and all(type(x) in (int, float) for x in turns)
+      if not numbers or len(turns) != 2 or not 0 < turns[0] < turns[1] < math.inf:
         raise ConfigError(
-          f"NtkByPartsRope.{name}: found {(slow, fast)!r}, expected (slow, fast), slow < fast"
+          f"NtkByPartsRope.{name}: found {turns!r}, expected (slow, fast), two finite numbers with 0 < slow < fast"
         )
+      object.__setattr__(self, name, tuple(turns))  # JSON has lists
 
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
-    plain = base_power(self.base, rotary_dim)
-
     def slow_part(turns: tuple[float, float]) -> np.ndarray:
       slow, fast = turns
       return ramp(*correction_range(self.base, self.original_length, rotary_dim, fast, slow), rotary_dim)
 
-    interpolated = slow_part(self.beta_turns)
-    low = plain / self.factor * interpolated + ntk_power(self.base, self.factor, rotary_dim) * (
-      1 - interpolated
-    )
-    stretched = slow_part(self.gamma_turns)
-    return low * stretched + plain * (1 - stretched), 1.0
+    interpolated, stretched = slow_part(self.beta_turns), slow_part(self.gamma_turns)
+    low = interpolated / self.factor + (1 - interpolated) * ntk_ratio(self.factor, rotary_dim)
+    return base_power(self.base, rotary_dim) * (stretched * low + (1 - stretched)), 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +102,16 @@ class LongRope(ScaledRope):
     for name in ("short_factor", "long_factor"):
       values = getattr(self, name)
       if not isinstance(values, (tuple, list)) or not values:
-        raise ConfigError(f"LongRope.{name}: found {values!r}, expected one number a pair of coordinates")
+        raise ConfigError(
+          f"LongRope.{name}: found {values!r}, expected a list of numbers, one a pair of coordinates"
+        )
       object.__setattr__(self, name, tuple(values))  # JSON has lists
       for value in values:
         check_positive(self, **{name: value})
     if self.attention_factor is not None:
       check_positive(self, attention_factor=self.attention_factor)
     if self.original_length < 2:
-      raise ConfigError("LongRope.original_length: found 1, expected at least 2, as its logarithm divides")
+      raise ConfigError("LongRope.original_length: found 1, expected at least 2 (its logarithm is a divisor)")
 
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     name = "long_factor" if seq_len is not None and seq_len > self.original_length else "short_factor"
@@ -136,7 +136,8 @@ class ProportionalRope(ScaledRope):
   """Partial rotation by frequency: the first `proportion` of the pairs turn, the others stand still, all spread over R.
 
   inv_freq_i = base ** (-2 i / R) / factor for i < floor(proportion R / 2), else 0.  Unlike `rotary_dim`, which takes the first
-  coordinates as a smaller head, the pairs here are those of the whole head.  Source: transformers' `proportional` (Gemma 4).
+  coordinates as a smaller head, the pairs here are those of the whole head.  Raises ConfigError where no pair would turn.
+  Source: transformers' `proportional` (Gemma 4).
   """
 
   proportion: float = 1.0
@@ -150,14 +151,11 @@ class ProportionalRope(ScaledRope):
       )
 
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
-    turned = np.arange(rotary_dim // 2) < int(self.proportion * rotary_dim // 2)
-    return np.where(turned, base_power(self.base, rotary_dim) / self.factor, 0.0), 1.0
-
-
-def _pair(owner: Rope, name: str) -> tuple[float, float]:
-  """The two numbers of a field, which becomes a tuple (JSON has lists)."""
-  value = getattr(owner, name)
-  if not isinstance(value, (tuple, list)) or len(value) != 2:
-    raise ConfigError(f"{type(owner).__name__}.{name}: found {value!r}, expected two numbers")
-  object.__setattr__(owner, name, tuple(value))
-  return tuple(value)
+    turned = int(self.proportion * rotary_dim // 2)
+    if turned == 0:
+      raise ConfigError(
+        f"ProportionalRope.proportion: found {self.proportion!r}, which turns no pair of {rotary_dim} coordinates; "
+        f"expected at least {2 / rotary_dim:g}"
+      )
+    still = np.arange(rotary_dim // 2) >= turned
+    return np.where(still, 0.0, base_power(self.base, rotary_dim) / self.factor), 1.0

@@ -21,7 +21,7 @@ class RopeTable:
   """Frequencies of one RoPE: `rows` of exact words, the row of a query at position p being clip(p + 1 - start, 0, rows - 1).
 
   hi, lo: uint32 [rows, R/2]; scale (on cos and sin): float32 [rows]; start: int32, the length up to which row 0 holds.
-  A method whose frequencies do not depend on length has one row.
+  A method whose frequencies do not depend on length has one row; one that turns by several (window.py) has a row for each.
   """
 
   hi: jax.Array

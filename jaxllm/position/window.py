@@ -16,6 +16,10 @@ from jaxllm.position.base import Params, inner_products
 from jaxllm.position.rope import Rope, rotate
 from jaxllm.position.tables import RopeTable
 
+REACH = 30.0
+"""Largest exponent of xPos's factor on a query, |i - middle| |ln zeta| / scale_base.  A key's is clipped at twice that,
+which cannot be seen: below, the product is under e^-30; above, the key is later than every query.  Unclipped, it overflows."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WindowRope(Rope):
@@ -28,14 +32,14 @@ class WindowRope(Rope):
 
   needs_raw_keys: ClassVar[bool] = True
   window_part: ClassVar[int] = 2
-  """original_length is divided by this where no window is given."""
+  """Where no window is given, it is original_length divided by this."""
 
   def __post_init__(self):
     super().__post_init__()
     name = type(self).__name__
     if self.window is None and self.original_length is None:
       raise ConfigError(
-        f"{name}.window: found None, expected an integer (or original_length, whose 1/{self.window_part} is the window)"
+        f"{name}.window: found None, expected an integer (or an original_length to take it from)"
       )
     if self.window is not None and (type(self.window) is not int or self.window < 1):
       raise ConfigError(f"{name}.window: found {self.window!r}, expected an integer of at least 1")
@@ -79,8 +83,8 @@ class ReRope(WindowRope):
 class StepRope(WindowRope):
   """Relative positions that grow by `step` a token beyond the window: w + step (i - j - w).
 
-  The far branch is two rotations, both exact at every position: by positions with frequencies times step, and the query once
-  more by w (1 - step).
+  The far branch turns queries and keys by positions with frequencies times step, and the query once more by the angle of
+  w (1 - step); its table has three rows, for RoPE, for that and for the one angle, all exact at every position.
   """
 
   @property
@@ -94,9 +98,14 @@ class StepRope(WindowRope):
     return 0, [(inv_freq, scale), (inv_freq * self.step, scale), (offset, 1.0)]
 
   def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
-    q_far = self.turn(q_BTNH, q_pos_BT, table.only(1))
+    if table.rows != 3:
+      raise ConfigError(
+        f"rope: found a table of {table.rows} rows, expected the 3 of {type(self).__name__}; make it by rope_tables of a "
+        "config with this method"
+      )
+    q_far = self.turn(q_BTNH.astype(jnp.float32), q_pos_BT, table.only(1))
     q_far = self.turn(q_far, jnp.ones((1, 1), jnp.int32), table.only(2))
-    return inner_products(q_far, self.turn(k_BSKH, k_pos_BS, table.only(1)))
+    return inner_products(q_far.astype(q_BTNH.dtype), self.turn(k_BSKH, k_pos_BS, table.only(1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +131,9 @@ class LeakyReRope(StepRope):
 class InvLeakyReRope(StepRope):
   """Inverse leaky ReRoPE, to train with: beyond the window positions grow by 2 factor a token, so a short text covers far ones.
 
+  The step is 2 factor: with `window` None, a quarter of original_length, L0 trained tokens span (1 + 6 factor) / 4 times L0.
   At test time the model runs as plain RoPE, at no extra cost, on contexts up to `factor` times the trained length.
-  `window` None is a quarter of original_length.  Source: kexue.fm, "Transformer upgrade 13" (there k = 1 / (2 b)).
+  factor 1/2 is RoPE.  Source: kexue.fm, "Transformer upgrade 13" (leaky ReRoPE with k = 1 / (2 b), b the factor).
   """
 
   factor: float = 8.0
@@ -141,10 +151,11 @@ class InvLeakyReRope(StepRope):
 
 @dataclasses.dataclass(frozen=True)
 class SelfExtendRope(WindowRope):
-  """Self-Extend: beyond the window positions are those of groups of `group` tokens, floor(i / G) - floor(j / G) + w - floor(w / G).
+  """Self-Extend: beyond the window the relative position is that of groups of `group` tokens.
 
-  `group` None is the smallest that keeps factor * original_length tokens within the trained positions:
-  ceil((factor L0 - w) / (L0 - w)).  `window` None is half of original_length.
+  With w the window and G the group it is floor(i / G) - floor(j / G) + w - floor(w / G); group 1 is RoPE.  With L0 =
+  original_length, contexts up to (L0 - w) G + w are served, by the paper's rule: no relative position is above L0 there.
+  `group` None is the smallest for factor * L0 tokens, ceil((factor L0 - w) / (L0 - w)); `window` None is half of L0.
   Source: Jin et al. (2024), "LLM Maybe LongLM", section 3.
   """
 
@@ -191,10 +202,14 @@ class StreamingRope(WindowRope):
     super().__post_init__()
     if type(self.sinks) is not int or self.sinks < 0:
       raise ConfigError(f"StreamingRope.sinks: found {self.sinks!r}, expected an integer of at least 0")
+    if self.window is None and self.sinks >= self.original_length:
+      raise ConfigError(
+        f"StreamingRope.sinks: found {self.sinks!r}, expected fewer than original_length = {self.original_length}, or a window"
+      )
 
   @property
   def clip(self) -> int:
-    return self.window if self.window is not None else max(1, self.original_length - self.sinks)
+    return self.window if self.window is not None else self.original_length - self.sinks
 
   def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
     # a sink is as far as the cache reaches even where it is near the window's end: not a matter of distance alone
@@ -208,10 +223,13 @@ class StreamingRope(WindowRope):
 
 @dataclasses.dataclass(frozen=True)
 class XPosRope(Rope):
-  """xPos: RoPE whose pairs also decay with the distance, score_ij = sum_c zeta_c ** ((i - j) / scale_base) (R_i q)_c . (R_j k)_c.
+  """xPos: RoPE whose pairs also decay with the distance.
 
-  zeta_c = (2 c / R + gamma) / (1 + gamma).  Only the difference i - j enters, so both factors are taken from the middle of
-  the tile of queries at hand: taken from position 0, as in the authors' code, they leave float32 at some 35,000 tokens.
+  score_ij = sum_c zeta_c ** ((i - j) / scale_base) (R_i q)_c . (R_j k)_c, zeta_c = (2 c / R + gamma) / (1 + gamma).  Only i - j
+  enters, so the factors of query and key are counted from the middle of the T queries at hand, T / 2 before the last: counted
+  from position 0 they leave float32 at 36,000 tokens, and from the middle of the text, as in the authors' code, at 72,000,
+  with a middle that moves while decoding.  Positions may jump within the T queries (a document packed behind the end of
+  another) by REACH scale_base / |ln zeta_0|, 12,000 tokens by default; by more, the decay of the earlier ones is lost.
   Source: Sun et al. (2022), section 3.2.
   """
 
@@ -224,17 +242,25 @@ class XPosRope(Rope):
     super().__post_init__()
     check_positive(self, scale_base=self.scale_base, gamma=self.gamma)
 
-  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
-    rotary_dim = 2 * table.hi.shape[-1]
+  def log_zeta(self, rotary_dim: int) -> np.ndarray:
+    """ln(zeta_c) / scale_base, float64 [R/2]: what a pair's product falls by, a token of distance."""
     zeta = (np.arange(0, rotary_dim, 2) / rotary_dim + self.gamma) / (1 + self.gamma)
-    log_zeta = np.log(zeta).astype(np.float32)[None, None]
-    middle_B1 = (jnp.min(q_pos_BT, axis=1, keepdims=True) + jnp.max(q_pos_BT, axis=1, keepdims=True)) // 2
+    return np.log(zeta) / self.scale_base
+
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
+    log_zeta = self.log_zeta(2 * table.hi.shape[-1])
+    T = q_BTNH.shape[1]
+    if T > 1 and T * np.max(np.abs(log_zeta)) > 2 * REACH:
+      halves = (slice(0, T // 2), slice(T // 2, T))
+      parts = [self.scores(q_BTNH[:, h], k_BSKH, q_pos_BT[:, h], k_pos_BS, table, p) for h in halves]
+      return jnp.concatenate(parts, axis=-2)
+    middle_B1 = jnp.max(q_pos_BT, axis=1, keepdims=True) - T // 2  # padding, if any, is at position 0
 
     def turn(x, pos, distance):
       cos, sin = table.cos_sin(pos)
-      # beyond e^60 the product of both factors is 0 or the pair is masked, and infinity times 0 would be NaN
-      exponent = jnp.clip(distance.astype(jnp.float32)[..., None] / self.scale_base * log_zeta, -60, 60)
-      return rotate(x.astype(jnp.float32), cos * jnp.exp(exponent), sin * jnp.exp(exponent), self.layout)
+      exponent = distance.astype(jnp.float32)[..., None] * log_zeta.astype(np.float32)[None, None]
+      decay = jnp.exp(jnp.clip(exponent, -2 * REACH, 2 * REACH))
+      return rotate(x.astype(jnp.float32), cos * decay, sin * decay, self.layout)
 
     q = turn(q_BTNH, q_pos_BT, q_pos_BT - middle_B1)
     return inner_products(q, turn(k_BSKH, k_pos_BS, middle_B1 - k_pos_BS))

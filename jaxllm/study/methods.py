@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxllm.errors import ConfigError
+from jaxllm.study import choices
 from jaxllm.study.cells import Group
 
 SCHEMES = ("rope", "rope_logn", "alibi", "nope")
@@ -34,13 +35,15 @@ class Method:
 
   position: the entry of POSITIONS put on its RoPE layers, None for the model as trained; stretches: whether it takes a
   factor; tables_only: whether it differs from RoPE in (frequencies, scale) only and so shares the trained model's program;
-  log_n: queries scaled by max(1, log_train_length(position + 1)), at test time only.
+  log_n: queries scaled by max(1, log_train_length(position + 1)), at test time only; by_default: whether a run that names no
+  methods has it.
   """
 
   position: str | None
   log_n: bool = False
   stretches: bool = True
   tables_only: bool = True
+  by_default: bool = True
 
 
 METHODS = {
@@ -58,7 +61,38 @@ METHODS = {
   "yarn": Method("yarn"),
   "rerope": Method("rerope", stretches=False, tables_only=False),
   "rerope_logn": Method("rerope", log_n=True, stretches=False, tables_only=False),
+  "ntk_by_parts": Method("ntk_by_parts", by_default=False),
+  "llama3": Method("llama3", by_default=False),
+  "leaky_rerope": Method("leaky_rerope", stretches=False, tables_only=False, by_default=False),
+  "self_extend": Method("self_extend", tables_only=False, by_default=False),
+  "streaming": Method("streaming", stretches=False, tables_only=False, by_default=False),
 }
+
+DEFAULT = tuple(name for name, method in METHODS.items() if method.by_default)
+
+TRAINED_WITH = {
+  "longrope": "its factors are searched for one model and length, and any made-up list is another method",
+  "proportional": "a model must be trained with the pairs that stand still",
+  "xpos": "a model must be trained with the decay",
+  "inv_leaky_rerope": "a model is trained with it, and tested as plain RoPE",
+}
+"""RoPE methods that cannot be put on a trained RoPE model as it is, and why."""
+
+
+def choose(text: str, schemes: Sequence[str]) -> tuple[str, ...]:
+  """The methods that --methods=`text` names: a list, or "default" or "all", which are those of them that apply to a scheme.
+
+  Raises ConfigError for one that is unknown, or that a model must be trained with.
+  """
+  groups = {"default": DEFAULT, "all": tuple(METHODS)}
+  if text in groups:
+    return tuple(
+      name for name in groups[text] if any(not_applicable(scheme, name) is None for scheme in schemes)
+    )
+  for name in (item.strip() for item in text.split(",")):
+    if name in TRAINED_WITH:
+      raise ConfigError(f"--methods={text}: {name} cannot be put on a trained model: {TRAINED_WITH[name]}")
+  return choices.choice_list("methods", text, tuple(METHODS))
 
 
 def not_applicable(scheme: str, method: str) -> str | None:
@@ -71,14 +105,27 @@ def not_applicable(scheme: str, method: str) -> str | None:
   return None
 
 
-def program_of(method: str) -> str:
-  """The compiled program that a method runs through when it is switched on: "tables" is the trained model's own."""
-  return "tables" if METHODS[method].tables_only else METHODS[method].position
+def program_of(variant: Variant) -> str:
+  """The compiled program that a variant runs through when it is switched on: "tables" is the trained model's own.
+
+  Others have the method built in, and with it the factor where it takes one, as in "self_extend x4.0".
+  """
+  method = METHODS[variant.method]
+  stretch = f" x{variant.factor}" if method.stretches and not method.tables_only else ""
+  return _family(method) + stretch
+
+
+def _family(method: Method) -> str:
+  return "tables" if method.tables_only else method.position
 
 
 def program_size(scheme: str, program: str) -> int:
   """How many tables a program takes at once: constant, whichever methods are asked for."""
-  members = [name for name in METHODS if not_applicable(scheme, name) is None and program_of(name) == program]
+  members = [
+    name
+    for name, method in METHODS.items()
+    if not_applicable(scheme, name) is None and _family(method) == program.split(" ")[0]
+  ]
   return min(GROUP_SIZE, len(members))
 
 
@@ -160,7 +207,7 @@ def plan(
             program = "none"
           else:
             on = is_on(variant, factors, train_length, length)
-            program = program_of(variant.method) if on else "tables"
+            program = program_of(variant) if on else "tables"
           programs.setdefault(program, []).append(variant)
         for program, members in programs.items():
           size = program_size(scheme, program) or len(members)

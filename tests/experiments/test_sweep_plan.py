@@ -5,6 +5,7 @@ import collections
 import pytest
 
 from jaxllm.errors import ConfigError
+from jaxllm.position import POSITIONS, Rope
 from jaxllm.study import methods
 
 ALL = tuple(methods.METHODS)
@@ -93,6 +94,54 @@ def test_a_group_depends_on_nothing_but_the_configuration():
     == methods.program_size("rope_logn", "tables")
     == methods.GROUP_SIZE
   )
+
+
+def test_methods_that_build_a_factor_in_have_a_program_a_factor():
+  """self_extend's groups are part of its program; the factors of all others are data."""
+  groups = plan(schemes=("rope",), names=("yarn", "self_extend"), factors=(2.0, 4.0), lengths=(256,), seeds=1)
+  programs = {group.name.split("/")[3]: {cell["factor"] for cell in group.cells} for group in groups}
+  assert programs == {
+    "in_length": {1.0},
+    "tables": {2.0, 4.0},
+    "self_extend x2.0": {2.0},
+    "self_extend x4.0": {4.0},
+  }
+  assert methods.program_size("rope", "self_extend x2.0") == 1 and methods.program_size("rope", "rerope") == 2
+
+
+DEFAULT = "none logn pi ntk_old ntk ntk_logn ntk_fixed ntk_fixed_logn ntk_mixed ntk_mixed_logn dynamic_ntk"
+DEFAULT += " yarn rerope rerope_logn"
+
+
+@pytest.mark.core
+def test_default_and_all():
+  """The published run has the first, and `all` is every method that applies to a scheme."""
+  assert methods.choose("default", ("rope",)) == tuple(DEFAULT.split())
+  assert methods.choose("all", ("rope", "alibi")) == ALL
+  assert set(ALL) - set(DEFAULT.split()) == {
+    "ntk_by_parts",
+    "llama3",
+    "leaky_rerope",
+    "self_extend",
+    "streaming",
+  }
+  for name in ("default", "all"):
+    assert methods.choose(name, ("alibi", "nope")) == ("none", "logn")
+    assert not any("logn" in m for m in methods.choose(name, ("rope_logn",)))
+  assert methods.choose("streaming, pi", ("rope",)) == ("streaming", "pi")
+
+
+def test_every_rope_method_can_be_swept_or_has_a_reason():
+  ropes = {name for name, cls in POSITIONS.items() if issubclass(cls, Rope) and cls is not Rope}
+  assert (
+    ropes == {method.position for method in methods.METHODS.values()} - {None} | methods.TRAINED_WITH.keys()
+  )
+  assert not methods.TRAINED_WITH.keys() & methods.METHODS.keys()
+  for name, reason in methods.TRAINED_WITH.items():
+    with pytest.raises(
+      ConfigError, match=f"--methods=yarn,{name}: {name} cannot be put on a trained model: {reason}"
+    ):
+      methods.choose(f"yarn,{name}", ("rope",))
 
 
 @pytest.mark.parametrize(

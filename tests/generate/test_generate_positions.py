@@ -27,7 +27,20 @@ METHODS = [  # name, fields, query scale
   ("ntk_mixed", {"factor": 4.0}, None),
   ("dynamic_ntk", {"factor": 4.0}, None),
   pytest.param("yarn", {"factor": 4.0}, None, marks=core),
+  ("ntk_by_parts", {"factor": 4.0}, None),
+  ("llama3", {"factor": 4.0}, None),
+  (
+    "longrope",
+    {"factor": 4.0, "short_factor": (1.0,) * 8, "long_factor": (1.0, 1.2, 1.5, 2, 2.5, 3, 3.5, 4)},
+    None,
+  ),
+  ("proportional", {"proportion": 0.5}, None),
+  ("xpos", {"scale_base": 16.0}, None),
   ("rerope", {"window": 5}, None),
+  ("leaky_rerope", {"window": 5, "leak": 4.0}, None),
+  ("inv_leaky_rerope", {"window": 5, "factor": 2.0}, None),
+  ("self_extend", {"window": 5, "group": 3}, None),
+  ("streaming", {"window": 5, "sinks": 2}, None),
 ]
 
 

@@ -16,7 +16,8 @@ from jaxllm.position.base import add_bias, inner_products
 from jaxllm.position.tables import make_table
 
 B, T, N, K, H = 2, 20, 4, 2, 16
-METHODS = ["rope", "alibi", "dynamic_ntk", "rerope"]  # keys turned before, a bias, and scores of their own
+# keys turned before, a bias, and scores of their own; streaming masks by score, xpos counts from each tile
+METHODS = ["rope", "alibi", "dynamic_ntk", "rerope", "streaming", "xpos"]
 
 
 @functools.cache
@@ -40,8 +41,8 @@ def table(name):
   method = position(name)
   if method.frequencies(H) is None:
     return None
-  start, lengths = method.seq_lens(TRAINED + T)
-  return make_table([method.frequencies(H, n) for n in lengths], start)
+  start, rows = method.rows(H, TRAINED + T)
+  return make_table(rows, start)
 
 
 @functools.cache

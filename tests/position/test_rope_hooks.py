@@ -26,6 +26,13 @@ METHODS = [
   ("dynamic_ntk", dict(factor=2.0, original_length=128), 1024),
   ("yarn", dict(factor=8.0, original_length=128), None),
   ("yarn", dict(factor=4.0, original_length=2048, attention_factor=0.5, rotary_dim=32), None),
+  ("ntk_by_parts", dict(factor=8.0, original_length=2048), None),
+  ("llama3", dict(factor=8.0, original_length=2048), None),
+  (
+    "longrope",
+    dict(original_length=128, factor=8.0, short_factor=(1.0,) * 32, long_factor=(1.0, 7.0) * 16),
+    1024,
+  ),
   ("rerope", dict(window=16), None),
 ]
 CASES = [
@@ -113,7 +120,7 @@ def test_float32_angles_break_the_shift_bound():
 
 @each_method
 def test_rotations_keep_the_norm(case):
-  """Times the scale on the rotated coordinates, which only YaRN has."""
+  """Times the scale on the rotated coordinates, which YaRN and LongRoPE have."""
   method, table, rotary_dim, scale = build(case)
   x, pos = random(3, (ROWS, HEAD_DIM)), np.random.default_rng(4).integers(0, 2**31, ROWS)
   for hook in (method.rotate_q, method.rotate_k):
@@ -193,7 +200,19 @@ def test_factor_one_rotates_as_rope_does(layout, table_of):
   x, pos = random(13, (ROWS, HEAD_DIM)), np.random.default_rng(13).integers(0, 2**31, ROWS)
   rope = POSITIONS["rope"](layout=layout)
   expected = turn(rope.rotate_q, x, pos, table_of(rope, HEAD_DIM))
-  for name in ("pi", "ntk_old", "ntk", "ntk_fixed", "ntk_mixed", "dynamic_ntk", "yarn"):
+  scalings = (
+    "pi",
+    "ntk_old",
+    "ntk",
+    "ntk_fixed",
+    "ntk_mixed",
+    "dynamic_ntk",
+    "yarn",
+    "ntk_by_parts",
+    "llama3",
+    "proportional",
+  )
+  for name in scalings:
     method = POSITIONS[name](layout=layout, factor=1.0, original_length=512)
     np.testing.assert_array_equal(turn(method.rotate_q, x, pos, table_of(method, HEAD_DIM)), expected)
 

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 HEADS, HEAD_DIM, LENGTH = 2, 32, 96
 
+LISTS = dict(short_factor=[1.0, 1.25] * 8, long_factor=[1.0 + i for i in range(16)])
 # (method, rope_type, fields they share, trained length); every row's rotation is compared on LENGTH positions
 CASES = [
   ("rope", "default", dict(), 32),
@@ -20,7 +21,12 @@ CASES = [
   ("yarn", "yarn", dict(factor=6.0), 32),
   ("yarn", "yarn", dict(factor=6.0, attention_factor=0.75, beta_fast=8.0, beta_slow=0.5), 64),
   ("yarn", "yarn", dict(factor=6.0, mscale=1.2, mscale_all_dim=0.6, truncate=False), 64),
+  ("llama3", "llama3", dict(factor=6.0, low_freq_factor=0.5, high_freq_factor=3.0), 32),
+  ("longrope", "longrope", dict(factor=6.0, **LISTS), 32),
+  ("longrope", "longrope", dict(factor=6.0, **LISTS), LENGTH),
+  ("longrope", "longrope", dict(attention_factor=1.5, factor=6.0, **LISTS), LENGTH - 1),
 ]
+TAKE_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ def test_rotated_queries_and_keys_of_llama(name, rope_type, fields, trained, tab
   rope = {"rope_type": rope_type, "rope_theta": fields["base"]} | {
     k: v for k, v in fields.items() if k != "base"
   }
-  if rope_type == "yarn":
+  if rope_type in TAKE_ORIGINAL_LENGTH:
     rope["original_max_position_embeddings"] = trained
   config = LlamaConfig(
     hidden_size=HEADS * HEAD_DIM,
