@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 
-
 PLAIN = ("Rope", "ReRope", "LeakyReRope", "InvLeakyReRope", "SelfExtendRope", "StreamingRope", "XPosRope")
 
 
@@ -137,18 +136,63 @@ def rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len):
   return np.where(allowed_TS, out, -np.inf)
 
 
-def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):
-  """Scaled scores with whatever the layer's position method makes of them."""
+def two_dimensional_scores(method, q_BNTH, k_BNSH, pos_T2):
+  """A RoPE of the position on the first half of the turned coordinates, and one of the block on the second."""
+  rotary_dim, out = method.rotary_dim or q_BNTH.shape[-1], 0
+  half = rotary_dim // 2
+  theta_C = method.base ** (-2.0 * np.arange(half // 2) / half)
+  for axis in (0, 1):
+    part = slice(axis * half, (axis + 1) * half)
+    (q, _), (k, _) = (pairs(x[..., part], half, method.layout) for x in (q_BNTH, k_BNSH))
+    phase_TSC = np.exp(1j * (pos_T2[:, None, axis] - pos_T2[None, :, axis])[..., None] * theta_C)
+    out = out + np.einsum("bntc,bnsc,tsc->bnts", q, k.conj(), phase_TSC).real
+  return out + np.einsum("bnth,bnsh->bnts", q_BNTH[..., rotary_dim:], k_BNSH[..., rotary_dim:])
+
+
+def t5_bias(method, table, apart_TS):
+  """T5's bias [N, T, S], by the logarithm of its code; a nudge keeps an exact threshold on its upper side."""
+  exact = method.num_buckets // 2
+  apart = np.maximum(apart_TS, 0)
+  growth = np.log(np.maximum(apart, 1) / exact) / math.log(method.max_distance / exact)
+  large = exact + np.floor(growth * (method.num_buckets - exact) + 1e-9).astype(int)
+  bucket = np.where(apart < exact, apart, np.minimum(large, method.num_buckets - 1))
+  return np.moveaxis(table[bucket], -1, 0)
+
+
+def embedding(method, p, pos_T, width):
+  """What a method adds to the token embeddings: [T, D], or 0."""
+  name = type(method).__name__
+  if name == "Learned":
+    return p["table"][pos_T]
+  if name == "Sinusoidal":  # section 3.5, a column at a time
+    angle = lambda c: pos_T / method.base ** ((c - c % 2) / width)
+    return np.stack([np.cos(angle(c)) if c % 2 else np.sin(angle(c)) for c in range(width)], axis=-1)
+  return 0
+
+
+def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len, learned):
+  """Scaled scores with whatever the layer's position method makes of them; pos_T is [T, 2] for two dimensions."""
   method = layer.position
-  if cfg.query_scale is not None:
+  if cfg.query_scale is not None and layer.window is None:
     log_n = np.log(pos_T + 1) / math.log(cfg.query_scale.train_length)
     q_BNTH = q_BNTH * np.maximum(cfg.query_scale.floor, log_n)[:, None]
   q_BNTH = q_BNTH / math.sqrt(cfg.head_dim)
-  if hasattr(method, "base"):
+  if type(method).__name__ == "Rope2d":
+    pos_T2 = pos_T if pos_T.ndim == 2 else np.stack([pos_T, 0 * pos_T], axis=-1)
+    return two_dimensional_scores(method, q_BNTH, k_BNSH, pos_T2)
+  if hasattr(method, "rotary_dim"):
     return rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len)
   out = np.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH)
   if type(method).__name__ == "Alibi":
-    out -= np.array(slopes(cfg.num_heads))[:, None, None] * (pos_T[:, None] - pos_T[None])
+    steep = np.array(slopes(cfg.num_heads)) ** (method.bias_max / 8)
+    if method.slope_dtype == "bfloat16":  # half to even at 8 bits
+      step = 2.0 ** (np.floor(np.log2(steep)) - 7)
+      steep = np.round(steep / step) * step
+    if method.placement == "before":
+      steep = steep / math.sqrt(cfg.head_dim)
+    out -= steep[:, None, None] * (pos_T[:, None] - pos_T[None])
+  if type(method).__name__ == "T5Bias":
+    out += t5_bias(method, learned[method]["table"], pos_T[:, None] - pos_T[None])
   return out
 
 
@@ -166,13 +210,13 @@ def activation(name, x):
   return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def attention(cfg, layer, p, x_BTD, pos_T, seq_len):
+def attention(cfg, layer, p, x_BTD, pos_T, seq_len, learned):
   B, T, _ = x_BTD.shape
   heads = lambda name, n: (x_BTD @ p[name]["w"]).reshape(B, T, n, cfg.head_dim).transpose(0, 2, 1, 3)
   groups = cfg.num_heads // cfg.num_kv_heads
   q_BNTH = heads("q", cfg.num_heads)
   k_BNSH, v_BNSH = (np.repeat(heads(name, cfg.num_kv_heads), groups, axis=1) for name in ("k", "v"))
-  s = scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len)
+  s = scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len, learned)
   distance = np.arange(T)[:, None] - np.arange(T)[None]
   s = np.where((distance >= 0) & (distance < (layer.window or T)), s, -np.inf)
   weights = np.exp(s - s.max(-1, keepdims=True))
@@ -199,9 +243,16 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None):
   tokens_BT = np.asarray(tokens_BT)
   pos_T = np.arange(tokens_BT.shape[1]) if pos_T is None else np.asarray(pos_T, np.int64)
   x = p["embed"][tokens_BT] * cfg.embed_scale
+  methods = list(dict.fromkeys(layer.position for layer in cfg.layers))
+  with_parameters = [m for m in methods if type(m).__name__ in ("Learned", "T5Bias")]
+  learned = {m: p["positions"][str(i)] for i, m in enumerate(with_parameters)}
+  for method in methods:
+    x = x + embedding(method, learned.get(method), pos_T, cfg.embed_dim)
   for i in range(cfg.num_layers):
     layer, block = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
-    x = x + attention(cfg, layer, block["attn"], norm(cfg.norm, block["attn_norm"], x), pos_T, seq_len)
+    x = x + attention(
+      cfg, layer, block["attn"], norm(cfg.norm, block["attn_norm"], x), pos_T, seq_len, learned
+    )
     x = x + feed_forward(cfg, block["mlp"], norm(cfg.norm, block["mlp_norm"], x))
   x = norm(cfg.norm, p["final_norm"], x)
   return x @ (p["embed"].T if cfg.tie_embeddings else p["head"])

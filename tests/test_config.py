@@ -72,12 +72,17 @@ SAME = {"ModelConfig.attention", "Blockwise.q_block", "Blockwise.k_block"}
 VALUES = dict(base=300.0, rotary_dim=8, layout="interleaved", factor=2.0, original_length=16)
 VALUES |= dict(exponent=0.2, window=6, beta_fast=2.0, beta_slow=0.5, mscale=2.0, mscale_all_dim=2.0)
 VALUES |= dict(attention_factor=0.5, truncate=False)
+VALUES |= dict(max_length=28, num_buckets=6, max_distance=9)
+VALUES |= dict(bias_max=4.0, slope_dtype="bfloat16", placement="before")
 YARN = dict(original_length=64, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5)
+SHAPED = ("max_length", "num_buckets")
 LENGTH_MATTERS = ("dynamic_ntk", "yarn", "rerope")  # the others are told original_length, and do not use it
 for name, cls in POSITIONS.items():
   for field in dataclasses.fields(cls):
     start = YARN if name == "yarn" else {}
     row = f"{cls.__name__}.{field.name}"
+    if field.name in SHAPED:  # these change the shape of a table
+      continue
     CHANGED[row] = (small(name, start), small(name, start | {field.name: VALUES[field.name]}))
     if field.name == "original_length" and name not in LENGTH_MATTERS:
       SAME.add(row)
@@ -108,6 +113,13 @@ def test_a_shape_is_a_shape_of_the_parameters(field):
   assert diff(params(ROPE), params(one(field, SHAPES[field])))
 
 
+@pytest.mark.parametrize(("name", "field"), [("learned", "max_length"), ("t5", "num_buckets")])
+def test_a_shape_of_a_table_is_one_of_the_parameters(name, field):
+  after = small(name, {field: VALUES[field]})
+  assert [line[:5] for line in diff(params(small(name)), params(after))] == ["shape"]
+  assert relative_error(full(after, tokens()), oracle.logits(after, params(after), tokens())) <= 5e-6
+
+
 def test_all_shapes_at_once():
   cfg = dataclasses.replace(MODELS["yarn"], **SHAPES | dict(num_layers=2, layers=MODELS["yarn"].layers[:2]))
   assert relative_error(full(cfg, tokens()), oracle.logits(cfg, params(cfg), tokens())) <= 5e-6
@@ -116,7 +128,10 @@ def test_all_shapes_at_once():
 def test_every_field_is_in_the_table():
   classes = [ModelConfig, Layer, LogN, RMSNorm, LayerNorm, Glu, Mlp, Plain, Blockwise, *POSITIONS.values()]
   fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
-  elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")}
+  elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")} | {
+    "Learned.max_length",
+    "T5Bias.num_buckets",
+  }
   assert fields == CHANGED.keys() | elsewhere
 
 
@@ -170,7 +185,7 @@ ERRORS = [
   (lambda: LogN(8, 1.5), "LogN.floor: found 1.5, expected a number from 0 to 1"),
   (
     lambda: ROPE.with_position("ropes"),
-    "position method: found 'ropes', expected one of nope, alibi, rope, ",
+    "position method: found 'ropes', expected one of nope, sinusoidal, learned, t5, alibi, rope, ",
   ),
   (
     lambda: ROPE.with_position("ntk", scale=2.0),

@@ -9,16 +9,19 @@ from einops import rearrange
 
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn.context import append
-from jaxllm.nn.layers import Linear, weight
+from jaxllm.nn.layers import Linear
 from jaxllm.ops.attention import Side
-from jaxllm.position.base import add_bias, inner_products
+from jaxllm.position.base import Params, add_bias, inner_products
 from jaxllm.position.tables import QueryScale, RopeTable
 
 LayerCache = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):
-  """o(core(q, k, v)): queries divided by sqrt(H), scaled by position, scored by the layer's position method."""
+  """o(core(q, k, v)): queries divided by sqrt(H), scaled by position, scored by the layer's position method.
+
+  The scale by position (cfg.query_scale) acts on layers without a window only.
+  """
 
   cfg: ModelConfig
   layer: Layer
@@ -31,6 +34,7 @@ class Attention(nn.Module):
     k_side: Side,
     table: RopeTable | None,
     query_scale: QueryScale,
+    p: Params,
     cache: LayerCache | None,
     length_B: jax.Array | None,
   ) -> tuple[jax.Array, LayerCache | None]:
@@ -40,19 +44,20 @@ class Attention(nn.Module):
       rearrange(Linear(n * cfg.head_dim, cfg.dtype, name=name)(x_BTD), "B T (N H) -> B T N H", N=n)
       for name, n in heads.items()
     )
-    p = {name: weight(self, name, shape, init) for name, (shape, init) in position.params(cfg).items()}
-    q_BTNH = query_scale(
-      q_BTNH.astype(jnp.float32) * cfg.head_dim**-0.5, q_side.pos
-    )  # one rounding, at the end
+    q_BTNH = q_BTNH.astype(jnp.float32) * cfg.head_dim**-0.5  # one rounding, at the end
+    if self.layer.window is None:  # a window bounds the number of keys, which is what the scale makes up for
+      q_BTNH = query_scale(q_BTNH, q_side.pos)
 
     if position.needs_raw_keys:
       q_BTNH = q_BTNH.astype(cfg.dtype)
       score = lambda q, k, q_pos, k_pos: position.scores(q, k, q_pos, k_pos, table, p)
     else:  # keys are rotated once, before they are cached
-      q_BTNH = position.rotate_q(q_BTNH, q_side.pos, table).astype(cfg.dtype)
-      k_BTKH = position.rotate_k(k_BTKH, q_side.pos, table)
+      both = position.two_dimensional and q_side.block is not None
+      pos = jnp.stack([q_side.pos, q_side.block], axis=-1) if both else q_side.pos
+      q_BTNH = position.rotate_q(q_BTNH, pos, table).astype(cfg.dtype)
+      k_BTKH = position.rotate_k(k_BTKH, pos, table)
       score = lambda q, k, q_pos, k_pos: add_bias(
-        inner_products(q, k), position.bias(p, q_pos, k_pos, cfg.num_heads)
+        inner_products(q, k), position.bias(p, q_pos, k_pos, cfg.num_heads, cfg.head_dim)
       )
 
     if cache is not None:

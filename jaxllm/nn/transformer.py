@@ -16,6 +16,8 @@ from jaxllm.nn.context import Cache, Context, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.ops.einsum import einsum
+from jaxllm.position import Position
+from jaxllm.position.base import Params
 from jaxllm.position.tables import PositionTables, RopeTable
 
 
@@ -26,10 +28,10 @@ class Block(nn.Module):
   layer: Layer
 
   @nn.compact
-  def __call__(self, x_BTD, q_side, k_side, table, query_scale, cache=None, length_B=None):
+  def __call__(self, x_BTD, q_side, k_side, table, query_scale, p: Params, cache=None, length_B=None):
     h_BTD = Norm(self.cfg.norm, name="attn_norm")(x_BTD)
     attention = Attention(self.cfg, self.layer, name="attn")
-    h_BTD, cache = attention(h_BTD, q_side, k_side, table, query_scale, cache, length_B)
+    h_BTD, cache = attention(h_BTD, q_side, k_side, table, query_scale, p, cache, length_B)
     x_BTD = x_BTD + h_BTD
     h_BTD = Norm(self.cfg.norm, name="mlp_norm")(x_BTD)
     return x_BTD + FeedForward(self.cfg, name="mlp")(h_BTD), cache
@@ -42,16 +44,17 @@ class Layers(nn.Module):
   repeats: int
 
   @nn.compact
-  def __call__(self, x_BTD, q_side, k_side, tables: PositionTables, cache: Cache | None):
+  def __call__(
+    self, x_BTD, q_side, k_side, tables: PositionTables, learned: tuple[Params, ...], cache: Cache | None
+  ):
     cfg, k, v = self.cfg, [], []
     for i in range(self.repeats * len(cfg.layers)):
       layer = cfg.layer(i)
       layer_cache = None if cache is None else (cache.k[i], cache.v[i])
       length_B = None if cache is None else cache.length
       block = Block(cfg, layer, name=str(i))
-      x_BTD, layer_cache = block(
-        x_BTD, q_side, k_side, _table(cfg, layer, tables), tables.query_scale, layer_cache, length_B
-      )
+      table, p = _table(cfg, layer, tables), _params(cfg, layer.position, learned)
+      x_BTD, layer_cache = block(x_BTD, q_side, k_side, table, tables.query_scale, p, layer_cache, length_B)
       if layer_cache is not None:
         k.append(layer_cache[0])
         v.append(layer_cache[1])
@@ -60,6 +63,35 @@ class Layers(nn.Module):
 
 def _table(cfg: ModelConfig, layer: Layer, tables: PositionTables) -> RopeTable | None:
   return tables.ropes[cfg.ropes.index(layer.position)] if layer.position in cfg.ropes else None
+
+
+def _params(cfg: ModelConfig, position: Position, learned: tuple[Params, ...]) -> Params:
+  """The parameters of one method, of those of cfg.learned_positions."""
+  methods = cfg.learned_positions
+  return learned[methods.index(position)] if position in methods else {}
+
+
+class PositionParams(nn.Module):
+  """The parameters of one position method."""
+
+  cfg: ModelConfig
+  position: Position
+
+  @nn.compact
+  def __call__(self) -> Params:
+    params = self.position.params(self.cfg)
+    return {name: weight(self, name, shape, init) for name, (shape, init) in params.items()}
+
+
+class LearnedPositions(nn.Module):
+  """The parameters of each of cfg.learned_positions, named by their numbers: bound once, shared by the layers."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> tuple[Params, ...]:
+    methods = self.cfg.learned_positions
+    return tuple(PositionParams(self.cfg, method, name=str(i))() for i, method in enumerate(methods))
 
 
 class Transformer(nn.Module):
@@ -88,14 +120,23 @@ class Transformer(nn.Module):
     """
     cfg = self.cfg
     context = Context() if context is None else context
+    if cache is None and context.pos is None and context.index is None:
+      cfg.check_length(tokens_BT.shape[1], "tokens")
     q_side, k_side, moved = sides(context, cache, tokens_BT.shape)
+    if q_side.block is not None and not any(position.two_dimensional for position in cfg.positions):
+      raise ConfigError(
+        "context.pos: found [B, T, 2], expected [B, T], as no layer has a two-dimensional RoPE"
+      )
     tables = self._tables(rope, context, cache, tokens_BT.shape[1])
 
     embed_VD = weight(
       self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5)
     )
-    x_BTD = (embed_VD[tokens_BT] * cfg.embed_scale).astype(cfg.dtype)
-    x_BTD = cfg.layers[0].position.embed(x_BTD, q_side.pos, {})
+    learned = LearnedPositions(cfg, name="positions")()
+    x_BTD = embed_VD[tokens_BT] * cfg.embed_scale
+    for position in cfg.positions:  # an embedding is the model's, whichever layers name it
+      x_BTD = position.embed(x_BTD, q_side.pos, _params(cfg, position, learned))
+    x_BTD = x_BTD.astype(cfg.dtype)
     if self.scan:
       if cache is not None:
         raise ConfigError(
@@ -105,13 +146,13 @@ class Transformer(nn.Module):
         Layers,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast,) * 4,
+        in_axes=(nn.broadcast,) * 5,
         length=cfg.num_layers // len(cfg.layers),
       )
-      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, q_side, k_side, tables, None)
+      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, q_side, k_side, tables, learned, None)
     else:
       x_BTD, (k, v) = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")(
-        x_BTD, q_side, k_side, tables, cache
+        x_BTD, q_side, k_side, tables, learned, cache
       )
       moved = None if cache is None else dataclasses.replace(moved, k=k, v=v)
     x_BTD = Norm(cfg.norm, name="final_norm")(x_BTD)

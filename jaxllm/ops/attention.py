@@ -26,13 +26,15 @@ class Side:
   """What masks and position methods know of the queries or of the keys; leading axis B or 1, int32.
 
   index: order in the sequence (causality, windows); pos: what position methods rotate by; segment: packed sequences attend
-  within their own number only (None: one segment); valid: False for padding and unused cache slots (None: all are real).
+  within their own number only (None: one segment); valid: False for padding and unused cache slots (None: all are real);
+  block: the second position of queries and new keys for two-dimensional methods (None: 0), which a cache does not keep.
   """
 
   index: jax.Array
   pos: jax.Array
   segment: jax.Array | None = None
   valid: jax.Array | None = None
+  block: jax.Array | None = None
 
 
 def allowed(q: Side, k: Side, window: int | None) -> jax.Array:
