@@ -75,11 +75,12 @@ VALUES |= dict(attention_factor=0.5, truncate=False)
 VALUES |= dict(max_length=28, num_buckets=6, max_distance=9)
 VALUES |= dict(bias_max=4.0, slope_dtype="bfloat16", placement="before")
 YARN = dict(original_length=64, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5)
+STARTS = {"yarn": YARN, "alibi": dict(bias_max=7.3)}  # a bias_max whose slopes are far from bfloat16
 SHAPED = ("max_length", "num_buckets")
 LENGTH_MATTERS = ("dynamic_ntk", "yarn", "rerope")  # the others are told original_length, and do not use it
 for name, cls in POSITIONS.items():
   for field in dataclasses.fields(cls):
-    start = YARN if name == "yarn" else {}
+    start = STARTS.get(name, {})
     row = f"{cls.__name__}.{field.name}"
     if field.name in SHAPED:  # these change the shape of a table
       continue

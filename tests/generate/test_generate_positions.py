@@ -18,7 +18,7 @@ NEW = (
 )
 METHODS = [  # name, fields, query scale
   ("nope", {}, None),
-  ("sinusoidal", {}, None),
+  ("sinusoidal", {"base": 2.0}, None),
   (
     "learned",
     {"max_length": 36},
