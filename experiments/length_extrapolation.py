@@ -152,9 +152,10 @@ def model_config(settings: Settings, scheme: str, dtype: str):
   from jaxllm.position import POSITIONS, LogN
 
   length = settings.train_length
-  position = (
-    POSITIONS["rope"](original_length=length) if scheme in ("rope", "rope_logn") else POSITIONS[scheme]()
-  )
+  if scheme in ("rope", "rope_logn"):
+    position = POSITIONS["rope"](original_length=length)
+  else:
+    position = POSITIONS[scheme](**({"max_length": length} if scheme == "learned" else {}))
   return ModelConfig(
     vocab_size=256,
     embed_dim=settings.embed_dim,

@@ -11,7 +11,7 @@ from jaxllm.errors import ConfigError, check_positive
 from jaxllm.norm import NORMS, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.ops.blockwise import Blockwise
-from jaxllm.position import POSITIONS, LogN, Position, Rope
+from jaxllm.position import POSITIONS, LogN, NoPE, Position, Rope
 from jaxllm.position.query_scale import query_scale_table
 from jaxllm.position.tables import PositionTables, RopeTable, make_table
 from jaxllm.wiring import WIRINGS, Pre
@@ -31,12 +31,25 @@ class Layer:
       raise ConfigError(f"Layer.window: found {self.window!r}, expected an integer of at least 1, or None")
 
 
+def hwfa_layers(num_layers: int, window: int, position: Position) -> tuple[Layer, ...]:
+  """HWFA: num_layers - 1 layers with `position` (a RoPE) and a window, and a last one that sees all keys, without positions.
+
+  Before the last layer a token has seen (window - 1) (num_layers - 1) + 1 tokens, itself included; the published advice is to
+  keep that within 3/4 of the trained length.  With query_scale = LogN(trained length), which acts on the last layer only.
+  Raises ConfigError for fewer than two layers.  Source: kexue.fm/archives/9603.
+  """
+  if not isinstance(num_layers, int) or num_layers < 2:
+    raise ConfigError(f"hwfa_layers: found num_layers = {num_layers!r}, expected an integer of at least 2")
+  return (Layer(position, window),) * (num_layers - 1) + (Layer(NoPE()),)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder.  Letters: vocab_size V, embed_dim D, num_layers L, num_heads N, num_kv_heads K, head_dim H, mlp_dim F.
 
   layers: kinds of layer, repeated over the depth.  wiring, norm, mlp: how a block joins its parts, and what they are.
-  query_scale: queries scaled by position.  biases: which of q, k, v, o, gate, up, down and head have one.
+  query_scale: queries scaled by position, on the layers without a window (the others see a bounded number of keys).
+  biases: which of q, k, v, o, gate, up, down and head have one.
   tie_embeddings: the head is the embedding, transposed.  embed_scale: multiplies the token embeddings.
   embed_gradient: the share of its gradient that the embedding gets (`ops.head.shrink_gradient`), tied head included.
   qk_norm, clip_qkv: queries and keys normalised; q, k and v clipped to +-clip_qkv.  attention_softcap, logit_softcap: scores
@@ -106,9 +119,10 @@ class ModelConfig:
     if self.dtype not in DTYPES:
       raise ConfigError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
     for rope in self.ropes:
-      if self.rotary_dim(rope) % 2 or self.rotary_dim(rope) > self.head_dim:
+      if self.rotary_dim(rope) % rope.rotary_multiple or self.rotary_dim(rope) > self.head_dim:
+        kind = "an even number" if rope.rotary_multiple == 2 else f"a multiple of {rope.rotary_multiple}"
         raise ConfigError(
-          f"rotary_dim: found {self.rotary_dim(rope)}, expected an even number of at most head_dim = {self.head_dim}"
+          f"rotary_dim: found {self.rotary_dim(rope)}, expected {kind} of at most head_dim = {self.head_dim}"
         )
 
   def layer(self, index: int) -> Layer:
@@ -122,13 +136,36 @@ class ModelConfig:
   @property
   def ropes(self) -> tuple[Rope, ...]:
     """The distinct RoPEs of the layers, in order of appearance: the order of `PositionTables.ropes`."""
-    return tuple(dict.fromkeys(layer.position for layer in self.layers if isinstance(layer.position, Rope)))
+    return tuple(position for position in self.positions if isinstance(position, Rope))
+
+  @property
+  def positions(self) -> tuple[Position, ...]:
+    """The distinct position methods of the layers, in order of appearance."""
+    return tuple(dict.fromkeys(layer.position for layer in self.layers))
+
+  @property
+  def learned_positions(self) -> tuple[Position, ...]:
+    """The distinct methods with parameters, in order of appearance: number i has its own at positions/<i>/<name>."""
+    return tuple(position for position in self.positions if position.params(self))
+
+  @property
+  def length_limit(self) -> int | None:
+    """How many positions the model has, or None where no learned table ends."""
+    limits = [position.length_limit for position in self.positions if position.length_limit is not None]
+    return min(limits, default=None)
+
+  def check_length(self, length: int, what: str) -> None:
+    """Raise ConfigError if `length` positions, those of `what`, are more than the model has."""
+    if self.length_limit is not None and length > self.length_limit:
+      raise ConfigError(
+        f"{what}: found {length}, expected at most max_length = {self.length_limit}, the learned positions of the model"
+      )
 
   def with_position(self, name: str, **kwargs: Any) -> ModelConfig:
     """This config with method `name` on its global RoPE layers (those without a window).
 
     base, rotary_dim, layout and original_length stay as they are unless given.  Raises ConfigError for an unknown method and
-    for a model that has no such layer: a method that would change nothing is refused.
+    for a model that has no such layer: a method that would change nothing is refused.  Two-dimensional RoPE is not replaced.
     """
     if name not in POSITIONS:
       raise ConfigError(f"position method: found {name!r}, expected one of {', '.join(POSITIONS)}")
@@ -137,8 +174,12 @@ class ModelConfig:
     if unknown := sorted(set(kwargs) - known):
       raise ConfigError(f"{name}: no field {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}")
 
+    def is_global_rope(layer: Layer) -> bool:
+      rope = layer.position
+      return isinstance(rope, Rope) and not rope.two_dimensional and layer.window is None
+
     def replaced(layer: Layer) -> Layer:
-      if not isinstance(layer.position, Rope) or layer.window is not None:
+      if not is_global_rope(layer):
         return layer
       kept = {
         key: getattr(layer.position, key) for key in ("base", "rotary_dim", "layout", "original_length")
@@ -147,7 +188,7 @@ class ModelConfig:
         layer, position=cls(**({k: v for k, v in kept.items() if k in known} | kwargs))
       )
 
-    if not any(isinstance(layer.position, Rope) and layer.window is None for layer in self.layers):
+    if not any(map(is_global_rope, self.layers)):
       raise ConfigError(f"position method {name}: the model has no global RoPE layer for it to change")
     return dataclasses.replace(self, layers=tuple(map(replaced, self.layers)))
 

@@ -37,6 +37,8 @@ FIELDS |= dict(
   beta_turns=(0.1, 0.3), gamma_turns=(0.5, 1.0), low_freq_factor=0.2, high_freq_factor=1.5, proportion=0.6
 )
 
+FIELDS |= dict(max_length=T + 8, num_buckets=10, max_distance=18)  # all buckets within the sequence
+
 
 def position(name, **kwargs):
   """The method `name` with those of FIELDS and kwargs that it has, kwargs first."""
@@ -57,6 +59,7 @@ MODELS = {name: model(name) for name in POSITIONS} | {
   "rerope, log-n at test time": model("rerope", query_scale=LogN(2 * TRAINED, 1.0)),
   "dynamic_ntk, log-n at test time": model("dynamic_ntk", query_scale=LogN(2 * TRAINED, 1.0)),
   "alibi, log-n": model("alibi", query_scale=LogN(2 * TRAINED, 0.0)),
+  "alibi of Falcon": model("alibi", dict(bias_max=6.0, slope_dtype="bfloat16", placement="before")),
 }
 # A wiring or a feature of blocks and attention a row, on a method that needs no cached keys unrotated, with a rule of lengths.
 BLOCKS = {
@@ -78,7 +81,16 @@ BLOCKS = {
 }
 MODELS["streaming, soft cap"] = model("streaming", attention_softcap=2.0)
 MODELS |= {name: model("yarn", **fields) for name, fields in BLOCKS.items()}
-STRUCTURES = ["nope", "alibi", "rope", "dynamic_ntk", "rerope", "yarn, and the rest otherwise"]
+STRUCTURES = [
+  "nope",
+  "learned",
+  "t5",
+  "alibi",
+  "rope",
+  "dynamic_ntk",
+  "rerope",
+  "yarn, and the rest otherwise",
+]
 CORE = "yarn"
 
 
@@ -95,7 +107,8 @@ each_structure = table_of_models(STRUCTURES, core="rope")
 def is_relative(cfg):
   """Whether nothing but differences of positions matters."""
   absolute = ("DynamicNtkRope", "LongRope", "SelfExtendRope", "StreamingRope")  # lengths, groups, and sinks
-  return cfg.query_scale is None and not any(type(p).__name__ in absolute for p in cfg.ropes)
+  absolute += ("Sinusoidal", "Learned")
+  return cfg.query_scale is None and not any(type(p).__name__ in absolute for p in cfg.positions)
 
 
 def structure(cfg):
@@ -109,7 +122,7 @@ def structure(cfg):
       )
     if isinstance(method, DynamicNtkRope):
       method = dataclasses.replace(method, base=100.0, factor=1.0, original_length=1)
-    elif isinstance(method, Rope) and not method.needs_raw_keys:
+    elif isinstance(method, Rope) and not (method.needs_raw_keys or method.two_dimensional):
       method = Rope(100.0, method.rotary_dim, method.layout)
     return dataclasses.replace(layer, position=method)
 
@@ -131,7 +144,16 @@ def params(cfg):
   plain = dict(
     layers=(Layer(position("nope")),), query_scale=None, embed_scale=1.0, attention=Plain(), dtype="float32"
   )
-  return _params(dataclasses.replace(cfg, **plain))
+  learned = {str(i): _table(i, method, cfg) for i, method in enumerate(cfg.learned_positions)}
+  shared = _params(dataclasses.replace(cfg, **plain))
+  return shared | {"positions": learned} if learned else shared
+
+
+def _table(seed, method, cfg):
+  """Parameters of a position method, so large that they matter."""
+  rng = np.random.default_rng([seed, 7])
+  draw = lambda shape: rng.standard_normal(shape).astype(np.float32)
+  return {name: draw(shape) for name, (shape, _) in method.params(cfg).items()}
 
 
 @functools.cache

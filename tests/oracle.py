@@ -147,18 +147,63 @@ def turned(method, x_BNTH, pos_T):
   return np.concatenate([np.stack([z.real, z.imag], -1).reshape(*z.shape[:-1], -1), rest], -1)
 
 
-def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len):
-  """Scaled scores with whatever the layer's position method makes of them."""
+def two_dimensional_scores(method, q_BNTH, k_BNSH, pos_T2):
+  """A RoPE of the position on the first half of the turned coordinates, and one of the block on the second."""
+  rotary_dim, out = method.rotary_dim or q_BNTH.shape[-1], 0
+  half = rotary_dim // 2
+  theta_C = method.base ** (-2.0 * np.arange(half // 2) / half)
+  for axis in (0, 1):
+    part = slice(axis * half, (axis + 1) * half)
+    (q, _), (k, _) = (pairs(x[..., part], half, method.layout) for x in (q_BNTH, k_BNSH))
+    phase_TSC = np.exp(1j * (pos_T2[:, None, axis] - pos_T2[None, :, axis])[..., None] * theta_C)
+    out = out + np.einsum("bntc,bnsc,tsc->bnts", q, k.conj(), phase_TSC).real
+  return out + np.einsum("bnth,bnsh->bnts", q_BNTH[..., rotary_dim:], k_BNSH[..., rotary_dim:])
+
+
+def t5_bias(method, table, apart_TS):
+  """T5's bias [N, T, S], by the logarithm of its code; a nudge keeps an exact threshold on its upper side."""
+  exact = method.num_buckets // 2
+  apart = np.maximum(apart_TS, 0)
+  growth = np.log(np.maximum(apart, 1) / exact) / math.log(method.max_distance / exact)
+  large = exact + np.floor(growth * (method.num_buckets - exact) + 1e-9).astype(int)
+  bucket = np.where(apart < exact, apart, np.minimum(large, method.num_buckets - 1))
+  return np.moveaxis(table[bucket], -1, 0)
+
+
+def embedding(method, p, pos_T, width):
+  """What a method adds to the token embeddings: [T, D], or 0."""
+  name = type(method).__name__
+  if name == "Learned":
+    return p["table"][pos_T]
+  if name == "Sinusoidal":  # section 3.5, a column at a time
+    angle = lambda c: pos_T / method.base ** ((c - c % 2) / width)
+    return np.stack([np.cos(angle(c)) if c % 2 else np.sin(angle(c)) for c in range(width)], axis=-1)
+  return 0
+
+
+def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len, learned):
+  """Scaled scores with whatever the layer's position method makes of them; pos_T is [T, 2] for two dimensions."""
   method = layer.position
-  if cfg.query_scale is not None:
+  if cfg.query_scale is not None and layer.window is None:
     log_n = np.log(pos_T + 1) / math.log(cfg.query_scale.train_length)
     q_BNTH = q_BNTH * np.maximum(cfg.query_scale.floor, log_n)[:, None]
   q_BNTH = q_BNTH / math.sqrt(cfg.head_dim)
-  if hasattr(method, "base") and not (cfg.qk_norm and cfg.qk_norm.place == "after"):
+  if type(method).__name__ == "Rope2d":
+    pos_T2 = pos_T if pos_T.ndim == 2 else np.stack([pos_T, 0 * pos_T], axis=-1)
+    return two_dimensional_scores(method, q_BNTH, k_BNSH, pos_T2)
+  if hasattr(method, "rotary_dim") and not (cfg.qk_norm and cfg.qk_norm.place == "after"):
     return rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len)
   out = np.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH)
   if type(method).__name__ == "Alibi":
-    out -= np.array(slopes(cfg.num_heads))[:, None, None] * (pos_T[:, None] - pos_T[None])
+    steep = np.array(slopes(cfg.num_heads)) ** (method.bias_max / 8)
+    if method.slope_dtype == "bfloat16":  # half to even at 8 bits
+      step = 2.0 ** (np.floor(np.log2(steep)) - 7)
+      steep = np.round(steep / step) * step
+    if method.placement == "before":
+      steep = steep / math.sqrt(cfg.head_dim)
+    out -= steep[:, None, None] * (pos_T[:, None] - pos_T[None])
+  if type(method).__name__ == "T5Bias":
+    out += t5_bias(method, learned[method]["table"], pos_T[:, None] - pos_T[None])
   return out
 
 
@@ -203,7 +248,7 @@ def linear(p, x):
   return x @ p["w"] + p["bias"] if "bias" in p else x @ p["w"]
 
 
-def attention(cfg, layer, p, x_BTD, pos_T, seq_len, prefix):
+def attention(cfg, layer, p, x_BTD, pos_T, seq_len, prefix, learned):
   B, T, _ = x_BTD.shape
   groups = cfg.num_heads // cfg.num_kv_heads
 
@@ -222,7 +267,7 @@ def attention(cfg, layer, p, x_BTD, pos_T, seq_len, prefix):
     heads(name, n) for name, n in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
   )
   k_BNSH, v_BNSH = (np.repeat(x, groups, axis=1) for x in (k_BKSH, v_BKSH))
-  s = scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len)
+  s = scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len, learned)
   if cfg.attention_softcap:
     s = np.where(np.isinf(s), s, cfg.attention_softcap * np.tanh(s / cfg.attention_softcap))
   distance = np.arange(T)[:, None] - np.arange(T)[None]
@@ -295,9 +340,16 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
   tokens_BT = np.asarray(tokens_BT)
   pos_T = np.arange(tokens_BT.shape[1]) if pos_T is None else np.asarray(pos_T, np.int64)
   x = p["embed"][tokens_BT] * cfg.embed_scale
+  methods = list(dict.fromkeys(layer.position for layer in cfg.layers))
+  with_parameters = [m for m in methods if type(m).__name__ in ("Learned", "T5Bias")]
+  learned = {m: p["positions"][str(i)] for i, m in enumerate(with_parameters)}
+  for method in methods:
+    x = x + embedding(method, learned.get(method), pos_T, cfg.embed_dim)
   for i in range(cfg.num_layers):
     layer, mine = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
-    attend = lambda h, a=mine["attn"], layer=layer: attention(cfg, layer, a, h, pos_T, seq_len, prefix)
+    attend = lambda h, a=mine["attn"], layer=layer: attention(
+      cfg, layer, a, h, pos_T, seq_len, prefix, learned
+    )
     x = block(cfg, mine, x, attend, lambda h, f=mine["mlp"]: feed_forward(cfg, f, h))
   if type(cfg.wiring).__name__ not in ("Post", "DeepNorm"):
     x = norm(cfg.norm, p.get("final_norm", {}), x)

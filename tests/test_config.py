@@ -119,7 +119,11 @@ VALUES |= dict(attention_factor=0.5, truncate=False)
 VALUES |= dict(beta_turns=(0.05, 0.15), gamma_turns=(0.2, 0.6), low_freq_factor=0.4, high_freq_factor=3.0)
 VALUES |= dict(short_factor=(1.0, 2.0) * 4, long_factor=(4.0, 1.0) * 4, proportion=0.3)
 VALUES |= dict(leak=2.0, group=3, sinks=1, scale_base=4.0, gamma=3.0)
+VALUES |= dict(max_length=28, num_buckets=6, max_distance=9)
+VALUES |= dict(bias_max=4.0, slope_dtype="bfloat16", placement="before")
 YARN = dict(original_length=64, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5)
+STARTS = {"yarn": YARN, "alibi": dict(bias_max=7.3)}  # a bias_max whose slopes are far from bfloat16
+SHAPED = ("max_length", "num_buckets")
 LENGTH_MATTERS = ("dynamic_ntk", "yarn", "rerope", "ntk_by_parts", "longrope", "llama3", "leaky_rerope")
 LENGTH_MATTERS += (
   "inv_leaky_rerope",
@@ -129,8 +133,10 @@ LENGTH_MATTERS += (
 NARROWER = dict(short_factor=(1.0,) * 4, long_factor=(4.0,) * 4)  # a list has a number a pair of rotary_dim
 for name, cls in POSITIONS.items():
   for field in dataclasses.fields(cls):
-    start = YARN if name == "yarn" else {}
+    start = STARTS.get(name, {})
     row = f"{cls.__name__}.{field.name}"
+    if field.name in SHAPED:  # these change the shape of a table
+      continue
     other = NARROWER if (name, field.name) == ("longrope", "rotary_dim") else {}
     CHANGED[row] = (small(name, start), small(name, start | {field.name: VALUES[field.name]} | other))
     if field.name == "original_length" and name not in LENGTH_MATTERS:
@@ -166,6 +172,13 @@ def test_a_shape_is_a_shape_of_the_parameters(field):
   assert diff(params(ROPE), params(one(field, SHAPES[field])))
 
 
+@pytest.mark.parametrize(("name", "field"), [("learned", "max_length"), ("t5", "num_buckets")])
+def test_a_shape_of_a_table_is_one_of_the_parameters(name, field):
+  after = small(name, {field: VALUES[field]})
+  assert [line[:5] for line in diff(params(small(name)), params(after))] == ["shape"]
+  assert relative_error(full(after, tokens()), oracle.logits(after, params(after), tokens())) <= 5e-6
+
+
 def test_all_shapes_at_once():
   cfg = dataclasses.replace(MODELS["yarn"], **SHAPES | dict(num_layers=2, layers=MODELS["yarn"].layers[:2]))
   assert relative_error(full(cfg, tokens()), oracle.logits(cfg, params(cfg), tokens())) <= 5e-6
@@ -175,7 +188,10 @@ def test_every_field_is_in_the_table():
   classes = [ModelConfig, Layer, LogN, Plain, Blockwise]
   classes += [QkNorm, *NORMS.values(), *MLPS.values(), *WIRINGS.values(), *POSITIONS.values()]
   fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
-  elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")}
+  elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")} | {
+    "Learned.max_length",
+    "T5Bias.num_buckets",
+  }
   assert fields == CHANGED.keys() | elsewhere
 
 
@@ -229,7 +245,7 @@ ERRORS = [
   (lambda: LogN(8, 1.5), "LogN.floor: found 1.5, expected a number from 0 to 1"),
   (
     lambda: ROPE.with_position("ropes"),
-    "position method: found 'ropes', expected one of nope, alibi, rope, ",
+    "position method: found 'ropes', expected one of nope, sinusoidal, learned, t5, alibi, rope, ",
   ),
   (
     lambda: ROPE.with_position("ntk", scale=2.0),

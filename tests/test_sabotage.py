@@ -28,7 +28,7 @@ from jaxllm.nn import Context, context, transformer
 from jaxllm.nn import attention as nn_attention
 from jaxllm.norm import LayerNorm, RMSNorm
 from jaxllm.ops import attention
-from jaxllm.position import bias, phase, rope, scalings
+from jaxllm.position import absolute, bias, phase, rope, rope_2d, scalings
 from jaxllm.position.base import inner_products
 from jaxllm.position.query_scale import LogN
 from jaxllm.position.tables import QueryScale, RopeTable
@@ -192,7 +192,7 @@ def xpos_counted_from_position_0(monkeypatch):
 
 @bug(check_oracle, "alibi", 0)
 def alibi_slopes_from_zero(monkeypatch):
-  slopes = lambda num_heads: 2.0 ** (-8.0 * np.arange(num_heads) / num_heads)
+  slopes = lambda num_heads, bias_max: 2.0 ** (-bias_max * np.arange(num_heads) / num_heads)
   monkeypatch.setattr(bias, "alibi_slopes", slopes)
 
 
@@ -205,11 +205,40 @@ def alibi_bias_divided_by_the_root_of_head_dim(monkeypatch):
 def alibi_from_the_first_key_in_bfloat16(monkeypatch):
   """m j for m (j - i): equal in exact arithmetic, but the nearest keys get the largest numbers."""
 
-  def from_zero(add, self, p, q_pos_BT, k_pos_BS, num_heads):
-    absolute = add(self, p, jnp.zeros_like(q_pos_BT), k_pos_BS, num_heads)
+  def from_zero(add, self, p, q_pos_BT, k_pos_BS, num_heads, head_dim):
+    absolute = add(self, p, jnp.zeros_like(q_pos_BT), k_pos_BS, num_heads, head_dim)
     return absolute.astype(jnp.bfloat16).astype(jnp.float32)
 
   wrap_method(monkeypatch, bias.Alibi, "bias", from_zero)
+
+
+@bug(check_oracle, "t5", 0)
+def t5_buckets_of_an_encoder(monkeypatch):
+  """Half of the buckets are for keys that come after, which a decoder never sees."""
+  halved = lambda buckets, self, distance: buckets(
+    bias.T5Bias(self.num_buckets // 2, self.max_distance), distance
+  )
+  wrap_method(monkeypatch, bias.T5Bias, "buckets", halved)
+
+
+@bug(check_decode, "learned")
+def embeddings_that_count_from_zero_in_every_call(monkeypatch):
+  again = lambda embed, self, x, pos, p: embed(self, x, jnp.arange(x.shape[1])[None], p)
+  wrap_method(monkeypatch, absolute.Learned, "embed", again)
+
+
+@bug(check_oracle, "sinusoidal", 0)
+def sines_and_cosines_swapped(monkeypatch):
+  wrap(monkeypatch, phase, "cos_sin", lambda cos_sin, *args: cos_sin(*args)[::-1])
+
+
+@bug(check_oracle, "rope_2d", 0)
+def rope_2d_with_the_exponents_of_the_whole_head(monkeypatch):
+  both = lambda self, rotary_dim, seq_len=None: (
+    np.tile(rope.base_power(self.base, rotary_dim)[: rotary_dim // 4], 2),
+    1.0,
+  )
+  monkeypatch.setattr(rope_2d.Rope2d, "frequencies", both)
 
 
 @bug(check_oracle, "ntk_mixed, log-n", 0)

@@ -80,7 +80,7 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
   """One row for each cell of a group."""
   scheme, seed, length, program, _ = group.name.split("/")
   if program == "none":
-    return [rows.not_applicable(c, methods.not_applicable(scheme, c["method"])) for c in group.cells]
+    return [rows.not_applicable(c, reason(c)) for c in group.cells]
   length, block = int(length), settings.train_length
   if program == "in_length":
     model, params = (
@@ -115,6 +115,12 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
   return [
     rows.ok(c, value(c, place[methods.Variant(c["method"], c["factor"])], scored, block)) for c in group.cells
   ]
+
+
+def reason(cell: dict) -> str:
+  """Why a cell of a group without a program has no value."""
+  own = methods.not_applicable(cell["scheme"], cell["method"])
+  return own or methods.beyond_table(cell["scheme"], cell["train_length"], cell["length"])
 
 
 def in_length_windows(text: np.ndarray, train_length: int) -> np.ndarray:

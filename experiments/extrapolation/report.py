@@ -56,7 +56,9 @@ def _labelled(rows: list[dict], settings) -> list[dict]:
 
 
 def _applicable(rows: list[dict]) -> list[dict]:
-  return [row for row in rows if row["status"] != "not applicable"]
+  """Without the methods that apply at no length; one that ends at some length is "n/a" beyond it."""
+  some = {(row["scheme"], row["method"]) for row in rows if row["status"] != "not applicable"}
+  return [row for row in rows if (row["scheme"], row["method"]) in some]
 
 
 def _sheet(details: list[dict], place: str) -> str:
@@ -217,7 +219,8 @@ def _markdown(
     parts += ["## Findings", "", *(f"- {sentence}" for sentence in findings), ""]
   for metric in settings.metrics:
     parts += [f"## {HEADINGS[metric]}", "", table(_applicable(labelled), metric, 3).markdown()]
-  skipped = {(r["scheme"], r["method"]): r["reason"] for r in rows if r["status"] == "not applicable"}
+  shown = {(row["scheme"], row["method"]) for row in _applicable(rows)}
+  skipped = {key: row["reason"] for row in rows if (key := (row["scheme"], row["method"])) not in shown}
   if skipped:
     reasons: dict[str, list[str]] = {}
     for (scheme, method), reason in skipped.items():

@@ -79,13 +79,16 @@ def generate(
   Compiled once a batch size, bucket of prompt lengths (powers of two) and cache capacity (SLOTS apart);
   sampler parameters, stop ids, tables and max_new_tokens are data.  Raises DataError for an empty prompt,
   TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite,
-  ConfigError for the other arguments.
+  ConfigError for the other arguments, and where a learned table has fewer positions than the longest prompt with
+  its new tokens.
   """
   cfg = model.cfg
   max_new_tokens, chunk = request.count("max_new_tokens", max_new_tokens), request.count("chunk", chunk)
-  tokens_BT, length_B = request.padded(prompts, cfg.vocab_size)
+  tokens_BT, length_B = request.padded(prompts, cfg.vocab_size, cfg.length_limit)
+  cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
   key_B = request.row_keys(key, sampler, len(length_B))
   capacity = -(-(tokens_BT.shape[1] + max_new_tokens) // SLOTS) * SLOTS
+  capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
   tables = cfg.rope_tables(max_len=capacity) if rope is None else request.fixed(rope)
   tables, stop_V = jax.device_put((tables, request.stop_mask(stop_ids, cfg.vocab_size)))
 

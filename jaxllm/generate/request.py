@@ -21,8 +21,12 @@ def count(name: str, value: Any) -> int:
   return int(value)
 
 
-def padded(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(
+  prompts: Sequence[Sequence[int]], vocab_size: int, length_limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
   """(ids [B, T] right-padded to a bucket, lengths [B]), int32; T is the next power of two, from 16 on.
+
+  length_limit: a bucket ends there, as padding needs positions too; a longer prompt makes it as long as itself.
 
   Raises DataError for no prompts, an empty one, or one that is no list; TokenizerError for what is not an id.
   """
@@ -31,6 +35,7 @@ def padded(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[np.ndarra
   rows = [_row(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
   lengths = [len(row) for row in rows]
   T = max(16, 1 << (max(lengths) - 1).bit_length())
+  T = T if length_limit is None else max(min(T, length_limit), *lengths)
   return np.array([row + [0] * (T - len(row)) for row in rows], np.int32), np.array(lengths, np.int32)
 
 

@@ -8,18 +8,19 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.nn.context import append
+from jaxllm.nn.context import Shared, append
 from jaxllm.nn.layers import HeadNorm, Linear, weight
-from jaxllm.ops.attention import MASKED, Side
+from jaxllm.ops.attention import MASKED
 from jaxllm.ops.head import soft_cap
 from jaxllm.position.base import add_bias, inner_products
-from jaxllm.position.tables import QueryScale, RopeTable
 
 LayerCache = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):
   """o(core(q, k, v)): queries divided by sqrt(H), scaled by position, scored by the layer's position method.
+
+  The scale by position (cfg.query_scale) acts on layers without a window only.
 
   With cfg.layer_scaling the layer of number l (from 0) has its queries divided by l + 1 and its float32 scores multiplied by
   it: nothing changes but that q k^T stays within a half type's range.  Source: GLM-130B, section 2.1; CogView's PB-Relax.
@@ -32,35 +33,36 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    q_side: Side,
-    k_side: Side,
-    table: RopeTable | None,
-    query_scale: QueryScale,
+    shared: Shared,
     number: jax.Array | int,
     cache: LayerCache | None,
     length_B: jax.Array | None,
   ) -> tuple[jax.Array, LayerCache | None]:
-    cfg, position = self.cfg, self.layer.position
+    cfg, position, q_side, k_side = self.cfg, self.layer.position, shared.q_side, shared.k_side
+    table, p = shared.of(cfg, position)
     q_BTNH, k_BTKH, v_BTKH = (
       self._heads(x_BTD, name, n)
       for name, n in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
     )
-    p = {name: weight(self, name, shape, init) for name, (shape, init) in position.params(cfg).items()}
 
     q_BTNH = q_BTNH.astype(jnp.float32)  # one rounding, at the end
     if not position.needs_raw_keys:  # keys are rotated once, before they are cached
-      q_BTNH = position.rotate_q(q_BTNH, q_side.pos, table)
-      k_BTKH = position.rotate_k(k_BTKH, q_side.pos, table)
+      both = position.two_dimensional and q_side.block is not None
+      pos = jnp.stack([q_side.pos, q_side.block], axis=-1) if both else q_side.pos
+      q_BTNH = position.rotate_q(q_BTNH, pos, table)
+      k_BTKH = position.rotate_k(k_BTKH, pos, table)
     q_BTNH, k_BTKH = self._normed("after", "q", q_BTNH), self._normed("after", "k", k_BTKH)
+    q_BTNH = q_BTNH * cfg.head_dim**-0.5
+    if self.layer.window is None:  # a window bounds the number of keys, which is what the scale makes up for
+      q_BTNH = shared.tables.query_scale(q_BTNH, q_side.pos)
     layer_scale = number + 1 if cfg.layer_scaling else 1
-    q_BTNH = query_scale(q_BTNH * cfg.head_dim**-0.5, q_side.pos) / layer_scale
-    q_BTNH = q_BTNH.astype(cfg.dtype)
+    q_BTNH = (q_BTNH / layer_scale).astype(cfg.dtype)
 
     def score(q, k, q_pos, k_pos):
       if position.needs_raw_keys:
         scores = position.scores(q, k, q_pos, k_pos, table, p) * layer_scale
       else:
-        bias = position.bias(p, q_pos, k_pos, cfg.num_heads)
+        bias = position.bias(p, q_pos, k_pos, cfg.num_heads, cfg.head_dim)
         scores = add_bias(inner_products(q, k) * layer_scale, bias)
       if cfg.attention_softcap is None:
         return scores

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.ops.attention import Side
+from jaxllm.position import Position
+from jaxllm.position.base import Params
+from jaxllm.position.tables import PositionTables, RopeTable
 
 
 @jax.tree_util.register_dataclass
@@ -17,9 +20,10 @@ from jaxllm.ops.attention import Side
 class Context:
   """Order and positions of the tokens of one call; None means the usual: index counts on from the cache, pos = index.
 
-  index_BT: order in the sequence, which masks use.  pos_BT: what position methods rotate by.  segment_BT: the sequence each
-  token of a packed row belongs to.  valid_BT: False for right padding, which the cache then does not count.  prefix_B: how many
-  leading tokens see each other in both directions (prefix-LM); all of them must be in one call, as no later call changes them.
+  index_BT: order in the sequence, which masks use.  pos_BT: what position methods rotate by, or pos [B, T, 2] for those of two
+  dimensions: position and block position.  segment_BT: the sequence each token of a packed row belongs to.  valid_BT: False
+  for right padding, which the cache then does not count.  prefix_B: how many leading tokens see each other in both directions
+  (prefix-LM); all of them must be in one call, as no later call changes them.
   """
 
   index: jax.Array | None = None
@@ -35,7 +39,8 @@ class Cache:
   """Keys and values of the tokens so far: slot j of a row holds the token of index j, and slots from length on are unused.
 
   k, v: a [B, S, K, H] array a layer (keys unrotated where the position method needs them so); pos_BS: positions of the
-  slots; length_B: how many tokens each row holds, so a row does not depend on the batch it is in.
+  slots (the first of two: keys are turned by both before they are cached); length_B: how many tokens each row holds, so a
+  row does not depend on the batch it is in.
   """
 
   k: tuple[jax.Array, ...]
@@ -58,7 +63,8 @@ class Cache:
 
 
 def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> Cache:
-  """An empty cache for `capacity` tokens a row."""
+  """An empty cache for `capacity` tokens a row; raises ConfigError for more than a learned table has positions."""
+  cfg.check_length(capacity, "cache capacity")
   shape = (batch, capacity, cfg.num_kv_heads, cfg.head_dim)
   empty = lambda: tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers))
   return Cache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
@@ -79,11 +85,11 @@ def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tupl
   index = (
     context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
   )
-  pos = context.pos if context.pos is not None else index
+  pos, block = _positions(context.pos, index)
   prefix = None
   if context.prefix is not None:
     prefix = jnp.broadcast_to(context.prefix[:, None], (context.prefix.shape[0], T))
-  queries = Side(index, pos, context.segment, context.valid, prefix)
+  queries = Side(index, pos, context.segment, context.valid, block, prefix)
   if cache is None:
     return queries, queries, None
   if context.index is not None or context.segment is not None:
@@ -98,3 +104,31 @@ def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tupl
   )
   slot = jnp.arange(cache.capacity, dtype=jnp.int32)[None]
   return queries, Side(slot, moved.pos, valid=slot < moved.length[:, None]), moved
+
+
+def _positions(pos: jax.Array | None, index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+  """(positions, block positions or None) of what a context gives: nothing, [B, T] or [B, T, 2]."""
+  if pos is None:
+    return index, None
+  if pos.ndim == 2:
+    return pos, None
+  if pos.ndim != 3 or pos.shape[-1] != 2:
+    raise ConfigError(f"context.pos: found shape {pos.shape}, expected [B, T], or [B, T, 2]")
+  return pos[..., 0], pos[..., 1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """What all layers of one call share: both sides of attention, the position tables, and learned position parameters."""
+
+  q_side: Side
+  k_side: Side
+  tables: PositionTables
+  learned: tuple[Params, ...]
+
+  def of(self, cfg: ModelConfig, position: Position) -> tuple[RopeTable | None, Params]:
+    """(the table, the parameters) of one method, where it has any."""
+    table = self.tables.ropes[cfg.ropes.index(position)] if position in cfg.ropes else None
+    methods = cfg.learned_positions
+    return table, self.learned[methods.index(position)] if position in methods else {}

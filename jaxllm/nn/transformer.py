@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.nn.attention import Attention
-from jaxllm.nn.context import Cache, Context, sides
+from jaxllm.nn.context import Cache, Context, Shared, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.ops.head import Head, shrink_gradient
-from jaxllm.position.tables import PositionTables, RopeTable
+from jaxllm.position import Position
+from jaxllm.position.base import Params
+from jaxllm.position.tables import PositionTables
 
 
 class Block(nn.Module):
@@ -26,11 +28,11 @@ class Block(nn.Module):
   layer: Layer
 
   @nn.compact
-  def __call__(self, x_BTD, q_side, k_side, table, query_scale, number, cache=None, length_B=None):
+  def __call__(self, x_BTD, shared: Shared, number, cache=None, length_B=None):
     def attention(h_BTD):
       nonlocal cache
       layer = Attention(self.cfg, self.layer, name="attn")
-      out_BTD, cache = layer(h_BTD, q_side, k_side, table, query_scale, number, cache, length_B)
+      out_BTD, cache = layer(h_BTD, shared, number, cache, length_B)
       return out_BTD
 
     norm = lambda name, h_BTD: Norm(self.cfg.norm, name=name)(h_BTD)
@@ -44,27 +46,41 @@ class Layers(nn.Module):
   repeats: int
 
   @nn.compact
-  def __call__(
-    self, x_BTD, q_side, k_side, tables: PositionTables, cache: Cache | None, first: jax.Array | int
-  ):
+  def __call__(self, x_BTD, shared: Shared, cache: Cache | None, first: jax.Array | int):
     cfg, k, v = self.cfg, [], []
     for i in range(self.repeats * len(cfg.layers)):
       layer = cfg.layer(i)
       layer_cache = None if cache is None else (cache.k[i], cache.v[i])
       length_B = None if cache is None else cache.length
       block = Block(cfg, layer, name=str(i))
-      table = _table(cfg, layer, tables)
-      x_BTD, layer_cache = block(
-        x_BTD, q_side, k_side, table, tables.query_scale, first + i, layer_cache, length_B
-      )
+      x_BTD, layer_cache = block(x_BTD, shared, first + i, layer_cache, length_B)
       if layer_cache is not None:
         k.append(layer_cache[0])
         v.append(layer_cache[1])
     return x_BTD, (tuple(k), tuple(v))
 
 
-def _table(cfg: ModelConfig, layer: Layer, tables: PositionTables) -> RopeTable | None:
-  return tables.ropes[cfg.ropes.index(layer.position)] if layer.position in cfg.ropes else None
+class PositionParams(nn.Module):
+  """The parameters of one position method."""
+
+  cfg: ModelConfig
+  position: Position
+
+  @nn.compact
+  def __call__(self) -> Params:
+    params = self.position.params(self.cfg)
+    return {name: weight(self, name, shape, init) for name, (shape, init) in params.items()}
+
+
+class LearnedPositions(nn.Module):
+  """The parameters of each of cfg.learned_positions, named by their numbers: bound once, shared by the layers."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> tuple[Params, ...]:
+    methods = self.cfg.learned_positions
+    return tuple(PositionParams(self.cfg, method, name=str(i))() for i, method in enumerate(methods))
 
 
 class Transformer(nn.Module):
@@ -93,15 +109,23 @@ class Transformer(nn.Module):
     """
     cfg = self.cfg
     context = Context() if context is None else context
+    if cache is None and context.pos is None and context.index is None:
+      cfg.check_length(tokens_BT.shape[1], "tokens")
     q_side, k_side, moved = sides(context, cache, tokens_BT.shape)
+    if q_side.block is not None and not any(position.two_dimensional for position in cfg.positions):
+      raise ConfigError(
+        "context.pos: found [B, T, 2], expected [B, T], as no layer has a two-dimensional RoPE"
+      )
     tables = self._tables(rope, context, cache, tokens_BT.shape[1])
 
     embed_VD = weight(
       self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5)
     )
-    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient)
-    x_BTD = (x_BTD * cfg.embed_scale).astype(cfg.dtype)
-    x_BTD = cfg.layers[0].position.embed(x_BTD, q_side.pos, {})
+    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient) * cfg.embed_scale
+    shared = Shared(q_side, k_side, tables, LearnedPositions(cfg, name="positions")())
+    for position in cfg.positions:  # an embedding is the model's, whichever layers name it
+      x_BTD = position.embed(x_BTD, q_side.pos, shared.of(cfg, position)[1])
+    x_BTD = x_BTD.astype(cfg.dtype)
     if self.scan:
       if cache is not None:
         raise ConfigError(
@@ -111,15 +135,13 @@ class Transformer(nn.Module):
         Layers,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(*(nn.broadcast,) * 4, 0),
+        in_axes=(nn.broadcast, nn.broadcast, 0),
         length=cfg.num_layers // len(cfg.layers),
       )
       first = jnp.arange(0, cfg.num_layers, len(cfg.layers), dtype=jnp.int32)
-      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, q_side, k_side, tables, None, first)
+      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, shared, None, first)
     else:
-      x_BTD, (k, v) = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")(
-        x_BTD, q_side, k_side, tables, cache, 0
-      )
+      x_BTD, (k, v) = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")(x_BTD, shared, cache, 0)
       moved = None if cache is None else dataclasses.replace(moved, k=k, v=v)
     if cfg.wiring.final_norm:
       x_BTD = Norm(cfg.norm, name="final_norm")(x_BTD)
@@ -161,7 +183,7 @@ class Transformer(nn.Module):
 
 
 def head(cfg: ModelConfig, params) -> Head:
-  """What turns hidden states into logits, for `ops.losses.cross_entropy`; a tied one shrinks its gradient as the embedding does."""
+  """What turns hidden states into logits, for `ops.losses.cross_entropy`; a tied one shrinks its gradient as the embedding."""
   w_DV = shrink_gradient(params["embed"], cfg.embed_gradient).T if cfg.tie_embeddings else params["head"]
   return Head(w_DV, params.get("head_bias"), cfg.logit_softcap)
 

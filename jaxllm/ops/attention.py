@@ -28,6 +28,7 @@ class Side:
 
   index: order in the sequence (causality, windows); pos: what position methods rotate by; segment: packed sequences attend
   within their own number only (None: one segment); valid: False for padding and unused cache slots (None: all are real);
+  block: the second position of queries and new keys for two-dimensional methods (None: 0), which a cache does not keep.
   prefix: keys of an index below it are seen by every query (read on the queries' side; None: causal throughout).
   """
 
@@ -35,6 +36,7 @@ class Side:
   pos: jax.Array
   segment: jax.Array | None = None
   valid: jax.Array | None = None
+  block: jax.Array | None = None
   prefix: jax.Array | None = None
 
 

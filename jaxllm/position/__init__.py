@@ -3,8 +3,9 @@
 POSITIONS names them for the command line and for JSON; adding one is a class in one of these files and a line here.
 """
 
+from jaxllm.position.absolute import Learned, Sinusoidal
 from jaxllm.position.base import NoPE, Position
-from jaxllm.position.bias import Alibi, alibi_slopes
+from jaxllm.position.bias import Alibi, T5Bias, alibi_slopes
 from jaxllm.position.query_scale import LogN
 from jaxllm.position.rope import (
   DynamicNtkRope,
@@ -16,6 +17,7 @@ from jaxllm.position.rope import (
   Rope,
   YarnRope,
 )
+from jaxllm.position.rope_2d import Rope2d, glm_positions, next_glm_positions
 from jaxllm.position.scalings import Llama3Rope, LongRope, NtkByPartsRope, ProportionalRope
 from jaxllm.position.tables import PositionTables, RopeTable
 from jaxllm.position.window import (
@@ -29,6 +31,9 @@ from jaxllm.position.window import (
 
 POSITIONS: dict[str, type[Position]] = {
   "nope": NoPE,
+  "sinusoidal": Sinusoidal,
+  "learned": Learned,
+  "t5": T5Bias,
   "alibi": Alibi,
   "rope": Rope,
   "pi": PiRope,
@@ -48,6 +53,7 @@ POSITIONS: dict[str, type[Position]] = {
   "inv_leaky_rerope": InvLeakyReRope,
   "self_extend": SelfExtendRope,
   "streaming": StreamingRope,
+  "rope_2d": Rope2d,
 }
 
 __all__ = [
@@ -61,4 +67,6 @@ __all__ = [
   "Rope",
   "RopeTable",
   "alibi_slopes",
+  "glm_positions",
+  "next_glm_positions",
 ]

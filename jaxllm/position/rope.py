@@ -41,6 +41,8 @@ class Rope(Position):
   original_length: int | None = None
 
   needs_original_length: ClassVar[bool] = False
+  rotary_multiple: ClassVar[int] = 2
+  """What rotary_dim is a multiple of."""
 
   def __post_init__(self):
     check_positive(self, base=self.base)

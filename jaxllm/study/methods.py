@@ -12,7 +12,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.study import choices
 from jaxllm.study.cells import Group
 
-SCHEMES = ("rope", "rope_logn", "alibi", "nope")
+SCHEMES = ("rope", "rope_logn", "alibi", "nope", "sinusoidal", "learned", "t5")
 METRICS = ("bpb_last", "bpb", "accuracy", "accuracy_repeated")
 BY_POSITION = "bpb_position"
 """Loss by position at the longest length, for bpb_vs_position.png; `position` is the first byte of a row's bin."""
@@ -102,6 +102,13 @@ def not_applicable(scheme: str, method: str) -> str | None:
     return f"{m.position} changes RoPE, and {scheme} has none"
   if m.log_n and scheme == "rope_logn":
     return "the model is trained with log-n already"
+  return None
+
+
+def beyond_table(scheme: str, train_length: int, length: int) -> str | None:
+  """Why a model trained with `scheme` cannot read `length` tokens at all; None if it can."""
+  if scheme == "learned" and length > train_length:
+    return f"learned positions end at the training length, {train_length}"
   return None
 
 
@@ -203,7 +210,7 @@ def plan(
       for length in lengths:
         programs: dict[str, list[Variant]] = {}
         for variant in variants(methods, factors, train_length, length):
-          if not_applicable(scheme, variant.method):
+          if not_applicable(scheme, variant.method) or beyond_table(scheme, train_length, length):
             program = "none"
           else:
             on = is_on(variant, factors, train_length, length)

@@ -65,10 +65,21 @@ def test_details_cover_every_place_of_every_method_once(metric, column, places, 
     for s, m in applicable
     for seed in (0, 1)
     for length in lengths
+    if not methods.beyond_table(s, 128, length)
     for place in places
   }
   assert set(found) == wanted
   assert set(found.values()) == {1}
+
+
+def test_learned_positions_end_at_the_training_length():
+  """Beyond it every cell of the scheme is in a group without a program; within it, none of `none` is."""
+  programs = {
+    (int(name.split("/")[2]), name.split("/")[3])
+    for name in (group.name for group in plan(schemes=("learned",), names=("none", "logn")))
+  }
+  assert programs == {(128, "in_length"), (128, "tables"), *((length, "none") for length in LENGTHS[1:])}
+  assert not any(methods.beyond_table(scheme, 128, 2048) for scheme in methods.SCHEMES if scheme != "learned")
 
 
 def test_groups_have_their_own_names_and_at_most_the_size_of_their_program():

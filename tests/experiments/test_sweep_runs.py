@@ -183,3 +183,20 @@ def test_the_ledger_is_written_a_group_at_a_time(copy, monkeypatch):
   monkeypatch.setattr(cells.Ledger, "record", stops)
   assert sweep_case.run(*args) == 75
   assert [line["group"] for line in ledger(out)] == count
+
+
+def test_learned_positions_have_no_value_beyond_their_table(corpus, tmp_path, capfd):
+  """The cells are there, with the reason; the table says n/a, and the run is a success."""
+  tiny = [flag for flag in sweep_case.TINY if not flag.startswith(("--schemes", "--methods"))]
+  args = (*tiny, "--schemes=learned", "--methods=none", f"--corpus={corpus}", f"--out={tmp_path / 'out'}")
+  assert sweep_case.run(*args) == 0
+  rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+  assert {(row["length"], row["status"], row["value"] is None) for row in rows} == {
+    (16, "ok", False),
+    (32, "not applicable", True),
+  }
+  assert {row["reason"] for row in rows if row["length"] == 32} == {
+    "learned positions end at the training length, 16"
+  }
+  assert "n/a" in capfd.readouterr().out
+  assert "n/a" in (tmp_path / "out" / "report.md").read_text()

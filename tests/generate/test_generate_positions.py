@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm.errors import ConfigError
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.position import POSITIONS, LogN, Rope
@@ -17,6 +18,13 @@ NEW = (
 )
 METHODS = [  # name, fields, query scale
   ("nope", {}, None),
+  ("sinusoidal", {"base": 2.0}, None),
+  (
+    "learned",
+    {"max_length": 36},
+    None,
+  ),  # to the last row of the table: 16 tokens of a prompt and 20 new ones
+  ("t5", {"max_distance": 20}, None),
   ("alibi", {}, None),
   pytest.param("rope", {}, None, marks=core),
   ("rope", {}, LogN(12)),
@@ -41,6 +49,7 @@ METHODS = [  # name, fields, query scale
   ("inv_leaky_rerope", {"window": 5, "factor": 2.0}, None),
   ("self_extend", {"window": 5, "group": 3}, None),
   ("streaming", {"window": 5, "sinks": 2}, None),
+  ("rope_2d", {}, None),
 ]
 
 
@@ -51,6 +60,16 @@ def forward(model, params, tokens_BT, rope):
 
 def method_of(cfg, name, fields, query_scale=None):
   return dataclasses.replace(cfg.with_position(name, **fields), query_scale=query_scale)
+
+
+def learned(cfg):
+  """Tables for methods that the trained model has none for."""
+  draw = lambda shape: np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  tables = {
+    str(i): {name: draw(shape) for name, (shape, _) in method.params(cfg).items()}
+    for i, method in enumerate(cfg.learned_positions)
+  }
+  return {"positions": tables} if tables else {}
 
 
 def assert_argmax(logits_BTV, prompts, tokens):
@@ -76,14 +95,28 @@ def test_greedy_is_the_argmax_of_full_forward_passes(deep, prompts, name, fields
   model, params = deep
   method = method_of(model.cfg, name, fields, query_scale)
   position = method.layers[0].position
-  if isinstance(position, Rope) and not position.needs_raw_keys:  # data for the program of the trained model
+  if isinstance(position, Rope) and not (
+    position.needs_raw_keys or position.two_dimensional
+  ):  # data for the program of the trained model
     rope = tables = method.rope_tables()
   else:
     model, rope, tables = Transformer(method), None, method.rope_tables(max_len=16 + NEW)
+    params = params | learned(method)
   out = generate(model, params, prompts, max_new_tokens=NEW, rope=rope)
   assert out.reasons == ["length"] * 3 and [len(new) for new in out.tokens] == [NEW] * 3
   assert_argmax(forward(model, params, joined(prompts, out.tokens), tables), prompts, out.tokens)
   assert min(len(set(new)) for new in out.tokens) >= 5
+
+
+def test_more_new_tokens_than_learned_positions_are_refused(deep, prompts):
+  model, params = deep
+  cfg = model.cfg.with_position("learned", max_length=20)
+  with pytest.raises(
+    ConfigError, match="longest prompt and max_new_tokens: found 21, expected at most max_length = 20"
+  ):
+    generate(Transformer(cfg), params | learned(cfg), prompts, max_new_tokens=5)
+  out = generate(Transformer(cfg), params | learned(cfg), prompts, max_new_tokens=4)
+  assert [len(new) for new in out.tokens] == [4] * 3
 
 
 @core

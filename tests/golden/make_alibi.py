@@ -3,7 +3,8 @@
 Source 1: the recipe of the ALiBi authors (Press, Smith, Lewis 2021, and their code), exactly: a slope is
 2^(-e/16), so a head count is a list of integers e, beside one table of 2^(-e/16) rounded once to float64.
 Source 2: transformers' BLOOM and MPT (float32), kept as the head counts on which they agree with the recipe:
-all of them.  MPT reaches the same list by another road, and Falcon rounds the same list to bfloat16.
+all of them.  MPT reaches the same list by another road (also with an alibi_bias_max other than 8), and Falcon rounds
+the same list to bfloat16, an exponent always to the same number.
 Needs mpmath, torch and transformers; the tests need only the JSON.  Run: python tests/golden/make_alibi.py
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import mpmath
 import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor as build_falcon_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 mpmath.mp.dps = 50
@@ -41,13 +43,28 @@ def bloom(n):
   return build_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1].tolist()
 
 
-def mpt(n):
+def mpt(n, bias_max=8):
   """MPT's bias is slope * (distance to the last key), negative."""
-  return (-build_mpt_alibi_tensor(n, 2)[:, 0, 0]).tolist()
+  return (-build_mpt_alibi_tensor(n, 2, bias_max)[:, 0, 0]).tolist()
 
 
-def agree(values, n):
-  return max(abs(a / slope(e) - 1) for a, e in zip(values, exponents(n), strict=True)) < 1e-6
+def falcon(n):
+  """Falcon multiplies bfloat16 slopes by the position: position 1 shows them."""
+  return build_falcon_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1].tolist()
+
+
+def falcon_slopes():
+  """{e: Falcon's slope}, from all head counts; each has one slope for an exponent."""
+  found = {}
+  for n in range(1, MOST + 1):
+    for e, value in zip(exponents(n), falcon(n), strict=True):
+      assert found.setdefault(e, value) == value, (n, e)
+  return {e: found[e] for e in sorted(found)}
+
+
+def agree(values, n, bias_max=8):
+  power = mpmath.mpf(bias_max) / 8
+  return max(abs(a / slope(e) ** power - 1) for a, e in zip(values, exponents(n), strict=True)) < 1e-6
 
 
 def main():
@@ -57,6 +74,8 @@ def main():
     "slope_of_exponent": {e: float(slope(e)) for e in range(1, MOST + 1)},
     "bloom_agrees": [n for n in heads if agree(bloom(n), n)],
     "mpt_agrees": [n for n in heads if agree(mpt(n), n)],
+    "mpt_agrees_with_bias_max": {m: [n for n in heads if agree(mpt(n, m), n, m)] for m in (4, 16)},
+    "falcon_slope_of_exponent": falcon_slopes(),
     "bloom": {n: [float(f"{v:.9g}") for v in bloom(n)] for n in (1, 2, 3, 8, 12, 40, 71, 112)},
   }
   text = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in parts.items())

@@ -30,7 +30,9 @@ def program(name, core):
     score = lambda q, k, q_pos, k_pos: method.scores(q, k, q_pos, k_pos, table, {})
     if not method.needs_raw_keys:
       q, k = method.rotate_q(q, q_side.pos, table), method.rotate_k(k, k_side.pos, table)
-      score = lambda q, k, q_pos, k_pos: add_bias(inner_products(q, k), method.bias({}, q_pos, k_pos, N))
+      score = lambda q, k, q_pos, k_pos: add_bias(
+        inner_products(q, k), method.bias({}, q_pos, k_pos, N, q.shape[-1])
+      )
     out = core(q, k, v, q_side, k_side, window, score)
     return jnp.sum(out * cotangent), out
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.errors import ConfigError
 from jaxllm.position import POSITIONS, alibi_slopes
 
 HEADS = range(1, 129)
@@ -15,10 +16,10 @@ def golden_slopes(golden, n):
   return np.array([table[str(e)] for e in golden["alibi"]["exponents"][str(n)]])
 
 
-def bias(q_pos, k_pos, num_heads):
-  """[N, T, S] of one sequence."""
+def bias(q_pos, k_pos, num_heads, method=ALIBI):
+  """[N, T, S] of one sequence; heads of 16."""
   q_pos, k_pos = (jnp.asarray(pos, jnp.int32)[None] for pos in (q_pos, k_pos))
-  return np.asarray(ALIBI.bias({}, q_pos, k_pos, num_heads))[0]
+  return np.asarray(method.bias({}, q_pos, k_pos, num_heads, 16))[0]
 
 
 @pytest.mark.parametrize("n", [pytest.param(n, marks=[pytest.mark.core] * (n == 12)) for n in HEADS])
@@ -34,6 +35,41 @@ def test_bloom_and_mpt_follow_the_same_recipe(golden):
   assert golden["alibi"]["bloom_agrees"] == golden["alibi"]["mpt_agrees"] == list(HEADS)
   for n, slopes in golden["alibi"]["bloom"].items():
     np.testing.assert_allclose(alibi_slopes(int(n)), slopes, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bias_max", [4, 16])
+def test_mpt_with_another_bias_max(bias_max, golden):
+  """MPT's slopes for all head counts are those of the recipe to the power bias_max / 8, in the same order."""
+  assert golden["alibi"]["mpt_agrees_with_bias_max"][str(bias_max)] == list(HEADS)
+  for n in HEADS:
+    expected = golden_slopes(golden, n) ** (bias_max / 8)
+    np.testing.assert_allclose(alibi_slopes(n, bias_max), expected, rtol=1e-14, atol=0)
+    found = -bias([1], [0], n, POSITIONS["alibi"](bias_max=bias_max))[:, 0, 0]
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.core
+def test_falcon_rounds_its_slopes(golden):
+  """To the last bit, for all head counts; what is rounded is not what is not."""
+  table, falcon = golden["alibi"]["falcon_slope_of_exponent"], POSITIONS["alibi"](slope_dtype="bfloat16")
+  for n in HEADS:
+    expected = [table[str(e)] for e in golden["alibi"]["exponents"][str(n)]]
+    np.testing.assert_array_equal(-bias([1], [0], n, falcon)[:, 0, 0], expected)
+  assert np.max(np.abs(falcon.slopes(12) / alibi_slopes(12) - 1)) > 1e-4
+
+
+def test_before_the_division_the_bias_is_divided_too():
+  before = POSITIONS["alibi"](placement="before")
+  np.testing.assert_array_equal(4 * bias(range(8), range(8), 12, before), bias(range(8), range(8), 12))
+
+
+@pytest.mark.parametrize(
+  ("field", "bad"),
+  [("bias_max", 0), ("bias_max", None), ("slope_dtype", "float16"), ("placement", "between")],
+)
+def test_bad_fields_are_named(field, bad):
+  with pytest.raises(ConfigError, match=rf"Alibi.{field}: found {bad!r}, expected "):
+    POSITIONS["alibi"](**{field: bad})
 
 
 @pytest.mark.core
@@ -81,7 +117,7 @@ def test_a_decoded_row_is_the_row_of_the_full_bias():
 def test_positions_of_each_row():
   """A batch has positions of its own a row: padding and packing move them."""
   q_pos, k_pos = jnp.array([[5, 6], [0, 1]], jnp.int32), jnp.array([[4, 5, 6], [9, 0, 1]], jnp.int32)
-  found = np.asarray(ALIBI.bias({}, q_pos, k_pos, 2))
+  found = np.asarray(ALIBI.bias({}, q_pos, k_pos, 2, 16))
   assert found.shape == (2, 2, 2, 3)
   np.testing.assert_array_equal(found[0, 0], np.array([[-1, 0, 1], [-2, -1, 0]]) / 16)
   np.testing.assert_array_equal(found[1, 0], np.array([[9, 0, 1], [8, -1, 0]]) / 16)
@@ -118,6 +154,6 @@ def test_scores_add_the_bias_after_the_scaling(num_kv_heads):
 def test_nope_adds_nothing():
   nope = POSITIONS["nope"]()
   pos = jnp.arange(3, dtype=jnp.int32)[None]
-  assert nope.bias({}, pos, pos, 4) is None and nope.frequencies(64) is None and nope.params(None) == {}
+  assert nope.bias({}, pos, pos, 4, 8) is None and nope.frequencies(64) is None and nope.params(None) == {}
   x = jnp.ones((1, 3, 4, 8))
   assert nope.rotate_q(x, pos, None) is x and nope.rotate_k(x, pos, None) is x and nope.embed(x, pos, {}) is x

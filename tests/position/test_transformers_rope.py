@@ -86,5 +86,5 @@ def test_alibi_of_bloom():
   for n, alibi in expected.items():
     np.testing.assert_allclose(alibi_slopes(n), alibi[:, 1], rtol=1e-6, atol=0)
   for n in (8, 12, 40):
-    found = np.asarray(POSITIONS["alibi"]().bias({}, pos[:, -1:], pos, n))[0, :, 0]
+    found = np.asarray(POSITIONS["alibi"]().bias({}, pos[:, -1:], pos, n, 1))[0, :, 0]
     np.testing.assert_allclose(found - found[:, :1], expected[n], rtol=1e-6, atol=2e-6)
