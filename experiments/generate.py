@@ -13,7 +13,7 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.study import choices, methods, run_app
 
 flags.DEFINE_string("run", "runs/length_extrapolation", "the --out of the run that trained the model")
-flags.DEFINE_enum("scheme", "rope", methods.SCHEMES, "which of its models")
+flags.DEFINE_enum("scheme", "rope", list(methods.SCHEMES), "which of its models")
 flags.DEFINE_integer("seed", 0, "the seed of the model, and of the draw")
 flags.DEFINE_string("prompt", "def main(", "the text to continue; - reads standard input")
 flags.DEFINE_integer("tokens", 256, "bytes to add")
@@ -45,7 +45,7 @@ def check(f) -> None:
 
 
 def load(run: Path, scheme: str, seed: int):
-  """(config as trained, parameters) of a model of a run."""
+  """(config as it is tested, parameters) of a model of a run."""
   from jaxllm import tree
   from jaxllm.config import ModelConfig
   from jaxllm.nn import Transformer

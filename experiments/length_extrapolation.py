@@ -118,10 +118,14 @@ def read_settings(f) -> Settings:
         f"--lengths={f.lengths}: {lengths[0]} is below --train_length={train_length}; test at least there"
       )
   factors = None if f.factors is None else choices.number_list("factors", f.factors, float, 1.0)
-  schemes = choices.choice_list("schemes", f.schemes, methods.SCHEMES)
+  schemes = choices.choice_list("schemes", f.schemes, tuple(methods.SCHEMES))
   chosen = methods.choose(f.methods, schemes)
   if f.methods in ("default", "all") and factors is None and lengths[-1] <= train_length:
     chosen = ("none",)
+  if "hwfa" in schemes and values["num_layers"] < 2:
+    raise ConfigError(
+      f"--schemes={f.schemes} with --num_layers=1: hwfa needs at least 2 layers, windowed ones and a last one"
+    )
   methods.check_methods_matter(schemes, chosen, factors, train_length, lengths)
   if f.corpus is not None and not (f.corpus and Path(f.corpus).exists()):
     raise ConfigError(
@@ -146,16 +150,19 @@ def read_settings(f) -> Settings:
   )
 
 
-def model_config(settings: Settings, scheme: str, dtype: str):
-  """The decoder that a scheme trains."""
-  from jaxllm.config import Layer, ModelConfig
+def model_config(settings: Settings, scheme: str, dtype: str, tested: bool = False):
+  """The decoder that a scheme trains, or the one that it is tested with: the same, but for inv_leaky."""
+  from jaxllm.config import Layer, ModelConfig, hwfa_layers
   from jaxllm.position import POSITIONS, LogN
 
-  length = settings.train_length
-  if scheme in ("rope", "rope_logn"):
-    position = POSITIONS["rope"](original_length=length)
-  else:
-    position = POSITIONS[scheme](**({"max_length": length} if scheme == "learned" else {}))
+  length, how = settings.train_length, methods.SCHEMES[scheme]
+  cls = POSITIONS[(how.tested_as if tested else None) or how.position]
+  fields = {"original_length": length, "max_length": length, "proportion": 0.25}
+  known = {field.name for field in dataclasses.fields(cls)}
+  position = cls(**{name: value for name, value in fields.items() if name in known})
+  layers = (Layer(position),)
+  if how.hwfa:
+    layers = hwfa_layers(settings.num_layers, hwfa_window(settings), position)
   return ModelConfig(
     vocab_size=256,
     embed_dim=settings.embed_dim,
@@ -164,11 +171,16 @@ def model_config(settings: Settings, scheme: str, dtype: str):
     num_kv_heads=settings.num_heads,
     head_dim=settings.embed_dim // settings.num_heads,
     mlp_dim=settings.mlp_dim,
-    layers=(Layer(position),),
-    query_scale=LogN(length) if scheme == "rope_logn" else None,
+    layers=layers,
+    query_scale=LogN(length) if how.log_n else None,
     embed_scale=settings.embed_dim**0.5,
     dtype=dtype,
   )
+
+
+def hwfa_window(settings: Settings) -> int:
+  """The largest window whose reach over all layers but the last, (window - 1) (L - 1) + 1, is at most 3/4 of the length."""
+  return (3 * settings.train_length // 4 - 1) // (settings.num_layers - 1) + 1
 
 
 def train_config(settings: Settings, scheme: str):
@@ -254,6 +266,7 @@ def main(f) -> int:
   )
   dtype = default_dtype(jax.default_backend()) if settings.dtype == "auto" else settings.dtype
   configs = {scheme: model_config(settings, scheme, dtype) for scheme in settings.schemes}
+  tested = {scheme: model_config(settings, scheme, dtype, tested=True) for scheme in settings.schemes}
   with StopFlag() as stop, Lock(out):
     config = record(settings, configs, corpus, dtype)
     ledger = Ledger(out / "cells.jsonl", check_config(out, config))
@@ -271,7 +284,7 @@ def main(f) -> int:
       done = sum(ledger.finished(group.name) for group in groups)
       cells = progress.cells("cells", total=len(groups), done=done)
       trained = evaluate.Trained(
-        out, configs, functools.partial(train_config, settings), corpus.train, progress, stop
+        out, configs, tested, functools.partial(train_config, settings), corpus.train, progress, stop
       )
       run_groups(
         groups,

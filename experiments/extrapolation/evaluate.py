@@ -30,10 +30,14 @@ BLOCKWISE_ABOVE = 256
 
 @dataclasses.dataclass
 class Trained:
-  """Parameters by scheme and seed, trained (or read) when they are first asked for; the last ones are kept."""
+  """Parameters by scheme and seed, trained (or read) when they are first asked for; the last ones are kept.
+
+  `configs` are the models that are trained, and `tested` the ones that are tested with their parameters.
+  """
 
   out: Path
   configs: dict[str, ModelConfig]
+  tested: dict[str, ModelConfig]
   train_config: Callable[[str], TrainConfig]
   text: np.ndarray
   progress: Progress
@@ -56,7 +60,7 @@ class Trained:
     config, model = self.train_config(scheme), Transformer(self.configs[scheme])
     directory = self.out / "checkpoints" / f"{scheme}-{seed}"
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "model.json", model.cfg.to_dict())
+    write_json(directory / "model.json", self.tested[scheme].to_dict())
     shown = []
 
     def on_start(start: int) -> None:
@@ -84,15 +88,15 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
   length, block = int(length), settings.train_length
   if program == "in_length":
     model, params = (
-      Transformer(dataclasses.replace(trained.configs[scheme], query_scale=None)),
+      Transformer(dataclasses.replace(trained.tested[scheme], query_scale=None)),
       trained.params(scheme, int(seed)),
     )
-    tables = stack([trained.configs[scheme].rope_tables(seq_len=length)], 1)
+    tables = stack([trained.tested[scheme].rope_tables(seq_len=length)], 1)
     nats, _ = score_windows(model, params, in_length_windows(text, length), tables)
     return [rows.ok(cell, bits_per_byte(np.asarray(nats))) for cell in group.cells]
   members = dict.fromkeys(methods.Variant(c["method"], c["factor"]) for c in group.cells)
   params = trained.params(scheme, int(seed))
-  cfg = trained.configs[scheme]
+  cfg = trained.tested[scheme]
   # what the tables say, the program need not: without its query scale one program serves every RoPE scheme
   program_cfg = dataclasses.replace(
     cfg, query_scale=None, attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain()

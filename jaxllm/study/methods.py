@@ -12,7 +12,6 @@ from jaxllm.errors import ConfigError
 from jaxllm.study import choices
 from jaxllm.study.cells import Group
 
-SCHEMES = ("rope", "rope_logn", "alibi", "nope", "sinusoidal", "learned", "t5")
 METRICS = ("bpb_last", "bpb", "accuracy", "accuracy_repeated")
 BY_POSITION = "bpb_position"
 """Loss by position at the longest length, for bpb_vs_position.png; `position` is the first byte of a row's bin."""
@@ -46,6 +45,36 @@ class Method:
   by_default: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+  """A way to train a model at a short length.
+
+  position: the entry of POSITIONS it is trained with; tested_as: the one it is tested with, where that is another; log_n:
+  queries scaled by log_train_length(position + 1), from training on; hwfa: all layers but the last have a window, and the last
+  has no positions (kexue.fm/archives/9603); plain_rope: whether the methods that change RoPE can be put on the trained model.
+  """
+
+  position: str
+  tested_as: str | None = None
+  log_n: bool = False
+  hwfa: bool = False
+  plain_rope: bool = False
+
+
+SCHEMES = {
+  "rope": Scheme("rope", plain_rope=True),
+  "rope_logn": Scheme("rope", log_n=True, plain_rope=True),
+  "alibi": Scheme("alibi"),
+  "nope": Scheme("nope"),
+  "sinusoidal": Scheme("sinusoidal"),
+  "learned": Scheme("learned"),
+  "t5": Scheme("t5"),
+  "xpos": Scheme("xpos"),
+  "proportional": Scheme("proportional"),
+  "inv_leaky": Scheme("inv_leaky_rerope", tested_as="rope", log_n=True),
+  "hwfa": Scheme("rope", log_n=True, hwfa=True),
+}
+
 METHODS = {
   "none": Method(None, stretches=False),
   "logn": Method(None, log_n=True, stretches=False),
@@ -72,9 +101,10 @@ DEFAULT = tuple(name for name, method in METHODS.items() if method.by_default)
 
 TRAINED_WITH = {
   "longrope": "its factors are searched for one model and length, and any made-up list is another method",
-  "proportional": "a model must be trained with the pairs that stand still",
-  "xpos": "a model must be trained with the decay",
-  "inv_leaky_rerope": "a model is trained with it, and tested as plain RoPE",
+  "proportional": "a model must be trained with the pairs that stand still (--schemes=proportional)",
+  "xpos": "a model must be trained with the decay (--schemes=xpos)",
+  "inv_leaky_rerope": "a model is trained with it, and tested as plain RoPE (--schemes=inv_leaky)",
+  "rope_2d": "a model must be trained with two positions a token",
 }
 """RoPE methods that cannot be put on a trained RoPE model as it is, and why."""
 
@@ -98,9 +128,9 @@ def choose(text: str, schemes: Sequence[str]) -> tuple[str, ...]:
 def not_applicable(scheme: str, method: str) -> str | None:
   """Why a method cannot be put on a model trained with `scheme`; None if it can."""
   m = METHODS[method]
-  if m.position is not None and scheme not in ("rope", "rope_logn"):
-    return f"{m.position} changes RoPE, and {scheme} has none"
-  if m.log_n and scheme == "rope_logn":
+  if m.position is not None and not SCHEMES[scheme].plain_rope:
+    return f"{m.position} changes RoPE, and {scheme} has no layer of plain RoPE over all keys"
+  if m.log_n and SCHEMES[scheme].log_n:
     return "the model is trained with log-n already"
   return None
 

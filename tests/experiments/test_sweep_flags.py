@@ -24,6 +24,7 @@ def call(*args, module=SCRIPT):
 
 BAD_CALLS = [
   pytest.param("--methods=yarn,ntkk", ["--methods", "'ntkk'", "ntk_mixed", "rerope"], marks=pytest.mark.core),
+  ("--schemes=rope,hwfa --num_layers=1", ["--schemes=rope,hwfa", "--num_layers=1", "at least 2 layers"]),
   ("--schemes=rope,rotary", ["--schemes", "'rotary'", "rope_logn", "alibi"]),
   ("--metrics=bpp", ["--metrics", "'bpp'", "bpb_last", "accuracy_repeated"]),
   ("--step=5", ["--step", "did you mean --steps"]),
@@ -33,7 +34,7 @@ BAD_CALLS = [
   ("--learning_rate=nan", ["--learning_rate=nan", "above 0"]),
   ("--lengths=64,128", ["--lengths=64,128", "64", "--train_length=128"]),
   ("--methods=yarn --lengths=128", ["--methods=yarn", "changes nothing", "128", "--lengths", "--factors"]),
-  ("--methods=pi --schemes=alibi", ["--methods=pi", "--schemes=alibi", "alibi has none"]),
+  ("--methods=pi --schemes=alibi", ["--methods=pi", "--schemes=alibi", "alibi has no layer of plain RoPE"]),
   ("--lengths=256,x", ["--lengths=256,x", "'x'", "whole number"]),
   ("--lengths=256,,512", ["--lengths=256,,512", "empty item"]),
   ("--corpus=/no/such/text", ["--corpus=/no/such/text", "no such file"]),
