@@ -103,10 +103,21 @@ def _plots(out: Path, settings, rows: list[dict], curve: list[dict]) -> list[str
   return [*written, "bpb_vs_position.png"]
 
 
+MANY = 4
+"""Schemes beyond which those that no method changes share a panel."""
+
+
 def _panels(rows: list[dict], metric: str) -> dict:
-  """A panel a scheme."""
-  schemes = dict.fromkeys(row["scheme"] for row in rows)
-  return {scheme: series([row for row in rows if row["scheme"] == scheme], metric) for scheme in schemes}
+  """A panel a scheme; of many schemes, those that are tested as trained (or with log-n at most) share one."""
+  tested: dict[str, set] = {}
+  for row in rows:
+    tested.setdefault(row["scheme"], set()).add(row["method"])
+  panels = {scheme: [row for row in rows if row["scheme"] == scheme] for scheme in tested}
+  if len(tested) > MANY:
+    others = [scheme for scheme, names in tested.items() if names <= {"none", "logn"}]
+    panels = {scheme: panel for scheme, panel in panels.items() if scheme not in others}
+    panels["as trained"] = [row for row in rows if row["scheme"] in others and row["method"] == "none"]
+  return {name: series(panel, metric) for name, panel in panels.items() if panel}
 
 
 def _trigram(settings, corpus) -> float:

@@ -157,3 +157,21 @@ def test_failed_cells_are_counted_and_do_not_enter_a_finding(tmp_path, corpus, n
 def test_sweeps_with_little_to_show_have_a_report_too(tmp_path, corpus, args):
   assert write(tmp_path / "out", corpus, *args)[0] == 0
   assert (tmp_path / "out" / "report.md").stat().st_size > 500
+
+
+def test_many_schemes_share_a_panel():
+  """Those that methods change keep a panel of their own; few schemes have one each."""
+  row = dict(
+    metric="bpb_last", factor=None, train_length=8, seed=0, status="ok", value=1.0, quant="none", reason=None
+  )
+  rows = lambda schemes: [
+    {**row, "scheme": scheme, "method": method, "length": length}
+    for scheme in schemes
+    for method in ("none", "logn", *(("pi",) if scheme == "rope" else ()))
+    for length in (8, 16)
+  ]
+  found = report._panels(rows(("rope", "alibi", "t5", "nope", "hwfa")), "bpb_last")
+  assert sorted(found) == ["as trained", "rope"]
+  assert len(found["rope"][0]) == 3 and len(found["as trained"][0]) == 4
+  assert all("none" in label for label in found["as trained"][0])
+  assert list(report._panels(rows(("rope", "alibi")), "bpb_last")) == ["rope", "alibi"]

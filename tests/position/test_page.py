@@ -31,13 +31,17 @@ def shown(cells, scheme, method):
 
 def test_every_row_of_the_page_is_that_of_the_run():
   cells = values()
-  rows = re.findall(r"`(\w+) (\w+)`: ((?:[\d.]+ ± [\d.]+|n/a)(?:,\s+(?:[\d.]+ ± [\d.]+|n/a)){4})", PAGE.read_text())
+  rows = re.findall(
+    r"`(\w+) (\w+)`: ((?:[\d.]+ ± [\d.]+|n/a)(?:,\s+(?:[\d.]+ ± [\d.]+|n/a)){4})", PAGE.read_text()
+  )
   assert len(rows) >= 30
   for scheme, method, row in rows:
     assert " ".join(row.split()) == shown(cells, scheme, method), (scheme, method)
   told = {(scheme, method) for scheme, method, _ in rows}
   assert {scheme for scheme, _ in told} == set(methods.SCHEMES)
-  assert {m for s, m in told if s == "rope"} >= {m for m in methods.METHODS if not m.startswith("ntk_") or m in POSITIONS} - {"logn"}
+  assert {m for s, m in told if s == "rope"} >= {
+    m for m in methods.METHODS if not m.startswith("ntk_") or m in POSITIONS
+  } - {"logn"}
 
 
 def test_the_run_had_three_seeds():
