@@ -50,7 +50,8 @@ def trace(cfg):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=[pytest.mark.core] * (n == "rope")) for n in ("rope", "yarn", "alibi", "rerope")]
+  "name",
+  [pytest.param(n, marks=[pytest.mark.core] * (n == "rope")) for n in ("rope", "yarn", "alibi", "rerope")],
 )
 def test_angles_are_float32_and_positions_never_half(name, dtype):
   angles, rounded = trace(dataclasses.replace(MODELS[name], dtype=dtype))
