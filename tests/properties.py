@@ -23,7 +23,7 @@ def examples(count):
 
 
 def numbers(shape, largest=100.0):
-  """float32 arrays with nothing between 0 and 1e-30, so that products by moderate numbers are not subnormal: XLA makes those 0."""
+  """float32 arrays with nothing between 0 and 1e-30, so that moderate products are not subnormal: XLA makes those 0."""
   elements = st.floats(-largest, largest, width=32)
   return hnp.arrays(np.float32, shape, elements=elements).map(
     lambda x: np.where(np.abs(x) < 1e-30, np.float32(0), x)

@@ -79,7 +79,7 @@ def test_masks_see_order_and_not_position():
 
 @pytest.mark.core
 def test_the_mask_of_the_published_prompt():
-  """ChatGLM-6B's of [5, 74874, 130001 (gmask), 130004 (bos)]: the context sees itself, and only the last row the last column."""
+  """ChatGLM-6B's of [5, 74874, 130001 (gmask), 130004 (bos)]: the context sees itself, only the last row the last column."""
   order = np.arange(4, dtype=np.int32)[None]
   side = Side(order, order, prefix=np.full((1, 4), 3, np.int32))
   blocked = ~np.asarray(allowed(side, side, None))[0]

@@ -56,6 +56,6 @@ def test_the_kernel_of_constant_queries_and_keys_is_toeplitz(first, table_of):
 
 
 def test_the_critical_dimension_of_llama_2():
-  """92 of 128: the coordinates that turn at least once within 4096 tokens, 2 ceil(d/2 log_base(L / 2 pi)).  The rest never did."""
+  """92 of 128: the coordinates that turn once within 4096 tokens, 2 ceil(d/2 log_base(L / 2 pi)).  The rest never did."""
   inv_freq, _ = ROPE.frequencies(128)
   assert 2 * np.count_nonzero(2 * np.pi / inv_freq < 4096) == 92
