@@ -77,6 +77,15 @@ def test_masks_see_order_and_not_position():
   np.testing.assert_array_equal(allowed(other, other, 3), allowed(Side(INDEX, INDEX), Side(INDEX, INDEX), 3))
 
 
+@pytest.mark.core
+def test_the_mask_of_the_published_prompt():
+  """ChatGLM-6B's of [5, 74874, 130001 (gmask), 130004 (bos)]: the context sees itself, only the last row the last column."""
+  order = np.arange(4, dtype=np.int32)[None]
+  side = Side(order, order, prefix=np.full((1, 4), 3, np.int32))
+  blocked = ~np.asarray(allowed(side, side, None))[0]
+  np.testing.assert_array_equal(blocked, [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
+
+
 def test_segments_and_unused_slots():
   segment = np.array([[0] * 5 + [1] * 7], np.int32)
   valid = np.arange(T)[None] != 6
