@@ -104,7 +104,7 @@ class L2Norm:
   """x / max(||x||_2, eps), without parameters: torch.nn.functional.normalize.
 
   Not what Llama 4 calls an L2 norm, which divides by the root of the *mean* square: that is RMSNorm(scale=None).
-  Raises ConfigError for a bad eps.
+  Raises ConfigError for a bad eps.  Source: torch.nn.functional.normalize.
   """
 
   eps: float = 1e-12

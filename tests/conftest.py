@@ -1,4 +1,4 @@
-"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation."""
+"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; --components."""
 
 import os
 from importlib.metadata import version
@@ -16,6 +16,28 @@ from jaxllm.study import compile_cache  # noqa: E402
 compile_cache.turn_on()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # TF32 or bf16 passes would be judged otherwise
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--components",
+    nargs="?",
+    const="",
+    metavar="FILE.md",
+    help="after the run, print a row a component: file, source, golden error, tests; --components=FILE.md writes it too",
+  )
+
+
+def pytest_configure(config):
+  path = config.getoption("--components")
+  if path is None:
+    return
+  if path and not path.endswith(".md"):
+    raise pytest.UsageError(f"--components: found {path!r}, expected --components or --components=FILE.md")
+  from components import Table
+
+  config.pluginmanager.register(Table(path), "components")

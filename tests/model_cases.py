@@ -65,8 +65,8 @@ MODELS = {name: model(name) for name in POSITIONS} | {
 BLOCKS = {
   "post": dict(wiring=Post()),
   "post_only": dict(wiring=PostOnly(), norm=LayerNorm()),
-  "sandwich": dict(wiring=Sandwich()),
-  "parallel": dict(wiring=Parallel()),
+  "sandwich": dict(wiring=Sandwich(), norm=RMSNorm(scale="1+w")),
+  "parallel": dict(wiring=Parallel(), mlp=Mlp("gelu_tanh")),
   "parallel_two_norms": dict(wiring=ParallelTwoNorms(), biases=("q", "k", "v")),
   "deepnorm": dict(wiring=DeepNorm(1.6, 0.5), norm=LayerNorm(), biases=("o", "down", "head")),
   "deepnorm_glm": dict(
@@ -164,7 +164,7 @@ def _params(cfg):
   def draw(path, shape):
     x = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape)
     if path.endswith("norm/scale"):
-      return 1 + 0.3 * x
+      return (getattr(cfg.norm, "scale", "w") != "1+w") + 0.3 * x
     if path.endswith("bias"):
       return 0.3 * x
     if path.endswith("sinks"):

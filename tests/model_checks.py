@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +112,7 @@ def check_oracle(name, offset=0, tolerance=5e-6):
   truth = oracle.logits(cfg, params(cfg), ids, positions(offset)[0])
   error = relative_error(full(cfg, ids, offset), truth)
   assert error <= tolerance, f"{name} at {offset}: {error:.2e} > {tolerance}"
+  components.measured(cfg, "float64", error)
 
 
 def check_large_mean(name, tolerance=1e-4):
@@ -119,6 +121,35 @@ def check_large_mean(name, tolerance=1e-4):
   weights = weights | {"embed": weights["embed"] + 60}
   error = relative_error(full(cfg, ids, weights=weights), oracle.logits(cfg, weights, ids))
   assert error <= tolerance, f"{name} with a large mean: {error:.2e} > {tolerance}"
+
+
+def check_small_embeddings(name, tolerance=5e-6):
+  """Embeddings of 1e-3, whose mean square is the eps of the first norm: it is inside the root."""
+  cfg, ids, weights = MODELS[name], tokens(), params(MODELS[name])
+  weights = weights | {"embed": np.float32(1e-3) * weights["embed"]}
+  error = relative_error(full(cfg, ids, weights=weights), oracle.logits(cfg, weights, ids))
+  assert error <= tolerance, f"{name} with small embeddings: {error:.2e} > {tolerance}"
+
+
+PREFIX = np.array([9, 0, 1], np.int32)
+
+
+def with_prefix(cfg, ids, prefix=PREFIX, **kwargs):
+  """Logits where the first tokens of each row see each other both ways."""
+  context = Context(pos=positions(), prefix=prefix)
+  run = jax.jit(lambda p: Transformer(cfg).apply({"params": p}, ids, context, rope=tables(cfg), **kwargs))
+  return np.asarray(run(params(cfg))[0])
+
+
+def check_prefix(name, tolerance=5e-6):
+  """By the float64 decoder, a row at a time; a prefix of 0 or 1 is plain causality."""
+  cfg, ids = MODELS[name], tokens()
+  found = with_prefix(cfg, ids)
+  for b, n in enumerate(PREFIX):
+    error = relative_error(found[b], oracle.logits(cfg, params(cfg), ids[b : b + 1], prefix=int(n))[0])
+    assert error <= tolerance, f"{name} with a prefix of {n}: {error:.2e} > {tolerance}"
+    components.measured("prefix", "float64", error)
+  assert relative_error(found[1:], full(cfg, ids)[1:]) <= 1e-6
 
 
 def check_decode(name, chunking="prefill, then decode", tolerance=1e-5):

@@ -2,6 +2,7 @@
 
 import functools
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +67,8 @@ def expected(kind, x):
 )
 def test_norm(name, case):
   x, tolerance = INPUTS[case]
-  np.testing.assert_allclose(normed(KINDS[name], x), expected(KINDS[name], x), rtol=0, atol=tolerance)
+  kind = KINDS[name]
+  components.measured_close(kind, "float64", normed(kind, x), expected(kind, x), atol=tolerance)
 
 
 def test_every_norm_is_tested():
@@ -215,6 +217,7 @@ def test_no_token_sees_another(name, axis):
   assert moved > 0.1 if name == "batch" else moved == 0
 
 
+@pytest.mark.component("batch")
 def test_batch_norm():
   x = UNIT.astype(np.float64)
   standard = (x - x.mean((0, 1))) / np.sqrt(x.var((0, 1)) + 1e-5)

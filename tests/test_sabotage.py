@@ -1,14 +1,10 @@
-"""Known bugs of other codebases, put in one at a time: a property that is not about it must catch each.
-
-A check proves something only if it can fail.  Each row first holds its check on the code as it is.
-"""
+"""Known bugs of positions, masks and caches, each caught by a property that is not about it (sabotage.py)."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import model_checks
 import numpy as np
 import pytest
 from model_cases import MODELS
@@ -22,6 +18,7 @@ from model_checks import (
   check_shift,
   check_unused_slots,
 )
+from sabotage import must_be_caught, register, wrap, wrap_method
 
 from jaxllm.activation import Mlp
 from jaxllm.nn import Context, context, transformer
@@ -36,26 +33,7 @@ from jaxllm.position.window import LeakyReRope, ReRope, SelfExtendRope, Streamin
 
 OTHER = "yarn, and the rest otherwise"
 BUGS = {}
-
-
-def bug(check, *args):
-  """Registers a patch of the package, and the check that must catch it."""
-
-  def register(patch):
-    BUGS[patch.__name__] = (patch, functools.partial(check, *args))
-    return patch
-
-  return register
-
-
-def wrap(monkeypatch, owner, name, wrapper):
-  """Replaces owner.name by wrapper(the original, *its arguments)."""
-  monkeypatch.setattr(owner, name, functools.partial(wrapper, getattr(owner, name)))
-
-
-def wrap_method(monkeypatch, owner, name, wrapper):
-  original = getattr(owner, name)
-  monkeypatch.setattr(owner, name, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
+bug = functools.partial(register, BUGS)
 
 
 @bug(check_oracle, "ntk_mixed", 4_000)
@@ -346,10 +324,4 @@ CORE = "window_off_by_one"
   "name", [pytest.param(name, marks=[pytest.mark.core] * (name == CORE)) for name in BUGS]
 )
 def test_the_bug_is_caught(monkeypatch, name):
-  patch, check = BUGS[name]
-  check()
-  monkeypatch.setattr(model_checks, "PROGRAMS", {})
-  monkeypatch.setattr(model_checks, "OPTIMIZED", None)
-  patch(monkeypatch)
-  with pytest.raises(AssertionError):
-    check()
+  must_be_caught(monkeypatch, *BUGS[name])

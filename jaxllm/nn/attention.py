@@ -23,7 +23,11 @@ class Attention(nn.Module):
   The scale by position (cfg.query_scale) acts on layers without a window only.
 
   With cfg.layer_scaling the layer of number l (from 0) has its queries divided by l + 1 and its float32 scores multiplied by
-  it: nothing changes but that q k^T stays within a half type's range.  Source: GLM-130B, section 2.1; CogView's PB-Relax.
+  it: nothing changes but that q k^T stays within a half type's range.
+  Source of the layer scaling: Zeng et al. (2022), GLM-130B, section 2.1; CogView's PB-Relax.
+
+  cfg.clip_qkv clips the projections.  Source of the clipping: transformers' `clip_qkv` (MPT, OLMo).
+  cfg.attention_sinks adds a key without a value for each head.  Source of the sinks: Xiao et al. (2023), section 3.3; GPT-OSS.
   """
 
   cfg: ModelConfig

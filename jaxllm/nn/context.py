@@ -23,7 +23,8 @@ class Context:
   index_BT: order in the sequence, which masks use.  pos_BT: what position methods rotate by, or pos [B, T, 2] for those of two
   dimensions: position and block position.  segment_BT: the sequence each token of a packed row belongs to.  valid_BT: False
   for right padding, which the cache then does not count.  prefix_B: how many leading tokens see each other in both directions
-  (prefix-LM); all of them must be in one call, as no later call changes them.
+  (prefix-LM); all of them must be in one call, as no later call changes them.  Source of the prefix: Raffel et al. (2020),
+  section 3.2.1.
   """
 
   index: jax.Array | None = None

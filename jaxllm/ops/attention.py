@@ -86,7 +86,10 @@ def _masked_softmax_jvp(primals, tangents):
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-  """softmax(scores) v with all scores at once: the reference, and the faster one for short sequences."""
+  """softmax(scores) v with all scores at once: the reference, and the faster one for short sequences.
+
+  Source: Vaswani et al. (2017), section 3.2.1.
+  """
 
   def __call__(
     self,

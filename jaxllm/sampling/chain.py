@@ -17,6 +17,7 @@ class Chain(Sampler):
   order matters: top-p before temperature keeps another set.  transformers' order is temperature, top-k,
   top-p.  The state is a tuple, one a sampler.  An empty chain samples from the logits as they are.
   Raises SamplingError for a member that is not a sampler.
+  Source: transformers' list of logits processors.
   """
 
   samplers: tuple[Sampler, ...] = ()

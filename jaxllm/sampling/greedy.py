@@ -14,7 +14,7 @@ from jaxllm.sampling.base import Sampler, as_pytree, only_argmax
 class Greedy(Sampler):
   """The most likely token; of equal ones the lowest id.
 
-  token = argmax_v z_v.  The keys are not read.
+  token = argmax_v z_v.  The keys are not read.  Source: transformers' `do_sample=False`.
   """
 
   def filter(self, logits_BV, state):

@@ -21,6 +21,7 @@ class Temperature(Sampler):
   p_v = exp(z_v / temperature) / sum_u exp(z_u / temperature).  temperature: a scalar or [B], finite and not
   negative.  Rows whose temperature is 0, or so small that the largest logit overflows when divided, keep
   their argmax alone.  Raises SamplingError for a negative, infinite or NaN temperature.
+  Source: Ackley, Hinton and Sejnowski (1985).
   """
 
   temperature: Any = 1.0

@@ -2,13 +2,13 @@
 
 import dataclasses
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from model_cases import MODELS, B, T, params, tables, tokens
-from model_checks import full, positions, relative_error
+from model_checks import PREFIX, check_prefix, full, relative_error, with_prefix
 
 from jaxllm.nn import Context, Transformer, init_cache
 from jaxllm.nn.transformer import head
@@ -18,24 +18,12 @@ from jaxllm.ops.losses import cross_entropy
 from jaxllm.tree import flatten, stack_layers, unflatten
 
 ROPE = MODELS["rope"]
-PREFIX = np.array([9, 0, 1], np.int32)
-
-
-def with_prefix(cfg, ids, prefix=PREFIX, **kwargs):
-  context = Context(pos=positions(), prefix=prefix)
-  run = jax.jit(lambda p: Transformer(cfg).apply({"params": p}, ids, context, rope=tables(cfg), **kwargs))
-  return np.asarray(run(params(cfg))[0])
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", ["rope", "deepnorm_glm", "rerope"])
 def test_a_prefix_is_seen_from_both_sides(name):
-  """By the float64 decoder, a row at a time; a prefix of 0 or 1 is plain causality, bit for bit."""
-  cfg, ids = MODELS[name], tokens()
-  found = with_prefix(cfg, ids)
-  for b, n in enumerate(PREFIX):
-    assert relative_error(found[b], oracle.logits(cfg, params(cfg), ids[b : b + 1], prefix=int(n))[0]) <= 5e-6
-  assert relative_error(found[1:], full(cfg, ids)[1:]) <= 1e-6
+  check_prefix(name)
 
 
 def test_a_changed_token_of_the_prefix_moves_earlier_logits_and_one_after_it_does_not():
@@ -100,9 +88,10 @@ def test_a_shrunk_embedding_gradient_is_a_tenth_and_nothing_else_changes(tied):
   assert loss == shrunk_loss
   expected, found = flatten(grads), flatten(shrunk_grads)
   for path in expected:
-    np.testing.assert_allclose(
-      found[path], expected[path] * (0.1 if path == "embed" else 1), rtol=1e-5, atol=1e-9, err_msg=path
-    )
+    share = 0.1 if path == "embed" else 1
+    np.testing.assert_allclose(found[path], expected[path] * share, rtol=1e-5, atol=1e-9, err_msg=path)
+  error = relative_error(found["embed"], 0.1 * expected["embed"])
+  components.measured("embed_gradient", "a tenth of jax.grad", error)
 
 
 def test_shrinking_keeps_every_bit():

@@ -2,6 +2,7 @@
 
 import functools
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,5 +199,7 @@ def test_sinks_and_a_prefix_are_what_numpy_says(name):
       slope[n] -= np.sum(
         truth[b, :, n] * cotangent[b, :, n] * (np.exp(np.float64(sinks[n])) / total)[:, None]
       )
-  assert relative_error(out, truth) <= 2e-6
+  error = relative_error(out, truth)
+  assert error <= 2e-6
+  components.measured([name, "attention_sinks"], "float64", error)
   assert relative_error(gradient, slope) <= 1e-5

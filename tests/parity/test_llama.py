@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import components
 import jax
 import numpy as np
 import oracle
@@ -93,7 +94,9 @@ def test_logits(ours, name):
   cfg, weights = CFG.with_position(name, **fields), params(CFG)
   found = np.asarray(ours(weights, cfg.rope_tables(seq_len=T)))
   theirs = llama(rope_parameters, weights)
-  assert relative_error(found, theirs) <= 1e-5
+  error = relative_error(found, theirs)
+  assert error <= 1e-5
+  components.measured([name, "pre"], "transformers' Llama", error)
   np.testing.assert_array_equal(found.argmax(-1), theirs.argmax(-1))
   # and the float64 decoder says the same of both: their dynamic base is that of the whole sequence
   assert relative_error(found, oracle.logits(cfg, weights, IDS, seq_len=T)) <= 5e-6

@@ -1,9 +1,11 @@
 """Activations and feed-forward layers beside torch's and transformers' own."""
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_checks import relative_error
 
 from jaxllm.activation import ACTIVATIONS, ClampedGlu, Glu, Mlp, Xielu, split_glu
 from jaxllm.config import ModelConfig
@@ -49,7 +51,8 @@ def test_activations(name):
   found = np.asarray(jax.jit(ACTIVATIONS[name])(x))
   theirs, function = NAMES[name]
   for act in filter(None, (ACT2FN[theirs], function)):
-    np.testing.assert_allclose(found, act(torch.tensor(x)).numpy(), rtol=1e-6, atol=1e-6)
+    expected = act(torch.tensor(x)).numpy()
+    components.measured_close(name, "torch", found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_xielu_starts_as_theirs():
@@ -72,7 +75,8 @@ def test_xielu(eps):
   out = module(x_torch)
   out.sum().backward()
   mlp = Xielu(eps=eps)
-  np.testing.assert_allclose(jax.jit(mlp)(ALPHAS, x), out.detach().numpy(), rtol=1e-6, atol=1e-6)
+  found = jax.jit(mlp)(ALPHAS, x)
+  components.measured_close(mlp, "transformers", found, out.detach().numpy(), rtol=1e-6, atol=1e-6)
   slope, alphas = jax.jit(jax.grad(lambda x, p: jnp.sum(mlp(p, x)), (0, 1)))(x, ALPHAS)
   elsewhere = x != np.float32(eps)  # where the minimum's gradient is a convention
   np.testing.assert_allclose(slope[elsewhere], x_torch.grad.numpy()[elsewhere], rtol=2e-6, atol=2e-6)
@@ -144,7 +148,9 @@ LAYERS = {
 def test_layers(name):
   function, mlp = LAYERS[name]
   expected = function()
-  assert np.abs(ours(mlp) - expected).max() <= 1e-6 * np.abs(expected).max()
+  error = relative_error(ours(mlp), expected)
+  assert error <= 1e-6
+  components.measured(mlp, "transformers", error)
 
 
 def test_gpt_oss():
@@ -161,4 +167,6 @@ def test_gpt_oss():
   gate, up = split_glu(tokens @ fused[0] + np.float32(bias), interleaved=True)
   assert np.mean(gate > 7) > 0.05 and np.mean(np.abs(up) > 7) > 0.1
   found = np.asarray(jax.jit(ClampedGlu())({}, gate, up)) @ W["down"]
-  assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+  error = relative_error(found, expected)
+  assert error <= 1e-6
+  components.measured(ClampedGlu(), "transformers", error)

@@ -1,5 +1,6 @@
 """Norms beside torch's and transformers' own."""
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,12 +67,14 @@ def theirs(name, dtype):
 def test_functions(name):
   kind, function = FUNCTIONS[name]
   expected = function(*map(torch.tensor, (X, SCALE, BIAS))).numpy()
-  np.testing.assert_allclose(ours(kind, X), expected, rtol=1e-6, atol=1e-6)
+  components.measured_close(kind, "torch", ours(kind, X), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name):
-  np.testing.assert_allclose(ours(MODULES[name][0], X), theirs(name, torch.float32), rtol=1e-6, atol=1e-6)
+  kind = MODULES[name][0]
+  expected = theirs(name, torch.float32)
+  components.measured_close(kind, "transformers", ours(kind, X), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BITWISE)

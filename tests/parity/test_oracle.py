@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from model_cases import MODELS, T, each_model, tokens
-from model_checks import check_large_mean, check_oracle, full
+from model_checks import check_large_mean, check_oracle, check_small_embeddings, full
 
 from jaxllm.position import POSITIONS
 
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @each_model
-@pytest.mark.parametrize("offset", [0, 4_000, 131_000, 1_000_000])
+@pytest.mark.parametrize("offset", [0, 4_000, 32_000, 131_000, 1_000_000])
 def test_logits(name, offset):
   limit = MODELS[name].length_limit
   if (
@@ -32,6 +32,11 @@ def test_learned_positions_from_the_last_rows_of_their_table():
 
 def test_layer_norm_of_a_large_mean():
   check_large_mean("yarn, and the rest otherwise")
+
+
+@pytest.mark.parametrize("name", ["rope", "yarn, and the rest otherwise"])
+def test_norms_of_small_embeddings(name):
+  check_small_embeddings(name)
 
 
 def test_the_oracle_has_the_golden_frequencies():

@@ -1,5 +1,6 @@
 """Sinusoidal and learned embeddings: the published formula, exact everywhere, and a table that ends where it ends."""
 
+import components
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -35,7 +36,8 @@ def test_exact_at_every_position(D, base):
     of = lambda c: mpmath.cos if c % 2 else mpmath.sin
     expected = np.array([[float(of(c)(angle(p, c))) for c in range(D)] for p in pos])
   # 1e-7 of the angles' words, and what the float64 frequency itself is off by: 2^31 times half its last bit
-  np.testing.assert_allclose(encoding(pos, D, POSITIONS["sinusoidal"](base)), expected, rtol=0, atol=4e-7)
+  found = encoding(pos, D, POSITIONS["sinusoidal"](base))
+  components.measured_close("sinusoidal", "fifty digits", found, expected, atol=4e-7)
 
 
 def test_a_shift_is_one_linear_map():
@@ -54,6 +56,7 @@ def test_added_to_the_embeddings():
 
 
 @pytest.mark.core
+@pytest.mark.component("learned")
 def test_a_learned_row_a_position():
   table = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
   pos = jnp.array([[0, 4, 2]], jnp.int32)

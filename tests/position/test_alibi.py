@@ -1,5 +1,6 @@
 """ALiBi: slopes of the published recipe, and a bias that low precision cannot hurt where it matters."""
 
+import components
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.position import POSITIONS, alibi_slopes
 
 HEADS = range(1, 129)
+pytestmark = pytest.mark.component("alibi")
 ALIBI = POSITIONS["alibi"]()
 
 
@@ -27,7 +29,7 @@ def test_slopes_of_the_published_recipe(n, golden):
   """To the float64 rounding of one power of two; every one positive and different."""
   slopes = alibi_slopes(n)
   assert slopes.dtype == np.float64 and slopes.shape == (n,)
-  np.testing.assert_allclose(slopes, golden_slopes(golden, n), rtol=2.3e-16, atol=0)
+  components.measured_close("alibi", "fifty digits", slopes, golden_slopes(golden, n), rtol=2.3e-16)
   assert np.all(slopes > 0) and len(set(slopes)) == n
 
 

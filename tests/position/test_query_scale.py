@@ -1,5 +1,6 @@
 """log-n: queries times ln(position + 1) / ln(train length), in the training and the test-time form."""
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from jaxllm.errors import ConfigError
 from jaxllm.position import LogN
 from jaxllm.position.query_scale import query_scale_table
+
+pytestmark = pytest.mark.component("log_n")
 
 
 def factors(scale, n, dtype=jnp.float32):
@@ -26,7 +29,8 @@ def test_factors_at_train_length_512(floor, golden):
   pins = golden["rope"]["pins"]["log_n_512"]
   n = [int(key) for key in pins]
   found = factors(LogN(512, floor=floor), n)
-  np.testing.assert_allclose(found, np.maximum(floor, list(pins.values())), rtol=2.5e-7, atol=0)
+  expected = np.maximum(floor, list(pins.values()))
+  components.measured_close("log_n", "fifty digits", found, expected, rtol=2.5e-7)
   assert [round(found[n.index(m)], d) for m, d in ((513, 6), (4096, 5))] == [1.000313, 1.33333]
 
 

@@ -1,5 +1,6 @@
 """Two-dimensional RoPE: the published positions of GLM prompts, two turns a head, and decoding that goes on with them."""
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,9 @@ def test_a_model_with_blocks_is_the_oracle_and_decodes():
   ids, context = tokens(), Context(pos=POSITIONS_2D[None])
   full, _ = apply(ids, context)
   truth = oracle.logits(CFG, params(CFG), ids, POSITIONS_2D)
-  assert relative_error(full, truth) <= 5e-6
+  error = relative_error(full, truth)
+  assert error <= 5e-6
+  components.measured(CFG, "float64", error)
   assert (
     relative_error(full, oracle.logits(CFG, params(CFG), ids, POSITIONS_2D[:, 0])) > 0.05
   )  # blocks matter

@@ -2,6 +2,7 @@
 
 import math
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,7 +143,9 @@ def test_one_rotation_a_pair(name, kw, seq_len):
   found = causal(scores(method, table, q, k, POS, POS))
   rows = slice(0, 1) if name == "streaming" else slice(None)  # a text that begins at 2^24 has no sinks
   seen = ~np.isnan(expected[rows])
-  np.testing.assert_allclose(found[rows][seen], expected[rows][seen], rtol=0, atol=1e-5 * max(1, scale**2))
+  components.measured_close(
+    name, "pairs in float64", found[rows][seen], expected[rows][seen], atol=1e-5 * max(1, scale**2)
+  )
   assert np.all(found[rows][~seen] < -1e29)
 
 
@@ -260,13 +263,14 @@ def test_self_extend_as_the_paper_lays_positions_out(case, golden):
   q[..., 0], k[..., 0] = 1.0, 1.0  # and that of the highest, which tells neighbours apart
   found = scores(method, table, q, k, pos, pos)[0, 0, -1]
   r = np.asarray(row["relative"])
-  np.testing.assert_allclose(found, np.cos(r * inv_freq[0]) + np.cos(r * inv_freq[7]), rtol=0, atol=1e-6)
+  expected = np.cos(r * inv_freq[0]) + np.cos(r * inv_freq[7])
+  components.measured_close("self_extend", "the authors' layout", found, expected, atol=1e-6)
 
 
 def test_xpos_has_the_scales_of_torchscale(golden):
   for d, zeta in golden["rope"]["pins"]["xpos_zeta"].items():
     log_zeta = POSITIONS["xpos"](scale_base=300.0).log_zeta(int(d))
-    np.testing.assert_allclose(np.exp(300.0 * log_zeta), zeta, rtol=1e-14, atol=0)
+    components.measured_close("xpos", "torchscale", np.exp(300.0 * log_zeta), zeta, rtol=1e-14)
 
 
 def test_xpos_of_a_tile_with_padding_at_position_0():

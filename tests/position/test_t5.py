@@ -2,6 +2,7 @@
 
 import math
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.position import POSITIONS
 from jaxllm.position.bias import t5_thresholds
 
+pytestmark = pytest.mark.component("t5")
 T5 = POSITIONS["t5"]()
 
 
@@ -30,6 +32,7 @@ def test_buckets_of_transformers(golden):
     method = POSITIONS["t5"](row["num_buckets"], row["max_distance"])
     found = np.asarray(jax.jit(method.buckets)(jnp.asarray(distance, jnp.int32)))
     np.testing.assert_array_equal(found, expected_buckets(row, distance[-1]), err_msg=str(method))
+  components.measured("t5", "transformers' buckets", 0)
 
 
 def test_thresholds_written_out():

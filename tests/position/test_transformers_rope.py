@@ -1,5 +1,6 @@
 """Live parity with the installed transformers: other fields than the golden rows, and the rotation itself."""
 
+import components
 import numpy as np
 import pytest
 
@@ -84,7 +85,7 @@ def test_alibi_of_bloom():
   pos = np.arange(16, dtype=np.int32)[None]
   expected = {n: build_alibi_tensor(torch.ones(1, 16), n, torch.float32)[:, 0].numpy() for n in range(1, 129)}
   for n, alibi in expected.items():
-    np.testing.assert_allclose(alibi_slopes(n), alibi[:, 1], rtol=1e-6, atol=0)
+    components.measured_close("alibi", "transformers' BLOOM", alibi_slopes(n), alibi[:, 1], rtol=1e-6)
   for n in (8, 12, 40):
     found = np.asarray(POSITIONS["alibi"]().bias({}, pos[:, -1:], pos, n, 1))[0, :, 0]
     np.testing.assert_allclose(found - found[:, :1], expected[n], rtol=1e-6, atol=2e-6)

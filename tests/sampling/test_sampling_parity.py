@@ -1,11 +1,12 @@
 """Element by element against transformers' logits processors."""
 
+import components
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sampling_reference import distribution
 
-from jaxllm.sampling import Chain, Temperature, TopK, TopP
+from jaxllm.sampling import Chain, Greedy, Temperature, TopK, TopP
 
 torch = pytest.importorskip("torch")
 process = pytest.importorskip("transformers.generation.logits_process")
@@ -52,6 +53,19 @@ def test_the_filtered_logits_are_those_of_transformers(temperature, k, p):
   np.testing.assert_array_equal(np.isfinite(ours[decided]), np.isfinite(expected[decided]))
   # torch divides by the temperature and we multiply by its inverse: two roundings of 2^-24.
   np.testing.assert_allclose(ours[decided], expected[decided], rtol=0 if temperature == 1 else 1.2e-7)
+  kept = np.isfinite(expected) & decided[:, None]
+  acting = [
+    name for name, acts in (("temperature", temperature != 1), ("top_k", k), ("top_p", p < 1)) if acts
+  ]
+  error = np.max(np.abs(ours[kept] / expected[kept] - 1))
+  components.measured([*acting, "chain"], "transformers", error)
+
+
+def test_greedy_is_the_argmax_of_torch():
+  """Of rows whose largest logit is one; of equal ones torch names no order."""
+  ours, _ = Greedy()(None, jnp.asarray(LOGITS), ())
+  np.testing.assert_array_equal(ours, torch.argmax(torch.tensor(LOGITS), -1))
+  components.measured("greedy", "torch", 0)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 30])
