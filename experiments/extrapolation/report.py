@@ -33,7 +33,7 @@ def write(out: Path, settings, config: dict, all_rows: list[dict], corpus) -> in
   files.write_text(out / "windows.csv", _sheet(windows, "window"))
   labelled = _labelled(rows, settings)
   figures = _plots(out, settings, labelled, _labelled(curve, settings))
-  learnt = _in_length(in_length, settings, _trigram(settings, corpus))
+  learnt = _in_length(in_length, settings, *_trigram(settings, corpus))
   findings = _findings(rows, windows, settings)
   files.write_text(out / "report.md", _markdown(settings, config, rows, labelled, learnt, findings, figures))
   main = next(m for m in methods.METRICS if m in settings.metrics)
@@ -120,22 +120,22 @@ def _panels(rows: list[dict], metric: str) -> dict:
   return {name: series(panel, metric) for name, panel in panels.items() if panel}
 
 
-def _trigram(settings, corpus) -> float:
-  """Bits per byte of the trigram model on the windows that the models are measured on within their length."""
-  return bits_per_byte(
-    Trigram(corpus.train).nats(in_length_windows(corpus.validation, settings.train_length))
-  )
+def _trigram(settings, corpus) -> tuple[float, int]:
+  """Bits per byte of the trigram model on the windows that the models are measured on within their length; their number."""
+  windows = in_length_windows(corpus.validation, settings.train_length)
+  return bits_per_byte(Trigram(corpus.train).nats(windows)), len(windows)
 
 
-def _in_length(rows: list[dict], settings, baseline: float) -> str:
+def _in_length(rows: list[dict], settings, baseline: float, windows: int) -> str:
   """What the models reach at the training length, beside the trigram model."""
   found = []
   for scheme in settings.schemes:
     values = [row["value"] for row in rows if row["scheme"] == scheme and row["status"] == "ok"]
     reached = f"{interval.mean(values):.3f}" if values else "failed"
-    found.append(f"{scheme} {reached} ({settings.steps_of(scheme)} steps)")
+    some = "" if len(values) in (0, settings.seeds) else f", {len(values)} of {settings.seeds} seeds"
+    found.append(f"{scheme} {reached} ({settings.steps_of(scheme)} steps{some})")
   return (
-    f"Bits per byte at the training length of {settings.train_length}: {', '.join(found)}; "
+    f"Bits per byte at the training length of {settings.train_length}, on {windows} windows: {', '.join(found)}; "
     f"interpolated trigram model {baseline:.3f}."
   )
 
@@ -164,7 +164,7 @@ def _findings(rows: list[dict], windows: list[dict], settings) -> list[str]:
 
 
 def _paired(windows: list[dict], scheme: str, length: int, a: str, b: str) -> str:
-  """The mean difference of two methods with its 95 % interval over the windows, each seen by both."""
+  """The mean difference of two methods with its 95 % interval over the windows, of the seeds that both have."""
   losses: dict[str, dict] = {a: {}, b: {}}
   for row in windows:
     if (
@@ -173,41 +173,58 @@ def _paired(windows: list[dict], scheme: str, length: int, a: str, b: str) -> st
       and row["method"] in losses
       and row["status"] == "ok"
     ):
-      losses[row["method"]].setdefault(row["window"], []).append(row["value"])
+      losses[row["method"]][row["window"], row["seed"]] = row["value"]
   common = losses[a].keys() & losses[b].keys()
-  if len(common) < 2:
+  differences = [
+    interval.mean([losses[a][window, s] - losses[b][window, s] for w, s in sorted(common) if w == window])
+    for window in sorted({window for window, _ in common})
+  ]
+  if len(differences) < 2:
     return ""
-  differences = [interval.mean(losses[a][w]) - interval.mean(losses[b][w]) for w in sorted(common)]
   mean, half = interval.mean(differences), interval.half_width(differences)
-  verdict = "" if abs(mean) > half else ", which is no clear difference"
-  return f" Over the {len(common)} windows: {mean:+.2f} ± {half:.2f}{verdict}."
+  verdict = "" if abs(mean) > half else ", which is within the noise of the windows"
+  return f" Over the {len(differences)} windows: {mean:+.3f} ± {half:.3f}{verdict}."
 
 
 def _across(rows: list[dict], scheme: str, method: str, length: int, train: int) -> str:
-  """A method at a long length against the model as trained at its own length."""
+  """A method at a long length against the model as trained at its own length, over the seeds that have both."""
   here = _values(rows, scheme, method, length)
   there = _values(rows, scheme, "none", train)
   name = f"`{scheme} {method}` at length {length}"
-  if not here or not there:
+  seeds = sorted(here.keys() & there.keys())
+  if not seeds:
     return f"{name} and `{scheme} none` at length {train} cannot be compared: a value is missing."
-  a, b = interval.mean(list(here.values())), interval.mean(list(there.values()))
+  a, b = (interval.mean([values[seed] for seed in seeds]) for values in (here, there))
   words, unit = METRICS["bpb_last"]
   word = "equals" if abs(a - b) <= NO_DIFFERENCE else "is above" if a > b else "is below"
-  return f"The {words} of {name} {word} that of `{scheme} none` at the training length {train} ({a:.2f} against {b:.2f}{unit})."
+  return (
+    f"The {words} of {name} {word} that of `{scheme} none` at the training length {train} ({a:.3f} against {b:.3f}{unit}"
+    f"{_left_out(here, there)})."
+  )
+
+
+def _left_out(*found: dict[int, float]) -> str:
+  """How many of the seeds that one of `found` has are missing in another."""
+  some, every = set().union(*found), set.intersection(*map(set, found))
+  return f"; {len(some - every)} of {len(some)} seeds left out, as a value is missing" if some - every else ""
 
 
 def _best(rows: list[dict], scheme: str, applies: set[str], length: int) -> str | None:
-  """Which method has the lowest loss on the last block, over the seeds that all methods have."""
+  """Which method has the lowest loss on the last block, over the seeds that all methods with a value have."""
   found = {name: _values(rows, scheme, name, length) for name in methods.METHODS if name in applies}
+  absent = sorted(name for name, values in found.items() if not values)
+  found = {name: values for name, values in found.items() if values}
   seeds = set.intersection(*(set(values) for values in found.values())) if found else set()
   if len(found) < 2 or not seeds:
     return None
   means = {name: interval.mean([values[seed] for seed in seeds]) for name, values in found.items()}
   first, second = sorted(means, key=means.get)[:2]
   close = means[second] - means[first] <= NO_DIFFERENCE
+  without = f", leaving out {', '.join(absent)}, which failed" if absent else ""
   return (
     f"At length {length}, the lowest loss on the last block of `{scheme}` is that of `{first}` "
-    f"({means[first]:.2f} bits per byte), {'level with' if close else 'before'} `{second}` ({means[second]:.2f})."
+    f"({means[first]:.3f} bits per byte), {'level with' if close else 'before'} `{second}` ({means[second]:.3f})"
+    f"{without}{_left_out(*found.values())}."
   )
 
 

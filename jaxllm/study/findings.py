@@ -35,7 +35,7 @@ def compare(rows: Sequence[dict], metric: str, length: int, a: str | dict, b: st
 
   values = [(found_a[seed]["value"], found_b[seed]["value"]) for seed in paired]
   mean_a, mean_b = (mean(one) for one in zip(*values, strict=True))
-  numbers = f"{mean_a:.2f} against {mean_b:.2f}{unit}"
+  numbers = f"{mean_a:.3f} against {mean_b:.3f}{unit}"
   if abs(mean_a - mean_b) <= NO_DIFFERENCE:
     sentence = f"there is no difference between {name_a} and {name_b} in the {words} ({numbers})"
     agree = ""
@@ -43,7 +43,7 @@ def compare(rows: Sequence[dict], metric: str, length: int, a: str | dict, b: st
     sign = 1 if mean_a > mean_b else -1
     sentence = (
       f"{name_a} has a {'higher' if sign > 0 else 'lower'} {words} than {name_b} "
-      f"({numbers}, difference {abs(mean_a - mean_b):.2f})"
+      f"({numbers}, difference {abs(mean_a - mean_b):.3f})"
     )
     agree = f"; {sum(sign * (x - y) > 0 for x, y in values)} of {len(paired)} agree"
   if len(paired) > 1:

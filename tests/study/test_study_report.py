@@ -107,15 +107,15 @@ def test_a_finding_turns_with_the_rows():
   same = {"metric": "bpb_last", "length": 1024, "a": "yarn", "b": "ntk"}
   assert compare([value(2.31, "yarn"), value(2.75, "ntk")], **same) == (
     "At length 1024, `yarn` has a lower loss on the last block than `ntk` "
-    "(2.31 against 2.75 bits per byte, difference 0.44)."
+    "(2.310 against 2.750 bits per byte, difference 0.440)."
   )
   assert compare([value(2.75, "yarn"), value(2.31, "ntk")], **same) == (
     "At length 1024, `yarn` has a higher loss on the last block than `ntk` "
-    "(2.75 against 2.31 bits per byte, difference 0.44)."
+    "(2.750 against 2.310 bits per byte, difference 0.440)."
   )
   assert compare([value(2.311, "yarn"), value(2.314, "ntk")], **same) == (
     "At length 1024, there is no difference between `yarn` and `ntk` in the loss on the last block "
-    "(2.31 against 2.31 bits per byte)."
+    "(2.311 against 2.314 bits per byte)."
   )
 
 
@@ -141,8 +141,8 @@ def test_a_finding_over_seeds_says_how_many_agree_and_how_many_are_left_out():
   found += [value(x, "ntk", seed=i) for i, x in enumerate([2.5, 2.5, 2.5])]
   found += [rows.failed(cell("ntk", 1024, seed=3), "no")]
   assert compare(found, "bpb_last", 1024, "yarn", "ntk") == (
-    "At length 1024, `yarn` has a lower loss on the last block than `ntk` (2.23 against 2.50 bits per byte, "
-    "difference 0.27) in the mean of 3 seeds; 2 of 3 agree; 1 of 4 seeds left out, as a value is missing."
+    "At length 1024, `yarn` has a lower loss on the last block than `ntk` (2.233 against 2.500 bits per byte, "
+    "difference 0.267) in the mean of 3 seeds; 2 of 3 agree; 1 of 4 seeds left out, as a value is missing."
   )
 
 
@@ -159,8 +159,8 @@ def test_a_finding_between_schemes_and_one_that_is_ambiguous():
   found = [value(9.0, "none", scheme="alibi", metric="perplexity"), value(2.0, "none", metric="perplexity")]
   alibi, rope = ({"scheme": scheme, "method": "none"} for scheme in ("alibi", "rope"))
   assert compare(found, "perplexity", 1024, alibi, rope) == (
-    "At length 1024, `alibi none` has a higher perplexity than `rope none` (9.00 against 2.00, "
-    "difference 7.00)."
+    "At length 1024, `alibi none` has a higher perplexity than `rope none` (9.000 against 2.000, "
+    "difference 7.000)."
   )
   with pytest.raises(AssertionError, match="several rows a seed"):
     compare(found, "perplexity", 1024, "none", alibi)
