@@ -19,6 +19,7 @@ flags.DEFINE_string("lengths", "128,512,2048", "sequence lengths")
 flags.DEFINE_integer("tokens", 2048, "tokens a step; the batch is tokens / length")
 flags.DEFINE_integer("rounds", 7, "rounds; each side runs once a round")
 flags.DEFINE_string("dtypes", "float32", "compute types: float32, bfloat16")
+flags.DEFINE_enum("attention", "auto", choices.CORES, "attention core; auto: by device, method and length")
 flags.DEFINE_integer("embed_dim", 128, "model width")
 flags.DEFINE_integer("num_layers", 3, "layers")
 flags.DEFINE_integer("num_heads", 2, "attention heads")
@@ -48,21 +49,13 @@ def check(f) -> None:
     choices.positive(name, f[name].value)
 
 
-def our_side(f, length: int, dtype: str) -> tuple[Callable[[], None], Callable[[], None]]:
-  """(one training step, one evaluation) of this project, each waiting for its result."""
-  import jax
-  import numpy as np
-
-  from experiments.extrapolation.evaluate import BLOCKWISE_ABOVE
+def model_config(f, dtype: str):
+  """The decoder that both sides run."""
   from jaxllm.config import Layer, ModelConfig
-  from jaxllm.evaluate.windows import score_windows
-  from jaxllm.nn import Transformer
-  from jaxllm.ops.attention import Plain
-  from jaxllm.ops.blockwise import Blockwise
+  from jaxllm.ops.choose import CORES
   from jaxllm.position import Rope
-  from jaxllm.train.step import TrainConfig, init_state, make_step
 
-  cfg = ModelConfig(
+  return ModelConfig(
     vocab_size=256,
     embed_dim=f.embed_dim,
     num_layers=f.num_layers,
@@ -71,9 +64,32 @@ def our_side(f, length: int, dtype: str) -> tuple[Callable[[], None], Callable[[
     head_dim=f.embed_dim // f.num_heads,
     mlp_dim=f.mlp_dim,
     layers=(Layer(Rope()),),
-    attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain(),
+    attention=CORES[f.attention](),
     dtype=dtype,
   )
+
+
+def core_reports(f) -> str:
+  """A line for each dtype and length: which attention core runs, and why; ConfigError where a forced one cannot."""
+  from jaxllm.nn.cores import core_report
+
+  return "\n".join(
+    f"- {dtype}, {length}: {core_report(model_config(f, dtype), length)}"
+    for dtype in choices.choice_list("dtypes", f.dtypes, ("float32", "bfloat16"))
+    for length in choices.number_list("lengths", f.lengths)
+  )
+
+
+def our_side(f, length: int, dtype: str) -> tuple[Callable[[], None], Callable[[], None]]:
+  """(one training step, one evaluation) of this project, each waiting for its result."""
+  import jax
+  import numpy as np
+
+  from jaxllm.evaluate.windows import score_windows
+  from jaxllm.nn import Transformer
+  from jaxllm.train.step import TrainConfig, init_state, make_step
+
+  cfg = model_config(f, dtype)
   model = Transformer(cfg)
   config = TrainConfig(steps=1000, batch_size=f.tokens // length, length=length)
   state, step = init_state(model, config, 0), make_step(model, config)
@@ -157,6 +173,7 @@ def main(f) -> None:
   print(
     f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}\n"
   )
+  print(f"attention of this side:\n{core_reports(f)}\n")
   print("| dtype | length | task | jaxllm tokens/s | torch tokens/s | ratio |")
   print("|---|---:|---|---:|---:|---:|")
   for dtype in choices.choice_list("dtypes", f.dtypes, ("float32", "bfloat16")):

@@ -63,6 +63,7 @@ flags.DEFINE_string(
 flags.DEFINE_enum(
   "dtype", "auto", ["auto", "float32", "bfloat16"], "compute type; auto: bfloat16 but on a CPU"
 )
+flags.DEFINE_enum("attention", "auto", choices.CORES, "attention core; auto: by device, method and length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Settings:
   mlp_dim: int
   learning_rate: float
   dtype: str
+  attention: str
 
   def steps_of(self, scheme: str) -> int:
     """Training steps of a scheme: most of the time goes to the first."""
@@ -146,6 +148,7 @@ def read_settings(f) -> Settings:
     lengths=lengths,
     learning_rate=choices.positive("learning_rate", f.learning_rate),
     dtype=f.dtype,
+    attention=f.attention,
     **values,
   )
 
@@ -153,6 +156,7 @@ def read_settings(f) -> Settings:
 def model_config(settings: Settings, scheme: str, dtype: str, tested: bool = False):
   """The decoder that a scheme trains, or the one that it is tested with: the same, but for inv_leaky."""
   from jaxllm.config import Layer, ModelConfig, hwfa_layers
+  from jaxllm.ops.choose import CORES
   from jaxllm.position import POSITIONS, LogN
 
   length, how = settings.train_length, methods.SCHEMES[scheme]
@@ -174,6 +178,7 @@ def model_config(settings: Settings, scheme: str, dtype: str, tested: bool = Fal
     layers=layers,
     query_scale=LogN(length) if how.log_n else None,
     embed_scale=settings.embed_dim**0.5,
+    attention=CORES[settings.attention](),
     dtype=dtype,
   )
 
@@ -219,8 +224,11 @@ def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
   import jax
 
   import jaxllm
+  from experiments.extrapolation import evaluate
   from jaxllm.evaluate import windows
 
+  # before anything is trained: a forced core that cannot serve a method is an error here
+  attention = evaluate.core_reports(settings, configs)
   return {
     "jaxllm": jaxllm.__version__,
     "source": source_digest(),
@@ -240,6 +248,7 @@ def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
       "last_block": settings.train_length,
       "group_size": methods.GROUP_SIZE,
       "tokens_at_once": windows.TOKENS_AT_ONCE,
+      "attention": attention,
       "dynamic_ntk": "one base a window; factor f at length L stretches by f L / L0 - (f - 1), 57 for f = 8 at 8 L0",
       "methods": {name: dataclasses.asdict(methods.METHODS[name]) for name in settings.methods},
     },

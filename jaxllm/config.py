@@ -10,7 +10,7 @@ from jaxllm.activation import MLPS, Glu
 from jaxllm.errors import ConfigError, check_positive
 from jaxllm.norm import NORMS, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
-from jaxllm.ops.blockwise import Blockwise
+from jaxllm.ops.choose import CORES
 from jaxllm.position import POSITIONS, LogN, NoPE, Position, Rope
 from jaxllm.position.query_scale import query_scale_table
 from jaxllm.position.tables import PositionTables, RopeTable, make_table
@@ -55,7 +55,7 @@ class ModelConfig:
   qk_norm, clip_qkv: queries and keys normalised; q, k and v clipped to +-clip_qkv.  attention_softcap, logit_softcap: scores
   and logits become cap tanh(x / cap).  attention_sinks: a learned logit a head that takes a share of each query's attention
   (Xiao et al., 2023, section 3.3; GPT-OSS).  layer_scaling: see `nn.attention.Attention`.
-  attention: the core (Plain or Blockwise), which changes speed and memory and not the result.
+  attention: the core (one of ops.choose.CORES), which changes speed and memory and not the result.
   dtype: the compute type, parameters being float32.
   """
 
@@ -225,7 +225,7 @@ _KINDS: dict[str, Mapping[str, type]] = {
   "wiring": WIRINGS,
   "query_scale": {"log_n": LogN},
   "qk_norm": {"qk_norm": QkNorm},
-  "attention": {"plain": Plain, "blockwise": Blockwise},
+  "attention": CORES,
 }
 """The fields whose value is one of several kinds, by name: JSON has {"name": kind, ... its fields}."""
 

@@ -277,7 +277,10 @@ ERRORS = [
   (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer, l2"),
   (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer, l2"),
   (load(mlp={"name": "glu", "gate": 1}), "mlp: glu has no field gate; it has activation, beta"),
-  (load(attention={"name": "flash"}), "attention.name: found 'flash', expected one of plain, blockwise"),
+  (
+    load(attention={"name": "flash"}),
+    "attention.name: found 'flash', expected one of auto, plain, blockwise, cudnn, splash",
+  ),
   (load(query_scale={"name": "sqrt"}), "query_scale.name: found 'sqrt', expected one of log_n"),
   (
     load(layers=[{"position": {"name": "yarn", "betas": 3}}]),

@@ -12,9 +12,8 @@ import numpy as np
 from jaxllm.config import ModelConfig
 from jaxllm.errors import JaxllmError
 from jaxllm.evaluate.windows import bits_per_byte, cut_windows, repeat_last_block, score_windows
+from jaxllm.nn.cores import core_report
 from jaxllm.nn.transformer import Transformer
-from jaxllm.ops.attention import Plain
-from jaxllm.ops.blockwise import Blockwise
 from jaxllm.position import LogN, PositionTables
 from jaxllm.study import methods, rows
 from jaxllm.study.cells import Group
@@ -23,9 +22,6 @@ from jaxllm.study.progress import Progress
 from jaxllm.study.stop import StopFlag
 from jaxllm.train.loop import fit
 from jaxllm.train.step import TrainConfig
-
-BLOCKWISE_ABOVE = 256
-"""Tokens beyond which attention goes by tiles: below it all scores at once are as fast."""
 
 
 @dataclasses.dataclass
@@ -98,9 +94,7 @@ def compute(settings, trained: Trained, text: np.ndarray, group: Group) -> list[
   params = trained.params(scheme, int(seed))
   cfg = trained.tested[scheme]
   # what the tables say, the program need not: without its query scale one program serves every RoPE scheme
-  program_cfg = dataclasses.replace(
-    cfg, query_scale=None, attention=Blockwise() if length > BLOCKWISE_ABOVE else Plain()
-  )
+  program_cfg = dataclasses.replace(cfg, query_scale=None)
   if program != "tables":
     program_cfg = on(program_cfg, next(iter(members)))
   tables = stack(
@@ -143,6 +137,20 @@ def tables_of(
     if methods.METHODS[variant.method].log_n:
       cfg = dataclasses.replace(cfg, query_scale=LogN(train_length, floor=1.0))
   return cfg.rope_tables(seq_len=length)
+
+
+def core_reports(settings, configs: dict[str, ModelConfig]) -> dict[str, str]:
+  """{scheme, method and length: which attention core it takes, and why}; ConfigError where a forced one cannot serve."""
+  reports = {}
+  for scheme, cfg in configs.items():
+    for name in settings.methods:
+      if methods.not_applicable(scheme, name):
+        continue
+      own = on(cfg, methods.Variant(name, 2.0))
+      reports |= {
+        f"{scheme}, {name}, {length}": core_report(own, length, seq_len=length) for length in settings.lengths
+      }
+  return reports
 
 
 def on(cfg: ModelConfig, variant: methods.Variant) -> ModelConfig:

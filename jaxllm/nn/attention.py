@@ -10,11 +10,29 @@ from einops import rearrange
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn.context import Shared, append
 from jaxllm.nn.layers import HeadNorm, Linear, weight
-from jaxllm.ops.attention import MASKED
+from jaxllm.ops.attention import MASKED, Score
 from jaxllm.ops.head import soft_cap
+from jaxllm.position import Position, Rope
 from jaxllm.position.base import add_bias, inner_products
 
 LayerCache = tuple[jax.Array, jax.Array]
+
+
+def rotates_once(position: Position, rows: int) -> bool:
+  """Whether all queries of a call see a key turned alike: not where frequencies depend on the query (rows of a table above 1).
+
+  A method that keeps unrotated keys for the sake of its frequencies only (dynamic NTK) does so where one row is pinned.
+  """
+  return not position.needs_raw_keys or (type(position).scores is Rope.scores and rows == 1)
+
+
+def hooks(cfg: ModelConfig, position: Position, rows: int = 1) -> str | None:
+  """What makes a layer's scores more than inner products (`ops.attention.Score.hooks`), or None."""
+  if not rotates_once(position, rows):
+    return "it scores unrotated keys itself"
+  if type(position).bias is not Position.bias:
+    return "it adds a bias to the scores"
+  return "layer_scaling multiplies the scores" if cfg.layer_scaling else None
 
 
 class Attention(nn.Module):
@@ -63,7 +81,7 @@ class Attention(nn.Module):
     q_BTNH = (q_BTNH / layer_scale).astype(cfg.dtype)
 
     def score(q, k, q_pos, k_pos):
-      if position.needs_raw_keys:
+      if scores_keys:
         scores = position.scores(q, k, q_pos, k_pos, table, p) * layer_scale
       else:
         bias = position.bias(p, q_pos, k_pos, cfg.num_heads, cfg.head_dim)
@@ -76,8 +94,16 @@ class Attention(nn.Module):
     if cache is not None:
       cache = (append(cache[0], k_BTKH, length_B), append(cache[1], v_BTKH, length_B))
       k_BTKH, v_BTKH = cache
+    rows = 1 if table is None else table.rows
+    scores_keys = not rotates_once(position, rows)
+    if (
+      position.needs_raw_keys and not scores_keys
+    ):  # cached unrotated, as other calls may have other frequencies
+      q_BTNH = position.rotate_q(q_BTNH, q_side.pos, table)
+      k_BTKH = position.rotate_k(k_BTKH, k_side.pos, table)
     sinks_N = weight(self, "sinks", (cfg.num_heads,), nn.initializers.zeros) if cfg.attention_sinks else None
-    out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, score, sinks_N)
+    scoring = Score(score, type(position).__name__, hooks(cfg, position, rows), cfg.attention_softcap)
+    out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, scoring, sinks_N)
     return Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)")), cache
 
   def _heads(self, x_BTD: jax.Array, name: str, heads: int) -> jax.Array:

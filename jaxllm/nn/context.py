@@ -90,7 +90,8 @@ def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tupl
   prefix = None
   if context.prefix is not None:
     prefix = jnp.broadcast_to(context.prefix[:, None], (context.prefix.shape[0], T))
-  queries = Side(index, pos, context.segment, context.valid, block, prefix)
+  in_order = cache is None and context.index is None
+  queries = Side(index, pos, context.segment, context.valid, block, prefix, in_order)
   if cache is None:
     return queries, queries, None
   if context.index is not None or context.segment is not None:

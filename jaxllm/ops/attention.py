@@ -2,7 +2,8 @@
 
 A core is a value: core(q, k, v, q_side, k_side, window, score, sinks) with q_BTNH, k_BSKH, v_BSKH,
 score(q_tile, k_tile, q_pos, k_pos) -> float32 [B or 1, K, G, t, s], and sinks_N, a logit a head that every query attends to
-without a value (None: there is none).  Masks see order (index), methods see positions (pos).
+without a value (None: there is none).  Masks see order (index), methods see positions (pos).  A core that computes inner
+products itself, as fused kernels do, takes a `Score` only, and one whose `hooks` is None.
 """
 
 from __future__ import annotations
@@ -18,7 +19,25 @@ from jaxllm.ops.einsum import einsum
 MASKED = -1e30
 """A score that no real one is below: finite, so that masked rows and their gradients stay finite too."""
 
-Score = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+ScoreFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """A score function, and what a kernel that does not call it has to know.
+
+  method: the position method's name, for errors.  hooks: what makes the scores more than soft_cap(q . k), as half a sentence
+  ("it adds a bias to the scores"), or None where they are that and nothing else.  softcap: the cap, or None.
+  """
+
+  compute: ScoreFn
+  method: str
+  hooks: str | None = None
+  softcap: float | None = None
+
+  def __call__(self, q: jax.Array, k: jax.Array, q_pos: jax.Array, k_pos: jax.Array) -> jax.Array:
+    """Scores of a tile, float32 [B or 1, K, G, t, s]."""
+    return self.compute(q, k, q_pos, k_pos)
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +49,7 @@ class Side:
   within their own number only (None: one segment); valid: False for padding and unused cache slots (None: all are real);
   block: the second position of queries and new keys for two-dimensional methods (None: 0), which a cache does not keep.
   prefix: keys of an index below it are seen by every query (read on the queries' side; None: causal throughout).
+  in_order: known while tracing that index is 0, 1, 2, ... in every row, so that a program need not look.
   """
 
   index: jax.Array
@@ -38,6 +58,7 @@ class Side:
   valid: jax.Array | None = None
   block: jax.Array | None = None
   prefix: jax.Array | None = None
+  in_order: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def allowed(q: Side, k: Side, window: int | None) -> jax.Array:
@@ -99,7 +120,7 @@ class Plain:
     q_side: Side,
     k_side: Side,
     window: int | None,
-    score: Score,
+    score: ScoreFn,
     sinks_N: jax.Array | None = None,
   ) -> jax.Array:
     scores_BKGTS = score(q_BTNH, k_BSKH, q_side.pos, k_side.pos)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import ConfigError
-from jaxllm.ops.attention import MASKED, Score, Side, allowed, per_head, zero_unused
+from jaxllm.ops.attention import MASKED, ScoreFn, Side, allowed, per_head, zero_unused
 from jaxllm.ops.einsum import einsum
 
 
@@ -39,44 +39,55 @@ class Blockwise:
     q_side: Side,
     k_side: Side,
     window: int | None,
-    score: Score,
+    score: ScoreFn,
     sinks_N: jax.Array | None = None,
   ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
-    S = k_BSKH.shape[1]
+    S, K = k_BSKH.shape[1:3]
     t, s = min(self.q_block, T), min(self.k_block, S)
     v_BSKH = zero_unused(v_BSKH, k_side.valid)
     if S % s:  # padding keys must be known as such
       real = jnp.ones((1, S), bool) if k_side.valid is None else k_side.valid
       k_side = dataclasses.replace(k_side, valid=real)
-    keys = jax.tree.map(lambda x: _tiles(x, s), (k_BSKH, v_BSKH, k_side))
-    queries = jax.tree.map(lambda x: _tiles(x, t), (q_BTNH, q_side))
+    # where order is known while tracing, two numbers say that a tile is empty, and its mask is never computed
+    by_number = q_side.in_order and k_side.in_order and q_side.prefix is None and q_side.segment is None
+    q_side, k_side = (dataclasses.replace(side, in_order=False) for side in (q_side, k_side))  # tiles are not
+    # heads before tokens: what products want, and a transpose here is one a call in place of one a tile
+    keys = [_tiles(jnp.moveaxis(x, 2, 1), s, 2) for x in (k_BSKH, v_BSKH)]
+    keys += [jax.tree.map(lambda x: _tiles(x, s), k_side)]
+    queries = (_tiles(jnp.moveaxis(q_BTNH, 2, 1), t, 2), jax.tree.map(lambda x: _tiles(x, t), q_side))
+    number = lambda tiles: jnp.arange(tiles.shape[0], dtype=jnp.int32)
 
     def query_tile(query):
-      q, q_tile = query
+      i, q, q_tile = query
+      q_BTNH = jnp.moveaxis(q, 1, 2)
 
       @jax.checkpoint
       def key_tile(carry, key):
-        k, v, k_tile = key
-        mask = allowed(q_tile, k_tile, window)
-        return jax.lax.cond(
-          jnp.any(mask), _attend, lambda carry, *_: carry, carry, q, q_tile, k, v, k_tile, mask
-        ), None
+        j, k, v, k_tile = key
 
-      def _attend(carry, q, q_tile, k, v, k_tile, mask):
-        top, total, out = carry
-        scores = score(q, k, q_tile.pos, k_tile.pos)
-        mask = mask[:, None, None]
-        # the result does not depend on the running maximum, so no gradient flows through it
-        new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(jnp.where(mask, scores, MASKED), axis=-1)))
-        # masked inside the exponential: a row with no key in this tile yet has the top MASKED, and inf * 0 as gradient
-        exp = jnp.exp(jnp.where(mask, scores - new_top[..., None], MASKED))
-        decay = jnp.exp(top - new_top)
-        total = total * decay + jnp.sum(exp, axis=-1)
-        out = out * decay[..., None] + einsum("BKGTS,BSKH->BKGTH", exp.astype(v.dtype), v)
-        return new_top, total, out
+        def attend(carry):
+          top, total, out = carry
+          scores = score(q_BTNH, jnp.moveaxis(k, 1, 2), q_tile.pos, k_tile.pos)
+          mask = (allowed(q_tile, k_tile, window) if by_number else seen)[:, None, None]
+          # the result does not depend on the running maximum, so no gradient flows through it
+          new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(jnp.where(mask, scores, MASKED), axis=-1)))
+          # masked inside the exponential: a row with no key in this tile yet has the top MASKED, and inf * 0 as gradient
+          exp = jnp.exp(jnp.where(mask, scores - new_top[..., None], MASKED))
+          decay = jnp.exp(top - new_top)
+          total = total * decay + jnp.sum(exp, axis=-1)
+          out = out * decay[..., None] + einsum("BKGTS,BKSH->BKGTH", exp.astype(v.dtype), v)
+          return new_top, total, out
 
-      K = k_BSKH.shape[2]
+        if by_number:
+          some = j * s < (i + 1) * t
+          if window is not None:
+            some &= i * t - (j * s + s - 1) < window
+        else:
+          seen = allowed(q_tile, k_tile, window)
+          some = jnp.any(seen)
+        return jax.lax.cond(some, attend, lambda carry: carry, carry), None
+
       rows = (B, K, N // K, t)
       # the type of the scores, whatever JAX's default is
       zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
@@ -87,15 +98,16 @@ class Blockwise:
         top = jax.lax.stop_gradient(sink)
         total = jnp.exp(sink - top)
       start = (top, total, zeros((*rows, H)))
-      (_, total, out), _ = jax.lax.scan(key_tile, start, keys)
-      return jnp.moveaxis(out / jnp.where(total > 0, total, 1.0)[..., None], 3, 1).astype(q_BTNH.dtype)
+      (_, total, out), _ = jax.lax.scan(key_tile, start, (number(keys[0]), *keys))
+      return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q_BTNH.dtype)
 
-    out = jax.lax.map(query_tile, queries)  # [T / t, B, t, K, G, H]
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
+    out = jax.lax.map(query_tile, (number(queries[0]), *queries))  # [T / t, B, K, G, t, H]
+    return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, -1, N, H)[:, :T]
 
 
-def _tiles(x: jax.Array, size: int) -> jax.Array:
-  """[B, S, ...] -> [ceil(S / size), B, size, ...], padded with zeros (False for a mask)."""
-  B, S = x.shape[:2]
-  x = jnp.pad(x, [(0, 0), (0, -S % size)] + [(0, 0)] * (x.ndim - 2))
-  return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
+def _tiles(x: jax.Array, size: int, axis: int = 1) -> jax.Array:
+  """[B, ..., S, ...] -> [ceil(S / size), B, ..., size, ...], S on `axis`, padded with zeros (False for a mask)."""
+  pad = [(0, 0)] * x.ndim
+  pad[axis] = (0, -x.shape[axis] % size)
+  x = jnp.pad(x, pad)
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)

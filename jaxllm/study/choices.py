@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from jaxllm.errors import ConfigError
 
+CORES = ("auto", "plain", "blockwise", "cudnn", "splash")
+"""Names of attention cores (`ops.choose.CORES`), which a flag lists without importing jax."""
+
 
 def choice_list(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
   """The names in a comma-separated flag, in the order given; "all" is every allowed one.

@@ -190,7 +190,9 @@ def test_a_seed_that_failed_for_one_method_is_left_out_of_every_sentence(tmp_pat
 
   assert write(tmp_path / "out", corpus, "--seeds=2", "--windows=4", make=make)[0] == 1
   text = "\n".join(findings(tmp_path / "out"))
-  line = next(line for line in text.splitlines() if "`rope yarn` has a lower" in line and "`rope ntk`" in line)
+  line = next(
+    line for line in text.splitlines() if "`rope yarn` has a lower" in line and "`rope ntk`" in line
+  )
   assert "difference 0.500" in line and "Over the 4 windows: -0.500 ± 0.000." in line
   across = next(line for line in text.splitlines() if "`rope rerope` at length 128" in line)
   assert "is above" in across and "(5.400 against 5.000 bits per byte; 1 of 2 seeds left out" in across

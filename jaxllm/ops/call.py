@@ -1,0 +1,86 @@
+"""What is known of an attention call while it is traced: all that the choice of a core may depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jaxllm.ops.attention import Plain, Score, ScoreFn, Side
+from jaxllm.ops.blockwise import Blockwise
+
+PLAIN_UP_TO = 256
+"""Keys up to which all scores at once are the fastest on CPUs (BENCHMARKS.md has the measurement)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a program is traced for: "cpu", "tpu", "cuda" or another platform's name, and a GPU's compute capability.
+
+  partitioned: whether a mesh of several devices is in scope, over which the compiler splits arrays by itself.
+  """
+
+  platform: str
+  capability: tuple[int, int] = (0, 0)
+  partitioned: bool = False
+
+  def __str__(self) -> str:
+    major, minor = self.capability
+    return self.platform + (f" of compute capability {major}.{minor}" if self.platform == "cuda" else "")
+
+
+def current_device() -> Device:
+  """The default backend, and the mesh in scope (`jax.set_mesh`)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  split = any(size > 1 for size in mesh.shape.values())
+  platform, first = jax.default_backend(), jax.devices()[0]
+  if platform == "gpu" and "cuda" in first.client.platform_version:
+    major, minor = str(first.compute_capability).split(".")
+    return Device("cuda", (int(major), int(minor)), split)
+  return Device(platform, partitioned=split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """The static facts of one call of a core: what a choice may depend on.
+
+  hooks, softcap, method: those of its `attention.Score`.  fixed_window: the window is a Python integer, or there is none.
+  """
+
+  device: Device
+  dtype: str
+  head_dim: int
+  keys: int
+  method: str
+  hooks: str | None = None
+  softcap: float | None = None
+  in_order: bool = True
+  fixed_window: bool = True
+  prefix: bool = False
+  segments: bool = False
+  sinks: bool = False
+
+
+def facts(q_BTNH, k_BSKH, q_side: Side, k_side: Side, window, score: ScoreFn, sinks_N) -> Call:
+  """The `Call` of a core's arguments."""
+  if not isinstance(score, Score):
+    score = Score(score, "this score function", "it is no attention.Score, so its scores may be anything")
+  return Call(
+    current_device(),
+    str(q_BTNH.dtype),
+    q_BTNH.shape[-1],
+    k_BSKH.shape[1],
+    score.method,
+    score.hooks,
+    score.softcap,
+    in_order=q_side.in_order and k_side.in_order,
+    fixed_window=window is None or isinstance(window, int),
+    prefix=q_side.prefix is not None,
+    segments=q_side.segment is not None,
+    sinks=sinks_N is not None,
+  )
+
+
+def untiled_or_tiled(keys: int) -> Plain | Blockwise:
+  """The reference core for so many keys: all scores at once while that is as fast, tiles beyond."""
+  return Plain() if keys <= PLAIN_UP_TO else Blockwise()

@@ -1,0 +1,62 @@
+"""Which attention core serves a call, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jaxllm.ops.attention import Plain, ScoreFn, Side
+from jaxllm.ops.blockwise import Blockwise
+from jaxllm.ops.call import PLAIN_UP_TO, Call, facts, untiled_or_tiled
+from jaxllm.ops.kernels import Cudnn, Kernel, Splash
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A core and the reason it was taken, a clause for reports."""
+
+  core: Plain | Blockwise | Kernel
+  why: str
+
+
+def choose(call: Call) -> Choice:
+  """The core for a call: the device's kernel where it serves it, else plain up to PLAIN_UP_TO keys and blockwise beyond.
+
+  NVIDIA GPUs have cuDNN and TPUs splash attention; a call with a cache goes to plain or blockwise.
+  """
+  kernel = {"cuda": Cudnn(), "tpu": Splash()}.get(call.device.platform)
+  if kernel is None:
+    reason = f"no kernel for {call.device.platform}"
+  elif not call.in_order:
+    reason = "a call with a cache or an order of its own"
+  elif reason := kernel.refusal(call):
+    reason = f"not {kernel.name}: {reason}"
+  else:
+    return Choice(kernel, f"{call.device}, {call.dtype}, and {call.method} is plain inner products")
+  core = untiled_or_tiled(call.keys)
+  side = "up to" if isinstance(core, Plain) else "more than"
+  return Choice(core, f"{reason}; {call.keys} keys, {side} {PLAIN_UP_TO}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+  """The core that `choose` takes for each call, while it is traced."""
+
+  def __call__(
+    self,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_side: Side,
+    k_side: Side,
+    window: int | None,
+    score: ScoreFn,
+    sinks_N: jax.Array | None = None,
+  ) -> jax.Array:
+    core = choose(facts(q_BTNH, k_BSKH, q_side, k_side, window, score, sinks_N)).core
+    return core(q_BTNH, k_BSKH, v_BSKH, q_side, k_side, window, score, sinks_N)
+
+
+CORES = {"auto": Auto, "plain": Plain, "blockwise": Blockwise, "cudnn": Cudnn, "splash": Splash}
+"""Attention cores by name."""

@@ -1,0 +1,57 @@
+"""experiments.attention_length: a table of both cores, and flags that are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args):
+  env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device, compiled quickly
+  call = [sys.executable, "-m", "experiments.attention_length", *args]
+  return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_the_smoke_run_measures_both_cores_and_writes_what_it_prints(tmp_path):
+  done = run("--smoke", f"--out={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  written = (tmp_path / "attention_length.md").read_text()
+  assert written.split("\n\n")[1] in done.stdout
+  (line,) = [line for line in written.splitlines() if line.startswith("| rope ")]
+  method, length, plain, blockwise, ratio, *megabytes = [cell.strip() for cell in line.split("|")[1:-1]]
+  assert (method, length) == ("rope", "128")
+  assert float(plain) > 0 and float(blockwise) > 0 and float(ratio) > 0
+  if sys.platform == "linux":
+    assert all(0 <= int(number) < 500 for number in megabytes)
+
+
+def test_memory_of_a_pass_is_seen():
+  """All scores of 2048 tokens and two heads are 34 MB, which tiles never hold."""
+  code = (
+    "from experiments import attention_length as a\n"
+    "print(*(a.peak_of_own_process('alibi', core, 2048) for core in ('plain', 'blockwise')))"
+  )
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+  if sys.platform != "linux":
+    assert done.stdout.split() == ["None", "None"]
+    return
+  plain, blockwise = map(int, done.stdout.split())
+  assert plain > 34e6 and plain > blockwise + 20e6
+
+
+@pytest.mark.parametrize(
+  ("flag", "named"),
+  [
+    ("--lengths=1", "'1'"),
+    ("--methods=flash", "'flash'"),
+    ("--rounds=0", "--rounds=0"),
+    ("--plain_up_to=-1", "-1"),
+  ],
+)
+def test_bad_calls(flag, named):
+  done = run(flag)
+  assert done.returncode == 2 and named in done.stderr
