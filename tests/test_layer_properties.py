@@ -52,7 +52,7 @@ def test_norms_do_not_know_the_scale(name, x, power):
 
 
 @given(rows(), st.integers(-(2**16), 2**16))
-@examples(60)
+@examples(40)
 def test_a_layer_norm_does_not_know_the_mean_and_an_rms_norm_does(x, shift):
   layer, moved = (apply(LayerNorm(scale=None, bias=False), y) for y in (x, x + np.float32(shift)))
   np.testing.assert_allclose(moved, layer, rtol=0, atol=3e-6)
@@ -62,7 +62,7 @@ def test_a_layer_norm_does_not_know_the_mean_and_an_rms_norm_does(x, shift):
 
 
 @given(rows())
-@examples(60)
+@examples(40)
 def test_what_a_norm_leaves(x):
   """Mean 0 and variance 1; mean square 1; length 1."""
   sums = lambda name, power: np.mean(apply(BARE[name], x).astype(np.float64) ** power, axis=-1)
@@ -71,7 +71,7 @@ def test_what_a_norm_leaves(x):
 
 
 @given(rows(), numbers((D,), 4.0), numbers((D,), 4.0))
-@examples(60)
+@examples(40)
 def test_gain_and_bias_come_last(x, gain, bias):
   """norm(x) * g + b, one g and b for all rows; 1 + w is w from 0."""
   bare = {name: apply(BARE[name], x).astype(np.float64) for name in ("rms", "layer")}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import LAST, PAIRS, SCALINGS, bases, examples, factors, fields_of, lengths, numbers, scalings
@@ -49,7 +50,7 @@ def cases(draw):
 
 
 @given(cases(), numbers((T, HEAD)), st.lists(positions, min_size=T, max_size=T))
-@examples(60)
+@examples(40)
 def test_rotations_keep_the_norm(case, x, pos):
   """Times the scale; for a pair alone too, as no pair sees another."""
   layout, R, table, scale = case
@@ -61,7 +62,7 @@ def test_rotations_keep_the_norm(case, x, pos):
 
 
 @given(cases(), numbers((T, HEAD)), positions, positions)
-@examples(60)
+@examples(40)
 def test_rotations_add_up(case, x, a, b):
   """R(a) R(b) = R(a + b), to the last position."""
   a = a % (LAST - b + 1)
@@ -73,7 +74,7 @@ def test_rotations_add_up(case, x, a, b):
 
 
 @given(cases(), numbers((2, T, HEAD)), *[st.integers(0, 4096)] * 2, st.integers(0, 10**6))
-@examples(60)
+@examples(40)
 def test_inner_products_know_the_distance_only(case, qk, m, n, shift):
   """For shifts up to a million, to 1e-6 of |q||k|."""
   (layout, _, table, scale), (q, k) = case, qk
@@ -102,7 +103,7 @@ def test_a_turned_pair_is_a_complex_product(pairs, qk, m, distance):
   positions,
   st.sampled_from(["float32", "bfloat16"]),
 )
-@examples(60)
+@examples(40)
 def test_coordinates_beyond_rotary_dim_keep_their_bits(case, x, special, pos, dtype):
   """Those of NaN, infinities and subnormal numbers too."""
   layout, R, table, _ = case
@@ -128,11 +129,11 @@ def test_angles_are_exact(pos, inv_freq):
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", SCALINGS)
 @given(st.data(), st.integers(1, 64), bases, lengths)
-@examples(100)
-def test_factor_one_is_plain(data, pairs, base, length):
+@examples(25)
+def test_factor_one_is_plain(name, data, pairs, base, length):
   """Bit for bit, whatever the other fields are, and so on the device as well; LongRoPE needs lists of ones."""
-  name = data.draw(st.sampled_from(SCALINGS))
   fields = data.draw(fields_of(name, pairs))
   if name == "longrope":
     fields = dict.fromkeys(fields, (1.0,) * pairs)
@@ -161,7 +162,7 @@ def test_every_method_with_a_factor_is_here():
 
 
 @given(st.integers(2, 64), bases, factors, st.floats(0.0, 1.0))
-@examples(60)
+@examples(40)
 def test_the_ends_of_ntk(pairs, base, factor, exponent):
   """The first frequency stays and the last falls by exactly the factor; those of the sequels fall by it as well."""
   R, fields = 2 * pairs, dict(base=base, factor=factor)
