@@ -121,15 +121,18 @@ class ModelConfig:
     """Everything about positions that a compiled program takes as data.
 
     A method whose frequencies depend on the length has a row for each distinct length up to `max_len`, and every query uses
-    the row of its own length; `seq_len` pins one length for all of a call instead.
+    the row of its own length; `seq_len` pins one length for all of a call instead.  `Transformer` refuses tables of a
+    `max_len` below the length of its call, and those of a method that is no set of frequencies (ReRoPE) in a model of another;
+    it cannot see that tables are of another base or factor, of another ReRoPE window, or pinned at another length.
     """
 
     def table(rope: Rope) -> RopeTable:
       rotary_dim = self.rotary_dim(rope)
       if seq_len is not None:
-        return make_table([rope.frequencies(rotary_dim, seq_len)])
+        return make_table([rope.frequencies(rotary_dim, seq_len)], program=rope.program)
       start, lengths = rope.seq_lens(max_len)
-      return make_table([rope.frequencies(rotary_dim, length) for length in lengths], start)
+      rows = [rope.frequencies(rotary_dim, length) for length in lengths]
+      return make_table(rows, start, rope.reach(max_len), rope.program)
 
     return PositionTables(tuple(map(table, self.ropes)), query_scale_table(self.query_scale))
 
@@ -144,17 +147,18 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, plain: Mapping[str, Any]) -> ModelConfig:
-    """The config of `to_dict`'s output; an unknown key or name is an error."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(plain) - known):
+    """The config of `to_dict`'s output; an unknown key or name, or a missing key without a default, is a ConfigError."""
+    known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(plain) - set(known)):
       raise ConfigError(f"model config: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    if missing := [name for name, required in known.items() if required and name not in plain]:
+      raise ConfigError(
+        f"model config: no {', '.join(missing)}; found: {', '.join(sorted(plain)) or 'nothing'}"
+      )
     values = dict(plain)
     values |= {key: _build(kinds, key, plain[key]) for key, kinds in _VALUES.items() if key in plain}
     if "layers" in plain:
-      values["layers"] = tuple(
-        Layer(_build(POSITIONS, "layers.position", layer["position"]), layer.get("window"))
-        for layer in plain["layers"]
-      )
+      values["layers"] = tuple(map(_build_layer, plain["layers"]))
     return cls(**values)
 
 
@@ -168,9 +172,19 @@ def _dump(kinds: Mapping[str, type], value: Any) -> dict[str, Any] | None:
   return {"name": name} | dataclasses.asdict(value)
 
 
+def _build_layer(plain: Mapping[str, Any]) -> Layer:
+  if not isinstance(plain, Mapping) or not {"position"} <= set(plain) <= {"position", "window"}:
+    raise ConfigError(
+      f"layers: found {plain!r}, expected position, window (which may be left out) and no other"
+    )
+  return Layer(_build(POSITIONS, "layers.position", plain["position"]), plain.get("window"))
+
+
 def _build(kinds: Mapping[str, type], key: str, plain: Mapping[str, Any] | None) -> Any:
-  if plain is None:
+  if plain is None and key == "query_scale":
     return None
+  if not isinstance(plain, Mapping):
+    raise ConfigError(f"{key}: found {plain!r}, expected its name and fields")
   fields = dict(plain)
   name = fields.pop("name", None)
   if name not in kinds:

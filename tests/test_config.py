@@ -183,6 +183,18 @@ ERRORS = [
   ),
   (lambda: MODELS["dynamic_ntk"].rope_tables(), "dynamic_ntk: .*give max_len, or seq_len to pin one"),
   (load(depth=3, heads=2), "model config: unknown key depth, heads; known: attention, "),
+  (
+    lambda: ModelConfig.from_dict({"mlp_dim": 8}),
+    "model config: no vocab_size, embed_dim, .*head_dim; found: mlp_dim",
+  ),
+  (
+    load(layers=[{"position": {"name": "rope"}, "windw": 4}]),
+    "layers: found .*'windw'.*expected position, window",
+  ),
+  (load(layers=[{"window": 4}]), "layers: found {'window': 4}, expected position"),
+  (load(layers=[{"position": None}]), "layers.position: found None, expected its name"),
+  (load(layers=["rope"]), "layers: found 'rope', expected position"),
+  (load(norm=None), "norm: found None, expected its name"),
   (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer"),
   (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer"),
   (load(mlp={"name": "glu", "gate": 1}), "mlp: glu has no field gate; it has activation"),

@@ -118,9 +118,11 @@ def _in_length(rows: list[dict], settings, baseline: float) -> str:
   """What the models reach at the training length, beside the trigram model."""
   found = []
   for scheme in settings.schemes:
-    values = [row["value"] for row in rows if row["scheme"] == scheme and row["status"] == "ok"]
+    seeds = [row for row in rows if row["scheme"] == scheme]
+    values = [row["value"] for row in seeds if row["status"] == "ok"]
     reached = f"{interval.mean(values):.3f}" if values else "failed"
-    found.append(f"{scheme} {reached} ({settings.steps_of(scheme)} steps)")
+    some = f"; {len(values)} of {len(seeds)} seeds" if 0 < len(values) < len(seeds) else ""
+    found.append(f"{scheme} {reached} ({settings.steps_of(scheme)} steps{some})")
   return (
     f"Bits per byte at the training length of {settings.train_length}: {', '.join(found)}; "
     f"interpolated trigram model {baseline:.3f}."
@@ -151,51 +153,68 @@ def _findings(rows: list[dict], windows: list[dict], settings) -> list[str]:
 
 
 def _paired(windows: list[dict], scheme: str, length: int, a: str, b: str) -> str:
-  """The mean difference of two methods with its 95 % interval over the windows, each seen by both."""
+  """The mean difference of two methods with its 95 % interval over the windows, each seen by both under the same seeds."""
   losses: dict[str, dict] = {a: {}, b: {}}
   for row in windows:
     if (
-      row["scheme"] == scheme
-      and row["length"] == length
-      and row["method"] in losses
-      and row["status"] == "ok"
+      (row["scheme"], row["length"]) == (scheme, length) and row["method"] in losses and row["status"] == "ok"
     ):
-      losses[row["method"]].setdefault(row["window"], []).append(row["value"])
-  common = losses[a].keys() & losses[b].keys()
-  if len(common) < 2:
+      losses[row["method"]][row["seed"], row["window"]] = row["value"]
+  common = sorted(losses[a].keys() & losses[b].keys())
+  by_window: dict[int, list[float]] = {}
+  for seed, window in common:
+    by_window.setdefault(window, []).append(losses[a][seed, window] - losses[b][seed, window])
+  if len(by_window) < 2:
     return ""
-  differences = [interval.mean(losses[a][w]) - interval.mean(losses[b][w]) for w in sorted(common)]
+  differences = [interval.mean(of_seeds) for _, of_seeds in sorted(by_window.items())]
   mean, half = interval.mean(differences), interval.half_width(differences)
   verdict = "" if abs(mean) > half else ", which is no clear difference"
-  return f" Over the {len(common)} windows: {mean:+.2f} ± {half:.2f}{verdict}."
+  left_out = _left_out({seed for seed, _ in common}, windows, scheme)
+  return f" Over the {len(by_window)} windows: {mean:+.2f} ± {half:.2f}{verdict}{left_out}."
 
 
 def _across(rows: list[dict], scheme: str, method: str, length: int, train: int) -> str:
-  """A method at a long length against the model as trained at its own length."""
+  """A method at a long length against the model as trained at its own length, over the seeds that have both."""
   here = _values(rows, scheme, method, length)
   there = _values(rows, scheme, "none", train)
   name = f"`{scheme} {method}` at length {length}"
-  if not here or not there:
+  seeds = here.keys() & there.keys()
+  if not seeds:
     return f"{name} and `{scheme} none` at length {train} cannot be compared: a value is missing."
-  a, b = interval.mean(list(here.values())), interval.mean(list(there.values()))
+  a, b = (interval.mean([values[seed] for seed in seeds]) for values in (here, there))
   words, unit = METRICS["bpb_last"]
   word = "equals" if abs(a - b) <= NO_DIFFERENCE else "is above" if a > b else "is below"
-  return f"The {words} of {name} {word} that of `{scheme} none` at the training length {train} ({a:.2f} against {b:.2f}{unit})."
+  return (
+    f"The {words} of {name} {word} that of `{scheme} none` at the training length {train} "
+    f"({a:.2f} against {b:.2f}{unit}){_left_out(seeds, rows, scheme)}."
+  )
 
 
 def _best(rows: list[dict], scheme: str, applies: set[str], length: int) -> str | None:
-  """Which method has the lowest loss on the last block, over the seeds that all methods have."""
+  """Which method has the lowest loss on the last block, over the seeds that all methods with any value have."""
   found = {name: _values(rows, scheme, name, length) for name in methods.METHODS if name in applies}
+  without = [f"`{name}`" for name in found if not found[name]]
+  found = {name: values for name, values in found.items() if values}
   seeds = set.intersection(*(set(values) for values in found.values())) if found else set()
   if len(found) < 2 or not seeds:
     return None
   means = {name: interval.mean([values[seed] for seed in seeds]) for name, values in found.items()}
   first, second = sorted(means, key=means.get)[:2]
   close = means[second] - means[first] <= NO_DIFFERENCE
+  missing = f"; {', '.join(without)} left out, as all values are missing" if without else ""
   return (
     f"At length {length}, the lowest loss on the last block of `{scheme}` is that of `{first}` "
-    f"({means[first]:.2f} bits per byte), {'level with' if close else 'before'} `{second}` ({means[second]:.2f})."
+    f"({means[first]:.2f} bits per byte), {'level with' if close else 'before'} `{second}` ({means[second]:.2f})"
+    f"{_left_out(seeds, rows, scheme)}{missing}."
   )
+
+
+def _left_out(used: set[int], rows: list[dict], scheme: str) -> str:
+  """How many of the scheme's seeds are not among those used; nothing if all are."""
+  seeds = {row["seed"] for row in rows if row["scheme"] == scheme}
+  if len(used) == len(seeds):
+    return ""
+  return f"; {len(seeds) - len(used)} of {len(seeds)} seeds left out, as a value is missing"
 
 
 def _values(rows: list[dict], scheme: str, method: str, length: int) -> dict[int, float]:

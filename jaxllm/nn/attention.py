@@ -56,8 +56,9 @@ class Attention(nn.Module):
       )
 
     if cache is not None:
-      cache = (append(cache[0], k_BTKH, length_B), append(cache[1], v_BTKH, length_B))
-      k_BTKH, v_BTKH = cache
+      k_BTKH, v_BTKH = cache = tuple(
+        append(slots, new, length_B, q_side.valid) for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+      )
     out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, score)
     out_BTD = rearrange(out_BTNH, "B T N H -> B T (N H)")
     return Linear(cfg.embed_dim, cfg.dtype, init_scale=(2 * cfg.num_layers) ** -0.5, name="o")(out_BTD), cache

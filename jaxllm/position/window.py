@@ -42,10 +42,16 @@ class ReRope(Rope):
     return self.window if self.window is not None else max(1, self.original_length // 2)
 
   def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
+    if table.rows > 1:
+      raise ConfigError(
+        f"rope: found a table of {table.rows} rows, expected one for {type(self).__name__}; pin one length with "
+        "rope_tables(seq_len=...)"
+      )
     near = super().scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p)
     clip_pos = jnp.full((1, 1), self.clip, jnp.int32)
-    q_far = rotate(q_BTNH, *table.cos_sin(clip_pos), self.layout)
-    # cos and sin carry the table's scale; the unturned keys of the far branch must carry theirs
-    far = inner_products(q_far, k_BSKH) * table.scale[0]
+    # cos and sin carry the table's scale; the queries of the far branch carry that of the unturned keys too, which is on the
+    # turned coordinates only
+    cos, sin = (x * table.scale[0] for x in table.cos_sin(clip_pos))
+    far = inner_products(rotate(q_BTNH, cos, sin, self.layout), k_BSKH)
     is_near_BTS = q_pos_BT[:, :, None] - k_pos_BS[:, None, :] < self.clip
     return jnp.where(is_near_BTS[:, None, None], near, far)

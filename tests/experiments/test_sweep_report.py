@@ -157,3 +157,38 @@ def test_failed_cells_are_counted_and_do_not_enter_a_finding(tmp_path, corpus, n
 def test_sweeps_with_little_to_show_have_a_report_too(tmp_path, corpus, args):
   assert write(tmp_path / "out", corpus, *args)[0] == 0
   assert (tmp_path / "out" / "report.md").stat().st_size > 500
+
+
+def test_only_seeds_that_both_sides_have_are_compared(tmp_path, corpus, no_figures, capsys):
+  """Seed 2 lies 3 bits higher and ntk failed there, as `none` did in seed 1: unpaired, each sign would turn."""
+  lost = {("ntk", 2), ("none", 1)}
+
+  def make(cell):
+    if cell["scheme"] == "rope" and (cell["method"], cell["seed"]) in lost:
+      return rows.failed(cell, "RuntimeError: lost")
+    return value(cell) + 3 * (cell["seed"] == 2)
+
+  out = tmp_path / "out"
+  assert write(out, corpus, "--seeds=3", make=make)[0] == 1
+  found = findings(out)
+  left_out = "1 of 3 seeds left out, as a value is missing"
+  yarn = next(s for s in found if "`rope yarn`" in s and "`rope ntk`" in s)
+  gap = value({"method": "yarn", "length": 128, "seed": 0}) - value(
+    {"method": "ntk", "length": 128, "seed": 0}
+  )
+  assert f"Over the 12 windows: {gap:+.2f} ± 0.00; {left_out}." in yarn
+  far = value({"method": "rerope", "length": 128, "seed": 1}) + 1.5
+  near = value({"method": "none", "length": 16, "seed": 1}) + 1.5
+  across = next(s for s in found if "`rope rerope` at length 128 is above" in s)
+  assert f"({far:.2f} against {near:.2f} bits per byte); {left_out}." in across
+  best = next(s for s in found if "the lowest loss on the last block of `rope`" in s)
+  assert best.endswith("2 of 3 seeds left out, as a value is missing.")
+  assert "seeds left out" not in "".join(s for s in found if "`alibi" in s)
+  assert "rope 5.532 (5 steps; 2 of 3 seeds), alibi 5.032 (5 steps)" in capsys.readouterr().out
+
+
+def test_a_method_that_failed_does_not_hide_the_best_of_the_others(tmp_path, corpus, no_figures):
+  make = lambda cell: rows.failed(cell, "Lost: all") if cell["method"] == "yarn" else value(cell)
+  write(tmp_path / "out", corpus, make=make)
+  best = next(s for s in findings(tmp_path / "out") if "the lowest loss" in s)
+  assert "is that of `none`" in best and best.endswith("; `yarn` left out, as all values are missing.")
