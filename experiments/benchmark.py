@@ -37,6 +37,8 @@ class Timing:
 
 def check(f) -> None:
   """Refuse what cannot be measured."""
+  for name in ("tokens", "rounds", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
+    choices.positive(name, f[name].value)
   for length in choices.number_list("lengths", f.lengths):
     if f.tokens % length:
       raise ConfigError(f"--lengths={f.lengths}: {length} does not divide --tokens={f.tokens}")
@@ -45,8 +47,6 @@ def check(f) -> None:
     raise ConfigError(
       f"--num_heads={f.num_heads}: expected a divisor of --embed_dim={f.embed_dim} with an even head_dim"
     )
-  for name in ("tokens", "rounds", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
-    choices.positive(name, f[name].value)
 
 
 def model_config(f, dtype: str):

@@ -33,6 +33,11 @@ def check(f) -> None:
   for name in ("tokens", "factor"):
     if f[name].value is not None:
       choices.positive(name, f[name].value)
+  if f.factor is not None and not methods.METHODS[f.method].stretches:
+    stretching = ", ".join(name for name, method in methods.METHODS.items() if method.stretches)
+    raise ConfigError(
+      f"--factor={f.factor} with --method={f.method}, which takes no factor; leave it out, or use one of {stretching}"
+    )
   for name, good, allowed in (
     ("temperature", 0 <= f.temperature < math.inf, "a number of at least 0"),
     ("top_k", f.top_k >= 0, "0 or more"),
@@ -52,12 +57,20 @@ def load(run: Path, scheme: str, seed: int):
   from jaxllm.train.checkpoint import restore_tree
 
   directory = run / "checkpoints" / f"{scheme}-{seed}"
-  path = directory / "model.json"
-  if not path.is_file():
+  path, record = directory / "model.json", run / "config.json"
+  if not record.is_file():
     raise CheckpointError(
-      f"{path}: no such file; run `python -m experiments.length_extrapolation --out={run} --schemes={scheme}` first"
+      f"{record}: no such file; run `python -m experiments.length_extrapolation --out={run} --schemes={scheme}` first"
     )
-  cfg = ModelConfig.from_dict(json.loads(path.read_text()))
+  settings = _read(record, lambda config: config["settings"], "restore the file")
+  if scheme not in settings["schemes"] or seed not in range(settings["seeds"]):
+    raise CheckpointError(
+      f"{directory}: no such model; {run} has --scheme {', '.join(settings['schemes'])} with --seed "
+      f"{', '.join(map(str, range(settings['seeds'])))}; to train others give length_extrapolation a new --out"
+    )
+  if not path.is_file():
+    raise CheckpointError(f"{path}: no such file; run the command that trained {run} again")
+  cfg = _read(path, ModelConfig.from_dict, "remove it, and run the command that trained it again")
   step, state = restore_tree(directory)
 
   import jax
@@ -65,10 +78,21 @@ def load(run: Path, scheme: str, seed: int):
 
   expected = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   tree.check_same(expected, state["params"], f"{directory}, step {step}")
-  steps = json.loads((run / "config.json").read_text())["training"][scheme]["steps"]
+  steps = _read(record, lambda config: config["training"][scheme]["steps"], "restore the file")
   if step < steps:
-    print(f"note: {directory} is at step {step} of {steps}; its run has not finished", file=sys.stderr)
+    print(
+      f"note: {directory} is at step {step} of {steps}; the command that trained it goes on from there",
+      file=sys.stderr,
+    )
   return cfg, state["params"]
+
+
+def _read(path: Path, build, advice: str):
+  """build(the JSON value in a file); CheckpointError for a file that is damaged."""
+  try:
+    return build(json.loads(path.read_bytes()))
+  except (ValueError, TypeError, KeyError) as e:  # ConfigError is a ValueError
+    raise CheckpointError(f"{path}: damaged ({e}); {advice}") from e
 
 
 def main(f) -> None:

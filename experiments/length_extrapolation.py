@@ -302,7 +302,9 @@ def main(f) -> int:
         on_done=lambda group, rows: cells.update(group.name),
         stop=stop,
       )
-    rows = [row for group in groups for row in ledger.done[group.name]]
+      rows = [row for group in groups for row in ledger.done[group.name]]
+      for scheme, seed in dict.fromkeys((r["scheme"], r["seed"]) for r in rows if r["status"] == "ok"):
+        trained.keep(scheme, seed)  # cells that are recorded do not ask for their model
     return report.write(out, settings, config, rows, corpus)
 
 

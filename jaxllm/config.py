@@ -196,12 +196,14 @@ class ModelConfig:
     """Everything about positions that a compiled program takes as data.
 
     A method whose frequencies depend on the length has a row for each distinct length up to `max_len`, and every query uses
-    the row of its own length; `seq_len` pins one length for all of a call instead.
+    the row of its own length; `seq_len` pins one length for all of a call instead.  `Transformer` refuses tables of a
+    `max_len` below the length of its call, and those of a method that is no set of frequencies (ReRoPE) in a model of another;
+    it cannot see that tables are of another base or factor, of another ReRoPE window, or pinned at another length.
     """
 
     def table(rope: Rope) -> RopeTable:
       start, rows = rope.rows(self.rotary_dim(rope), max_len, seq_len)
-      return make_table(rows, start)
+      return make_table(rows, start, rope.reach(max_len) if seq_len is None else None, rope.program)
 
     return PositionTables(tuple(map(table, self.ropes)), query_scale_table(self.query_scale))
 
@@ -211,10 +213,10 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, plain: Mapping[str, Any]) -> ModelConfig:
-    """The config of `to_dict`'s output; an unknown key or name is an error."""
+    """The config of `to_dict`'s output; an unknown key or name, or a missing key without a default, is a ConfigError."""
     values = _build_fields(cls, "model config", plain)
     if "layers" in plain:
-      values["layers"] = tuple(Layer(**_build_fields(Layer, "layers", layer)) for layer in plain["layers"])
+      values["layers"] = tuple(map(_build_layer, plain["layers"]))
     return cls(**values)
 
 
@@ -228,6 +230,7 @@ _KINDS: dict[str, Mapping[str, type]] = {
   "attention": CORES,
 }
 """The fields whose value is one of several kinds, by name: JSON has {"name": kind, ... its fields}."""
+_OPTIONAL = ("query_scale", "qk_norm")
 
 
 def _dump_fields(value: Any) -> dict[str, Any]:
@@ -243,9 +246,19 @@ def _dump(field: str, value: Any) -> Any:
   return {"name": name} | _dump_fields(value)
 
 
+def _build_layer(plain: Any) -> Layer:
+  if not isinstance(plain, Mapping) or not {"position"} <= set(plain) <= {"position", "window"}:
+    raise ConfigError(
+      f"layers: found {plain!r}, expected position, window (which may be left out) and no other"
+    )
+  return Layer(**_build_fields(Layer, "layers", plain))
+
+
 def _build(field: str, plain: Any) -> Any:
-  if field not in _KINDS or plain is None:
+  if field not in _KINDS or (plain is None and field in _OPTIONAL):
     return plain
+  if not isinstance(plain, Mapping):
+    raise ConfigError(f"{field}: found {plain!r}, expected its name and fields")
   kinds, values = _KINDS[field], dict(plain)
   name = values.pop("name", None)
   if name not in kinds:
@@ -259,4 +272,9 @@ def _build_fields(cls: type, where: str, plain: Mapping[str, Any]) -> dict[str, 
     raise ConfigError(
       f"{where} has no field {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}"
     )
+  required = [
+    f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+  ]
+  if missing := [name for name in required if name not in plain]:
+    raise ConfigError(f"{where}: no {', '.join(missing)}; found: {', '.join(sorted(plain)) or 'nothing'}")
   return {name: _build(name, value) for name, value in plain.items()}

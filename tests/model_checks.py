@@ -1,6 +1,7 @@
 """Properties that hold for every model, as functions, so that test_sabotage can show that each can fail."""
 
 import dataclasses
+import os
 
 import components
 import jax
@@ -14,7 +15,9 @@ from jaxllm.nn import Context, Transformer, init_cache
 PROGRAMS = {}
 """Compiled programs by kind and config; patched code needs an empty one."""
 
-AS_USED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+AS_USED = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:  # jaxlib has it
+  AS_USED["xla_cpu_use_fusion_emitters"] = True
 OPTIMIZED = structure(MODELS["rope"])
 """Its forward passes are compiled as users have them; all else without LLVM's optimizations (conftest.py)."""
 

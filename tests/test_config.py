@@ -273,6 +273,18 @@ ERRORS = [
   (lambda: QkNorm(place="between"), "QkNorm.place: found 'between', expected one of before, after"),
   (load(wiring={"name": "deep"}), "wiring.name: found 'deep', expected one of pre, post, "),
   (load(qk_norm={"name": "qk_norm", "norm": {"name": "l3"}}), "norm.name: found 'l3', expected one of rms"),
+  (
+    lambda: ModelConfig.from_dict({"mlp_dim": 8}),
+    "model config: no vocab_size, embed_dim, .*head_dim; found: mlp_dim",
+  ),
+  (
+    load(layers=[{"position": {"name": "rope"}, "windw": 4}]),
+    "layers: found .*'windw'.*expected position, window",
+  ),
+  (load(layers=[{"window": 4}]), "layers: found {'window': 4}, expected position"),
+  (load(layers=[{"position": None}]), "position: found None, expected its name"),
+  (load(layers=["rope"]), "layers: found 'rope', expected position"),
+  (load(norm=None), "norm: found None, expected its name"),
   (load(depth=3, heads=2), "model config has no field depth, heads; it has attention, "),
   (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer, l2"),
   (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer, l2"),

@@ -255,7 +255,9 @@ def values_of_unused_slots_kept(monkeypatch):
 
 @bug(check_decode, "rope")
 def cache_written_one_slot_early(monkeypatch):
-  early = lambda append, slots, new, length_B: append(slots, new, length_B - (new.shape[1] == 1))
+  early = lambda append, slots, new, length_B, valid: append(
+    slots, new, length_B - (new.shape[1] == 1), valid
+  )
   wrap(monkeypatch, context, "append", early)
   monkeypatch.setattr(nn_attention, "append", context.append)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.config import ModelConfig
-from jaxllm.errors import JaxllmError
+from jaxllm.errors import CheckpointError, JaxllmError
 from jaxllm.evaluate.windows import bits_per_byte, cut_windows, repeat_last_block, score_windows
 from jaxllm.nn.cores import core_report
 from jaxllm.nn.transformer import Transformer
@@ -20,6 +20,7 @@ from jaxllm.study.cells import Group
 from jaxllm.study.files import write_json
 from jaxllm.study.progress import Progress
 from jaxllm.study.stop import StopFlag
+from jaxllm.train.checkpoint import move_aside, restore_tree
 from jaxllm.train.loop import fit
 from jaxllm.train.step import TrainConfig
 
@@ -52,9 +53,25 @@ class Trained:
       raise found
     return found
 
+  def keep(self, scheme: str, seed: int) -> None:
+    """See that the trained model is on disk: what is missing or cannot be read is trained again, from an intact step on."""
+    directory = self._directory(scheme, seed)
+    step = 0
+    if directory.exists():
+      try:
+        step = restore_tree(directory)[0]
+      except CheckpointError:
+        move_aside(directory, f"{directory}: no step can be read")
+    if step < self.train_config(scheme).steps or not (directory / "model.json").exists():
+      self._last = (None, None)  # what is in memory would hide what is not on disk
+      self.params(scheme, seed)
+
+  def _directory(self, scheme: str, seed: int) -> Path:
+    return self.out / "checkpoints" / f"{scheme}-{seed}"
+
   def _train(self, scheme: str, seed: int):
     config, model = self.train_config(scheme), Transformer(self.configs[scheme])
-    directory = self.out / "checkpoints" / f"{scheme}-{seed}"
+    directory = self._directory(scheme, seed)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "model.json", self.tested[scheme].to_dict())
     shown = []

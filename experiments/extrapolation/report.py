@@ -132,7 +132,7 @@ def _in_length(rows: list[dict], settings, baseline: float, windows: int) -> str
   for scheme in settings.schemes:
     values = [row["value"] for row in rows if row["scheme"] == scheme and row["status"] == "ok"]
     reached = f"{interval.mean(values):.3f}" if values else "failed"
-    some = "" if len(values) in (0, settings.seeds) else f", {len(values)} of {settings.seeds} seeds"
+    some = "" if len(values) in (0, settings.seeds) else f"; {len(values)} of {settings.seeds} seeds"
     found.append(f"{scheme} {reached} ({settings.steps_of(scheme)} steps{some})")
   return (
     f"Bits per byte at the training length of {settings.train_length}, on {windows} windows: {', '.join(found)}; "

@@ -92,8 +92,9 @@ class Attention(nn.Module):
       return jnp.where(scores > MASKED / 2, soft_cap(scores, cfg.attention_softcap), MASKED)
 
     if cache is not None:
-      cache = (append(cache[0], k_BTKH, length_B), append(cache[1], v_BTKH, length_B))
-      k_BTKH, v_BTKH = cache
+      k_BTKH, v_BTKH = cache = tuple(
+        append(slots, new, length_B, q_side.valid) for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+      )
     rows = 1 if table is None else table.rows
     scores_keys = not rotates_once(position, rows)
     if (

@@ -55,7 +55,7 @@ class Cache:
     return self.pos.shape[1]
 
   def check_room(self, new_tokens: int) -> None:
-    """Raise ConfigError if `new_tokens` more do not fit; on the host, as a write past the end is silently clamped."""
+    """Raise ConfigError if `new_tokens` more do not fit; on the host, as a write past the end is silently dropped."""
     longest = int(jnp.max(self.length))
     if longest + new_tokens > self.capacity:
       raise ConfigError(
@@ -71,12 +71,16 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> Cache:
   return Cache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def append(slots_BS: jax.Array, new_BT: jax.Array, length_B: jax.Array) -> jax.Array:
-  """`new_BT...` written into each row's slots from its own length on."""
-  write = lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(
-    slots, new.astype(slots.dtype), start, axis=0
-  )
-  return jax.vmap(write)(slots_BS, new_BT, length_B)
+def append(
+  slots_BS: jax.Array, new_BT: jax.Array, length_B: jax.Array, valid_BT: jax.Array | None
+) -> jax.Array:
+  """The valid of `new_BT...` written into each row's slots from its own length on; what is past the end is dropped."""
+  B, T = new_BT.shape[:2]
+  slot_BT = length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+  if valid_BT is not None:  # padding goes past the end
+    slot_BT = slot_BT + jnp.where(valid_BT, 0, slots_BS.shape[1])
+  row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+  return slots_BS.at[row_B1, slot_BT].set(new_BT.astype(slots_BS.dtype), mode="drop", unique_indices=True)
 
 
 def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tuple[Side, Side, Cache | None]:
@@ -102,7 +106,9 @@ def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tupl
     jnp.full((B,), T, jnp.int32) if context.valid is None else jnp.sum(context.valid, axis=1, dtype=jnp.int32)
   )
   moved = dataclasses.replace(
-    cache, pos=append(cache.pos, jnp.broadcast_to(pos, shape), cache.length), length=cache.length + new
+    cache,
+    pos=append(cache.pos, jnp.broadcast_to(pos, shape), cache.length, context.valid),
+    length=cache.length + new,
   )
   slot = jnp.arange(cache.capacity, dtype=jnp.int32)[None]
   return queries, Side(slot, moved.pos, valid=slot < moved.length[:, None]), moved

@@ -105,9 +105,13 @@ class Transformer(nn.Module):
     """Logits of all tokens, of each row's last real one ("last": [B, 1, V]), or hidden states [B, T, D] for None.
 
     `rope` (cfg.rope_tables()) replaces everything the config says of frequencies and query scale, so that methods which
-    differ only there share one compiled program.  Tokens must be in [0, vocab_size): JAX reads the last row otherwise.
+    differ only there share one compiled program.  Raises ConfigError for tables that do not fit as far as their shapes and
+    static fields tell: see `cfg.rope_tables` for what they do not, to which own positions add, as they may lie beyond the
+    tables' `max_len`.  Tokens must be in [0, vocab_size): JAX reads the last row otherwise.
     """
     cfg = self.cfg
+    if logits not in ("all", "last", None):
+      raise ConfigError(f'logits: found {logits!r}, expected "all", "last" or None')
     context = Context() if context is None else context
     if cache is None and context.pos is None and context.index is None:
       cfg.check_length(tokens_BT.shape[1], "tokens")
@@ -166,14 +170,25 @@ class Transformer(nn.Module):
   def _tables(
     self, rope: PositionTables | None, context: Context, cache: Cache | None, T: int
   ) -> PositionTables:
+    own_positions = context.pos is not None or context.index is not None
+    longest = None if own_positions else (T if cache is None else cache.capacity)
     if rope is None:
-      own_positions = context.pos is not None or context.index is not None
-      rope = self.cfg.rope_tables(max_len=None if own_positions else (T if cache is None else cache.capacity))
+      rope = self.cfg.rope_tables(max_len=longest)
     if len(rope.ropes) != len(self.cfg.ropes):
       raise ConfigError(
         f"rope: found tables of {len(rope.ropes)} RoPEs, expected {len(self.cfg.ropes)}, one a distinct RoPE"
       )
     for position, table in zip(self.cfg.ropes, rope.ropes, strict=True):
+      if table.program not in (None, position.program):
+        raise ConfigError(
+          f"rope: found a table of {table.program}, which does not run in a model of {type(position).__name__}; build the "
+          "model from the config that made the table"
+        )
+      if longest is not None and table.reach is not None and table.reach < longest:
+        raise ConfigError(
+          f"rope: found a table for up to {table.reach} tokens, expected {longest} ("
+          f"{'the tokens given' if cache is None else 'the capacity of the cache'}); give rope_tables(max_len={longest})"
+        )
       if table.rows > 1 and not position.needs_raw_keys:
         raise ConfigError(
           f"rope: a table of {table.rows} rows needs unrotated keys, which {type(position).__name__} does not keep; "

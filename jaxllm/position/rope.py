@@ -78,6 +78,17 @@ class Rope(Position):
     start, lengths = (0, (seq_len,)) if seq_len is not None else self.seq_lens(max_len)
     return start, [self.frequencies(rotary_dim, length) for length in lengths]
 
+  @property
+  def program(self) -> str | None:
+    """The class whose hooks turn queries and keys otherwise than RoPE; None where the frequencies are all that differs."""
+    hooks = {"rotate_q", "rotate_k", "scores"}
+    owner = next(cls for cls in type(self).__mro__ if hooks & set(vars(cls)))
+    return None if owner is Rope else owner.__name__
+
+  def reach(self, max_len: int | None) -> int | None:
+    """The longest context that the lengths of `seq_lens` serve; None is any."""
+    return None
+
   def rotate_q(self, q_BTNH: jax.Array, pos_BT: jax.Array, table: RopeTable) -> jax.Array:
     return rotate(q_BTNH, *table.cos_sin(pos_BT), self.layout)
 
@@ -111,11 +122,11 @@ class Rope(Position):
       q_BNH, q_pos_B = q_row
       B, N, H = q_BNH.shape
       row = table.row(q_pos_B)  # leaves [B or 1, R/2]
-      cos, sin = phase.cos_sin(q_pos_B, row.hi, row.lo)
+      # the scale of the key is on the query too: one row of work, and like its own on the turned coordinates only
+      cos, sin = (x * row.scale[:, None] ** 2 for x in phase.cos_sin(q_pos_B, row.hi, row.lo))
       q_BNH = rotate(q_BNH[:, None], cos[:, None], sin[:, None], self.layout)[:, 0]
       k_rotated = rotate(k_BSKH, *phase.cos_sin(k_pos_BS, row.hi[:, None], row.lo[:, None]), self.layout)
-      scores = einsum("BKGH,BSKH->BKGS", q_BNH.reshape(B, K, N // K, H), k_rotated)
-      return scores * (row.scale**2)[:, None, None, None]
+      return einsum("BKGH,BSKH->BKGS", q_BNH.reshape(B, K, N // K, H), k_rotated)
 
     rows = (jnp.moveaxis(q_BTNH, 1, 0), jnp.moveaxis(q_pos_BT, 1, 0))
     return jnp.moveaxis(jax.lax.map(one_row, rows), 0, 3)
@@ -244,7 +255,10 @@ class DynamicNtkRope(ScaledRope):
       raise ConfigError(
         "dynamic_ntk: its frequencies depend on the length; give max_len, or seq_len to pin one"
       )
-    return self.original_length, range(self.original_length, max(max_len, self.original_length) + 1)
+    return self.original_length, range(self.original_length, self.reach(max_len) + 1)
+
+  def reach(self, max_len: int | None) -> int | None:
+    return max(max_len, self.original_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +269,7 @@ class YarnRope(ScaledRope):
   ramp_i = clip((i - low) / (high - low), 0, 1), low = c(beta_fast), high = c(beta_slow), floored and ceiled if `truncate`;
   inv_freq'_i = inv_freq_i * (ramp_i / factor + 1 - ramp_i).  scale = attention_factor, else g(mscale) / g(mscale_all_dim)
   where both are given, else g(1), with g(m) = 0.1 m ln(factor) + 1 (1 for factor <= 1).
+  As published, an L0 so short that high < 0 (with beta_slow 1, up to 5 tokens) leaves every frequency as it is.
   Source: Peng et al. (2023), sections 3.2-3.4; fields as in the authors' and DeepSeek's configurations.
   """
 

@@ -22,12 +22,16 @@ class RopeTable:
 
   hi, lo: uint32 [rows, R/2]; scale (on cos and sin): float32 [rows]; start: int32, the length up to which row 0 holds.
   A method whose frequencies do not depend on length has one row; one that turns by several (window.py) has a row for each.
+  the rows serve; program, the class whose hooks do more with the table than RoPE.  Both are None in all tables of
+  fixed frequencies, which therefore have one structure.
   """
 
   hi: jax.Array
   lo: jax.Array
   scale: jax.Array
   start: jax.Array
+  reach: int | None = dataclasses.field(default=None, metadata={"static": True})
+  program: str | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def rows(self) -> int:
@@ -51,11 +55,16 @@ class RopeTable:
     return cos * self.scale[0], sin * self.scale[0]
 
 
-def make_table(frequencies: list[tuple[np.ndarray, float]], start: int = 0) -> RopeTable:
+def make_table(
+  frequencies: list[tuple[np.ndarray, float]],
+  start: int = 0,
+  reach: int | None = None,
+  program: str | None = None,
+) -> RopeTable:
   """A table from rows of (inv_freq, scale) on the host."""
   hi, lo = phase.words(np.stack([inv_freq for inv_freq, _ in frequencies]))
   scale = np.asarray([s for _, s in frequencies], np.float32)
-  return RopeTable(hi, lo, scale, np.int32(start))
+  return RopeTable(hi, lo, scale, np.int32(start), reach, program)
 
 
 @jax.tree_util.register_dataclass

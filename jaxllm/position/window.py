@@ -50,6 +50,12 @@ class WindowRope(Rope):
     return self.window if self.window is not None else max(1, self.original_length // self.window_part)
 
   def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
+    if table.rows != self.table_rows:
+      expected = "one for" if self.table_rows == 1 else f"the {self.table_rows} of"
+      raise ConfigError(
+        f"rope: found a table of {table.rows} rows, expected {expected} {type(self).__name__}; make it by rope_tables of a "
+        "config with this method, or pin one length with rope_tables(seq_len=...)"
+      )
     near = super().scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table.only(0), p)
     far = self.far_scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table)
     is_near_BTS = q_pos_BT[:, :, None] - k_pos_BS[:, None, :] < self.clip
@@ -74,9 +80,10 @@ class ReRope(WindowRope):
   """
 
   def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
-    q_far = self.turn(q_BTNH, jnp.full((1, 1), self.clip, jnp.int32), table)
-    # cos and sin carry the table's scale; the unturned keys of the far branch must carry theirs
-    return inner_products(q_far, k_BSKH) * table.scale[0]
+    # cos and sin carry the table's scale; the queries of the far branch carry that of the unturned keys too, which is on the
+    # turned coordinates only
+    cos, sin = (x * table.scale[0] for x in table.cos_sin(jnp.full((1, 1), self.clip, jnp.int32)))
+    return inner_products(rotate(q_BTNH, cos, sin, self.layout), k_BSKH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,8 @@ class StepRope(WindowRope):
   The far branch turns queries and keys by positions with frequencies times step, and the query once more by the angle of
   w (1 - step); its table has three rows, for RoPE, for that and for the one angle, all exact at every position.
   """
+
+  table_rows: ClassVar[int] = 3
 
   @property
   def step(self) -> float:
@@ -98,11 +107,6 @@ class StepRope(WindowRope):
     return 0, [(inv_freq, scale), (inv_freq * self.step, scale), (offset, 1.0)]
 
   def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
-    if table.rows != 3:
-      raise ConfigError(
-        f"rope: found a table of {table.rows} rows, expected the 3 of {type(self).__name__}; make it by rope_tables of a "
-        "config with this method"
-      )
     q_far = self.turn(q_BTNH.astype(jnp.float32), q_pos_BT, table.only(1))
     q_far = self.turn(q_far, jnp.ones((1, 1), jnp.int32), table.only(2))
     return inner_products(q_far.astype(q_BTNH.dtype), self.turn(k_BSKH, k_pos_BS, table.only(1)))

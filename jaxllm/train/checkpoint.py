@@ -60,7 +60,7 @@ class Checkpoints:
     except MemoryError:
       raise
     except Exception as e:  # whatever Orbax and the formats below it raise for a failed write
-      raise self._os_error(_errno(e) or errno.EIO) from e
+      raise _os_error(_errno(e) or errno.EIO, self.directory) from e
     if not saved:
       raise CheckpointError(
         f"{self.directory}: step {step} was not saved, as it is there already; use another directory"
@@ -77,12 +77,8 @@ class Checkpoints:
     damaged: dict[int, Exception] = {}
     for step in reversed(steps):
       try:
-        found = self._manager.restore(step, args=ocp.args.StandardRestore())
-      except MemoryError:
-        raise
-      except Exception as e:  # whatever Orbax and the formats below it raise for damaged files
-        if (code := _errno(e)) in _NOT_DAMAGE:
-          raise self._os_error(code) from e
+        found = _read(self._manager, step)
+      except CheckpointError as e:
         damaged[step] = e
         continue
       state = _fitted(target, found, f"{self.directory}, step {step}")
@@ -118,18 +114,34 @@ class Checkpoints:
       )
 
   def _move_aside(self, step: int, problem: Exception) -> None:
-    parent = self.directory / "unreadable"
-    parent.mkdir(exist_ok=True)
-    names = (f"{step}-{i}" if i else str(step) for i in itertools.count())
-    aside = next(parent / name for name in names if not (parent / name).exists())
-    logging.getLogger(__name__).warning(
-      "%s: step %d cannot be read (%s); moved to %s", self.directory, step, problem, aside
-    )
-    shutil.move(self.directory / str(step), aside)
+    move_aside(self.directory / str(step), problem)
     self._manager.reload()
 
-  def _os_error(self, code: int) -> OSError:
-    return OSError(code, os.strerror(code), str(self.directory))
+
+def move_aside(path: Path, problem: object) -> None:
+  """Move what cannot be read into `unreadable/` beside it, under a name that is free, and tell of it."""
+  parent = path.parent / "unreadable"
+  parent.mkdir(exist_ok=True)
+  names = (f"{path.name}-{i}" if i else path.name for i in itertools.count())
+  aside = next(parent / name for name in names if not (parent / name).exists())
+  logging.getLogger(__name__).warning("%s; moved to %s", problem, aside)
+  shutil.move(path, aside)
+
+
+def _read(manager: ocp.CheckpointManager, step: int) -> State:
+  """The state of a step; CheckpointError if it is damaged, OSError if the system does not let this process read."""
+  try:
+    return manager.restore(step, args=ocp.args.StandardRestore())
+  except MemoryError:
+    raise
+  except Exception as e:  # whatever Orbax and the formats below it raise for damaged files
+    if (code := _errno(e)) in _NOT_DAMAGE:
+      raise _os_error(code, manager.directory) from e
+    raise CheckpointError(f"{manager.directory}, step {step}: cannot be read ({e})") from e
+
+
+def _os_error(code: int, directory) -> OSError:
+  return OSError(code, os.strerror(code), str(directory))
 
 
 def _errno(error: Exception) -> int | None:
@@ -142,22 +154,25 @@ def _errno(error: Exception) -> int | None:
 
 
 def restore_tree(directory: str | Path) -> tuple[int, State]:
-  """(step, state) of the newest step, as nested dicts and lists of NumPy arrays; for reading a finished run."""
+  """(step, state) of the newest step that can be read, as nested dicts and lists of NumPy arrays; for reading a finished run.
+
+  Nothing is moved; a warning names the steps that cannot be read.  Raises CheckpointError where none can, and OSError when
+  the system does not let this process read.
+  """
   directory = Path(directory).absolute()
   if not directory.is_dir():
     raise CheckpointError(
       f"{directory}: no such directory; give the --out of a run of experiments.length_extrapolation"
     )
   with ocp.CheckpointManager(directory) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise CheckpointError(f"{directory}: no checkpoint there")
-    try:
-      return step, jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore()))
-    except Exception as e:  # whatever Orbax and the formats below it raise for damaged files
-      raise CheckpointError(
-        f"{directory}, step {step}: cannot be read ({e}); run the command that trained it again"
-      ) from e
+    problem = f"{directory}: no checkpoint there"
+    for step in sorted(manager.all_steps(), reverse=True):
+      try:
+        return step, jax.tree.map(np.asarray, _read(manager, step))
+      except CheckpointError as e:
+        problem = str(e)
+        logging.getLogger(__name__).warning("%s", problem)
+    raise CheckpointError(f"{problem}; run the command that trained it again")
 
 
 def _fitted(target: State, found: State, source: str) -> State:

@@ -62,6 +62,7 @@ def test_the_ratio_is_above_one_where_this_side_is_faster():
     pytest.param("--lengths=24", ["24 does not divide --tokens=32"], marks=pytest.mark.core),
     ("--dtypes=int8", ["'int8'", "bfloat16"]),
     ("--rounds=0", ["--rounds=0"]),
+    ("--num_heads=0", ["--num_heads=0"]),
   ],
 )
 def test_bad_calls(flag, named):

@@ -69,11 +69,13 @@ def test_the_prompt_may_come_from_standard_input(finished, capfd, monkeypatch):
     (["--scheme=alibi"], 2, ["--method=rerope", "--scheme=alibi", "--method=none"]),
     (["--tokens=0"], 2, ["--tokens=0", "above 0"]),
     (["--factor=-1"], 2, ["--factor=-1"]),
+    (["--factor=2", "--method=none"], 2, ["--factor=2.0", "--method=none", "takes no factor", "yarn"]),
+    (["--factor=2", "--method=rerope"], 2, ["--factor=2.0", "--method=rerope"]),
     (["--prompt="], 2, ["--prompt="]),
     (["--temperature=-1"], 2, ["emperature", "-1"]),
     (["--run=/no/such/run"], 65, ["/no/such/run", "experiments.length_extrapolation"]),
-    (["--seed=1"], 65, ["rope-1"]),
-    (["--scheme=rope_logn"], 65, ["rope_logn-0", "--schemes=rope_logn"]),
+    (["--seed=1"], 65, ["rope-1", "--scheme rope, alibi", "--seed 0", "new --out"]),
+    (["--scheme=rope_logn"], 65, ["rope_logn-0", "--scheme rope, alibi", "new --out"]),
   ],
 )
 def test_errors(finished, capfd, args, code, named):
@@ -90,9 +92,58 @@ def test_damaged_and_foreign_checkpoints_are_bad_data(finished, tmp_path, capfd)
   model.write_text(json.dumps(json.loads(model.read_text()) | {"mlp_dim": 32}))
   assert call(f"--run={run}", "--method=none", "--tokens=4") == 65
   assert "layers/0/mlp" in capfd.readouterr().err
-  shutil.copy(finished[0] / "checkpoints" / "rope-0" / "model.json", model)
+  whole = (finished[0] / "checkpoints" / "rope-0" / "model.json").read_bytes()
+  for damaged in (b'{"vocab', b"[1]", b"3", b"\xff", whole.replace(b'"window"', b'"windw"')):
+    model.write_bytes(damaged)
+    assert call(f"--run={run}", "--method=none", "--tokens=4") == 65
+    assert f"{model}: damaged" in capfd.readouterr().err
+  model.write_bytes(whole)
   for path in (run / "checkpoints" / "rope-0" / "8").rglob("*"):
     if path.is_file():
       path.write_bytes(path.read_bytes()[:5])
   assert call(f"--run={run}", "--method=none", "--tokens=4") == 65
   assert "step 8" in capfd.readouterr().err
+
+
+def damage(directory):
+  for path in directory.rglob("*"):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:5])
+
+
+def remove_first_model(run):
+  shutil.rmtree(run / "checkpoints" / "rope-0")
+
+
+def damage_first_model(run):
+  damage(run / "checkpoints" / "rope-0" / "8")
+
+
+def remove_description(run):
+  (run / "checkpoints" / "rope-0" / "model.json").unlink()
+
+
+@pytest.mark.parametrize("lose", [remove_first_model, damage_first_model, remove_description])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_command_of_a_finished_run_brings_back_a_model_that_was_lost(finished, tmp_path, capfd, lose):
+  run = shutil.copytree(finished[0], tmp_path / "run")
+  lose(run)
+  ask = (f"--run={run}", "--method=none", "--tokens=8", "--temperature=0")
+  assert call(*ask) == 65
+  assert "run the command that trained" in capfd.readouterr().err
+  assert sweep_case.run(f"--out={run}", *finished[1]) == 0
+  assert (run / "cells.jsonl").read_bytes() == (finished[0] / "cells.jsonl").read_bytes()
+  capfd.readouterr()
+  assert call(*ask) == 0
+  text = capfd.readouterr().out
+  assert call(f"--run={finished[0]}", *ask[1:]) == 0
+  assert text == capfd.readouterr().out
+
+
+def test_a_damaged_newest_step_costs_the_steps_after_the_one_before(finished, tmp_path, caplog):
+  run = shutil.copytree(finished[0], tmp_path / "run")
+  model = run / "checkpoints" / "rope-0"
+  shutil.copytree(model / "8", model / "9")
+  damage(model / "9")
+  assert call(f"--run={run}", "--method=none", "--tokens=4") == 0
+  assert "step 9: cannot be read" in caplog.text

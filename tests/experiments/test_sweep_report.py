@@ -198,4 +198,11 @@ def test_a_seed_that_failed_for_one_method_is_left_out_of_every_sentence(tmp_pat
   assert "is above" in across and "(5.400 against 5.000 bits per byte; 1 of 2 seeds left out" in across
   best = next(line for line in text.splitlines() if "the lowest loss on the last block of `rope`" in line)
   assert "`yarn` (4.500" in best and "1 of 2 seeds left out" in best
-  assert "rope 5.000 (5 steps, 1 of 2 seeds)" in (tmp_path / "out" / "report.md").read_text()
+  assert "rope 5.000 (5 steps; 1 of 2 seeds)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_method_that_failed_does_not_hide_the_best_of_the_others(tmp_path, corpus, no_figures):
+  make = lambda cell: rows.failed(cell, "Lost: all") if cell["method"] == "yarn" else value(cell)
+  write(tmp_path / "out", corpus, make=make)
+  best = next(s for s in findings(tmp_path / "out") if "the lowest loss" in s)
+  assert "is that of `none`" in best and best.endswith(", leaving out yarn, which failed.")

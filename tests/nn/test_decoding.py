@@ -1,6 +1,7 @@
 """Prefill and decoding with a cache against the full forward pass, for every position method."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_cases import MODELS, B, T, each_model, params, tables, tokens
@@ -15,6 +16,7 @@ from model_checks import (
 
 from jaxllm.errors import ConfigError
 from jaxllm.nn import Context, Transformer, init_cache
+from jaxllm.nn.context import append
 
 
 @each_model
@@ -70,6 +72,32 @@ def test_logits_of_the_last_real_token_only():
   last, hidden, all_logits = map(np.asarray, jax.jit(parts)(params(cfg), ids))
   np.testing.assert_allclose(last[:, 0], all_logits[np.arange(B), lengths - 1], rtol=0, atol=2e-5)
   np.testing.assert_allclose(hidden @ params(cfg)["head"], all_logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["rope", "dynamic_ntk"])
+def test_padding_past_the_end_of_the_cache_overwrites_nothing(name):
+  """A chunk of 4 tokens and 12 of padding, in a cache with room for 6 more: the full forward pass."""
+  cfg, ids = MODELS[name], tokens()[:, :14]
+  model, rope = Transformer(cfg), tables(cfg)
+
+  def decode(weights, ids):
+    cache = init_cache(cfg, B, 16)
+    _, cache = model.apply({"params": weights}, ids[:, :10], cache=cache, rope=rope)
+    padded = np.pad(np.arange(10, 14), (0, 12))
+    chunk = Context(valid=np.broadcast_to(np.arange(16) < 4, (B, 16)))
+    logits, cache = model.apply({"params": weights}, ids[:, padded], chunk, cache, rope)
+    return logits[:, :4], cache.length
+
+  logits, length = jax.jit(decode)(params(cfg), ids)
+  assert relative_error(logits, full(cfg, tokens())[:, 10:14]) <= 1e-5
+  np.testing.assert_array_equal(length, 14)
+
+
+def test_a_full_cache_keeps_what_it_holds():
+  slots = np.arange(2 * 4, dtype=np.float32).reshape(2, 4, 1)
+  new = np.full((2, 2, 1), -1, np.float32)
+  found = append(jnp.asarray(slots), new, np.array([3, 4]), None)
+  np.testing.assert_array_equal(found[..., 0], [[0, 1, 2, -1], [4, 5, 6, 7]])
 
 
 def test_a_full_cache_is_refused():

@@ -149,11 +149,12 @@ def test_one_rotation_a_pair(name, kw, seq_len):
   assert np.all(found[rows][~seen] < -1e29)
 
 
+@pytest.mark.parametrize("rotary_dim", [HEAD_DIM, ROTARY_DIM])
 @pytest.mark.parametrize("window", [5, 16])
-def test_a_scale_reaches_near_and_far_keys_alike(window):
+def test_a_scale_reaches_the_turned_coordinates_of_near_and_far_keys_alike(window, rotary_dim):
   """Frequencies and scale are data: the table of another method, YaRN's here, serves ReRoPE."""
   method = POSITIONS["rerope"](window=window)
-  inv_freq, scale = POSITIONS["yarn"](factor=32.0, original_length=16).frequencies(HEAD_DIM)
+  inv_freq, scale = POSITIONS["yarn"](factor=32.0, original_length=16).frequencies(rotary_dim)
   q, k = queries_and_keys(9)
   relative = np.minimum(np.arange(LENGTH)[:, None] - np.arange(LENGTH)[None], window)
   expected = brute_force(q, k, relative, np.tile(inv_freq, (LENGTH, 1)), scale, "half")
@@ -412,6 +413,24 @@ def test_dynamic_ntk_of_a_pinned_length_differs_from_its_rows():
   pinned = scores(method, make_table([method.frequencies(ROTARY_DIM, LENGTH)]), q, k, pos, pos)
   np.testing.assert_allclose(by_row[:, :, -1], pinned[:, :, -1], rtol=0, atol=2e-6)
   assert np.max(np.abs(causal(by_row - pinned)[:, :, 20:-1])) > 0.01
+
+
+def test_a_scale_a_row_reaches_the_turned_coordinates_only():
+  method, q, k = POSITIONS["dynamic_ntk"](factor=2.0, original_length=16), *queries_and_keys(10)
+  inv_freq, _ = POSITIONS["rope"]().frequencies(ROTARY_DIM)
+  pos = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
+  relative = np.arange(LENGTH)[:, None] - np.arange(LENGTH)[None]
+  scale = np.where(np.arange(LENGTH) < 20, 1.0, 1.4)[:, None]
+  expected = brute_force(q, k, relative, np.tile(inv_freq, (LENGTH, 1)), scale, "half")
+  found = scores(method, make_table([(inv_freq, 1.0), (inv_freq, 1.4)], start=20), q, k, pos, pos)
+  np.testing.assert_allclose(causal(found), causal(expected), rtol=0, atol=2e-5)
+
+
+def test_rerope_refuses_rows_that_only_its_near_branch_would_follow():
+  method, q, k = POSITIONS["rerope"](window=5), *queries_and_keys()
+  table = row_table(POSITIONS["dynamic_ntk"](factor=2.0, original_length=16), LENGTH)
+  with pytest.raises(ConfigError, match=r"25 rows, expected one for ReRope.*seq_len"):
+    scores(method, table, q, k, POS, POS)
 
 
 def test_rows_up_to_the_last_position():

@@ -263,3 +263,36 @@ def test_positive(value):
   assert positive("lr", 3e-4) == 3e-4
   with pytest.raises(ConfigError, match=r"^--lr=.*expected a number above 0$"):
     positive("lr", value)
+
+
+COMPILE = """
+import jax
+jax.monitoring.register_event_listener(lambda name, **kw: print(name))
+print(jax.jit(lambda x: sum(jax.numpy.sin(i * x) for i in range(40)))(1.0).shape)
+"""
+
+
+def test_a_torn_entry_of_the_cache_is_written_again(tmp_path):
+  """jax itself would warn of it in every later run."""
+  always = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  assert run(tmp_path, COMPILE, "--out=x", env=always)[0] == 0
+  entries = list((tmp_path / "cache").rglob("jit__lambda*-cache"))
+  assert entries
+  for entry in entries:
+    entry.write_bytes(entry.read_bytes()[:100])
+  code, _, err = run(tmp_path, COMPILE, "--out=x", env=always)
+  assert code == 0 and "Error reading persistent compilation cache entry" in err
+  code, out, err = run(tmp_path, COMPILE, "--out=x", env=always)
+  assert code == 0 and "Error reading" not in err
+  assert "/jax/compilation_cache/cache_hits" in out
+
+
+def test_a_cache_that_grows_too_large_loses_what_was_not_used_for_longest(tmp_path):
+  for i in range(10):
+    entry = tmp_path / f"jit_f-{i}-cache"
+    entry.write_bytes(b"x" * 10)
+    os.utime(entry, ns=(10**9 * (20 - i), 10**9))
+  compile_cache._bound(tmp_path, 100)
+  assert len(list(tmp_path.iterdir())) == 10
+  compile_cache._bound(tmp_path, 99)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [f"jit_f-{i}-cache" for i in range(4)]

@@ -174,7 +174,7 @@ def test_a_step_is_saved_once(run, template):
     checkpoints.save(30, template)
 
 
-def test_reading_without_a_model(run, template, tmp_path):
+def test_reading_without_a_model(run, template, tmp_path, caplog):
   step, state = restore_tree(run)
   assert step == 30
   np.testing.assert_array_equal(state["params"]["embed"], marked(template, 30)["params"]["embed"])
@@ -182,9 +182,15 @@ def test_reading_without_a_model(run, template, tmp_path):
   for missing in (tmp_path / "absent", tmp_path / "empty"):
     with pytest.raises(CheckpointError, match=str(missing)):
       restore_tree(missing)
-  for path in files_of(run / "30"):
-    path.write_bytes(path.read_bytes()[:7])
-  with pytest.raises(CheckpointError, match="step 30"):
+  for bad in ("30", "20"):
+    for path in files_of(run / bad):
+      path.write_bytes(path.read_bytes()[:7])
+    if bad == "30":
+      caplog.clear()
+      step, state = restore_tree(run)
+      assert step == 20 and "step 30: cannot be read" in caplog.text
+      np.testing.assert_array_equal(state["params"]["embed"], marked(template, 20)["params"]["embed"])
+  with pytest.raises(CheckpointError, match="step 20: cannot be read"):
     restore_tree(run)
 
 
