@@ -108,6 +108,8 @@ def is_relative(cfg):
   """Whether nothing but differences of positions matters."""
   absolute = ("DynamicNtkRope", "LongRope", "SelfExtendRope", "StreamingRope")  # lengths, groups, and sinks
   absolute += ("Sinusoidal", "Learned")
+  if cfg.qk_norm is not None and cfg.qk_norm.place == "after":  # its weights are of turned coordinates
+    return False
   return cfg.query_scale is None and not any(type(p).__name__ in absolute for p in cfg.positions)
 
 

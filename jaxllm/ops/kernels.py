@@ -79,6 +79,7 @@ class Cudnn(Kernel):
   """cuDNN's flash attention by `jax.nn.dot_product_attention`: bfloat16 or float16 on an NVIDIA GPU since Ampere.
 
   Head sizes are multiples of 8 up to 128, or up to 256 since Hopper.  No packed sequences, soft caps or sinks.
+  Source: Dao et al. (2022).
   """
 
   name: ClassVar[str] = "cudnn"
@@ -127,6 +128,7 @@ class Splash(Kernel):
   block: queries and keys of a tile, a multiple of 128.  interpret: None compiles for the TPU this process has; False compiles
   for a TPU whatever the default backend is (ahead of time); True runs the kernel's Python on any machine, slowly.
   Tokens are padded to whole tiles and heads to 128 coordinates, which a TPU's registers do anyway.
+  Source: jax.experimental.pallas.ops.tpu.splash_attention.
   """
 
   name: ClassVar[str] = "splash"

@@ -33,6 +33,8 @@ class WindowRope(Rope):
   needs_raw_keys: ClassVar[bool] = True
   window_part: ClassVar[int] = 2
   """Where no window is given, it is original_length divided by this."""
+  table_rows: ClassVar[int] = 1
+  """The rows of its table."""
 
   def __post_init__(self):
     super().__post_init__()

@@ -13,6 +13,7 @@ from model_checks import relative_error
 from jaxllm.config import ModelConfig
 from jaxllm.ops.attention import Plain, Side, allowed
 from jaxllm.ops.blockwise import Blockwise
+from jaxllm.ops.choose import Auto
 from jaxllm.position.base import add_bias, inner_products
 from jaxllm.position.tables import make_table
 
@@ -170,7 +171,7 @@ def test_config_values():
   assert ModelConfig.__dataclass_fields__["attention"].default == Plain()
 
 
-CORES = {"plain": Plain(), "blockwise": Blockwise(8, 6)}
+CORES = {"plain": Plain(), "blockwise": Blockwise(8, 6), "auto": Auto()}
 
 
 @pytest.mark.parametrize("name", CORES)
