@@ -290,7 +290,7 @@ DEEPNET = {
     "test_wiring.py::test_the_update_of_pre_norm_grows",
   ),
   "DeepNet: 64 layers without a warm-up": row(
-    "post-norm stays above 3.2 nats, both DeepNorms get below 2.8",
+    "after 100 steps post-norm is above 3.0 nats, and both DeepNorms 0.3 below it (a slow test)",
     "train/test_depth.py::test_deepnorm_trains_where_post_norm_does_not",
   ),
   "DeepNet: alpha = beta = 1": row(
