@@ -94,13 +94,15 @@ STRUCTURES = [
 CORE = "yarn"
 
 
-def table_of_models(names, core=CORE):
-  """A parametrize mark over models by name; `core` goes to the other lanes as well."""
-  marks = lambda name: [pytest.mark.core] if name == core else []
+def table_of_models(names, core=CORE, slow=()):
+  """A parametrize mark over models by name; `core` goes to the other lanes as well, and `slow` waits for the full counts."""
+  marks = lambda name: [pytest.mark.core] * (name == core) + [pytest.mark.slow] * (name in slow)
   return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in names])
 
 
 each_model = table_of_models(MODELS)
+# a cache holds keys and values, whatever blocks do before and after: three of BLOCKS change what it holds, or how it is read
+each_cached = table_of_models(MODELS, slow=BLOCKS.keys() - {"qk_norm after", "sinks", "deepnorm_glm"})
 each_structure = table_of_models(STRUCTURES, core="rope")
 
 
@@ -124,7 +126,7 @@ def structure(cfg):
       )
     if isinstance(method, DynamicNtkRope):
       method = dataclasses.replace(method, base=100.0, factor=1.0, original_length=1)
-    elif isinstance(method, Rope) and not (method.needs_raw_keys or method.two_dimensional):
+    elif isinstance(method, Rope) and method.program is None and not method.needs_raw_keys:
       method = Rope(100.0, method.rotary_dim, method.layout)
     return dataclasses.replace(layer, position=method)
 

@@ -95,6 +95,7 @@ def test_a_whole_run_with_an_empty_row_fails(monkeypatch, wanted):
   assert session.exitstatus == wanted
 
 
+@pytest.mark.slow
 def test_a_run_whose_tests_are_in_another_process(tmp_path):
   """Parameters, tables of the module, marks and measurements come from the worker; a part of the suite is no check."""
   path = tmp_path / "table.md"

@@ -13,6 +13,8 @@ from jaxllm.study import files
 COLOURS = ("#1f5fa8", "#d9480f", "#2b8a3e", "#9c36b5", "#c99700", "#0b8a94", "#c2255c", "#495057")
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)))
 MARKERS = "osD^vPX<>phd8H*"
+FEW = 20
+"""Labels that a legend has room for at full size."""
 
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
@@ -66,7 +68,8 @@ def lines(
       loc="outside right upper",
       frameon=False,
       handlelength=3.2,
-      labelspacing=0.6,
+      labelspacing=0.6 if len(shown) <= FEW else 0.3,
+      fontsize=10 if len(shown) <= FEW else 8,
     )
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})  # no version of matplotlib in the bytes

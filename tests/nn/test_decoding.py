@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import MODELS, B, T, each_model, params, tables, tokens
+from model_cases import MODELS, B, T, each_cached, params, tables, tokens
 from model_checks import (
   CHUNKINGS,
   check_decode,
@@ -19,18 +19,18 @@ from jaxllm.nn import Context, Transformer, init_cache
 from jaxllm.nn.context import append
 
 
-@each_model
+@each_cached
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 def test_chunks_give_the_full_forward_pass(name, chunking):
   check_decode(name, chunking)
 
 
-@each_model
+@each_cached
 def test_right_padded_rows_of_several_lengths(name):
   check_ragged(name)
 
 
-@each_model
+@each_cached
 def test_nan_in_unused_slots_changes_nothing(name):
   check_unused_slots(name)
 

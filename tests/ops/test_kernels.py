@@ -75,7 +75,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.core] * (n == "window")) for n in CASES])
+SLOW = ("causal", "padded", "soft cap")
+"""Cases that the others cover, one at a time: the interpreter takes seconds for each."""
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=[pytest.mark.core] * (n == "window") + [pytest.mark.slow] * (n in SLOW))
+    for n in CASES
+  ],
+)
 def test_splash_attention_is_plain(name):
   both, settings = CASES[name]
   found, expected = attend(SPLASH, both, **settings), attend(Plain(), both, **settings)
