@@ -81,7 +81,7 @@ class Rope(Position):
   @property
   def program(self) -> str | None:
     """The class whose hooks turn queries and keys otherwise than RoPE; None where the frequencies are all that differs."""
-    hooks = {"rotate_q", "rotate_k", "scores"}
+    hooks = {"rotate_q", "rotate_k", "scores", "far_scores"}
     owner = next(cls for cls in type(self).__mro__ if hooks & set(vars(cls)))
     return None if owner is Rope else owner.__name__
 

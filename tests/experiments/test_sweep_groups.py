@@ -27,6 +27,7 @@ class Untrained:
 
   def __init__(self, settings):
     self.configs = {s: length_extrapolation.model_config(settings, s, "float32") for s in settings.schemes}
+    self.tested = self.configs
 
   def params(self, scheme, seed):
     cfg = self.configs[scheme]
@@ -177,7 +178,7 @@ def test_a_failed_training_fails_its_cells_each_time_and_is_tried_once(monkeypat
   from jaxllm.train.loop import DivergedError
 
   settings, tried = sweep_case.settings_of(*sweep_case.TINY), []
-  trained = evaluate.Trained(tmp_path, Untrained(settings).configs, None, TEXT, None, None)
+  trained = evaluate.Trained(tmp_path, *(Untrained(settings).configs,) * 2, None, TEXT, None, None)
 
   def train(scheme, seed):
     tried.append(scheme)
