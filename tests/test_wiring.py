@@ -133,7 +133,7 @@ DEPTHS = (4, 16, 64)
 def update_sizes(wiring, optimizer, step):
   """RMS change of the last hidden state after one step of the optimizer, for each of DEPTHS; two seeds."""
 
-  def change(depth, seed):
+  def change(depth):
     alpha, beta = deepnorm_coefficients(depth, optimizer=wiring)["decoder"] if wiring else (1.0, 1.0)
     cfg = narrow(
       **dict(
@@ -161,9 +161,9 @@ def update_sizes(wiring, optimizer, step):
       moved = {path: x - step * inner(path, flatten(direction)[path]) for path, x in flatten(p).items()}
       return jnp.sqrt(jnp.mean((hidden(unflatten(moved)) - hidden(p)) ** 2))
 
-    return float(run(jax.random.key(seed)))
+    return np.mean([float(run(jax.random.key(seed))) for seed in range(2)])
 
-  return [np.mean([change(depth, seed) for seed in range(2)]) for depth in DEPTHS]
+  return [change(depth) for depth in DEPTHS]
 
 
 def spread(sizes):
