@@ -114,7 +114,11 @@ def peak_of_own_process(method: str, core: str, length: int) -> int | None:
     return None
   call = f"from experiments import attention_length as a; print(a.peak_bytes({method!r}, {core!r}, {length}))"
   done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
-  return int(done.stdout) if done.returncode == 0 else None
+  if done.returncode == 0:
+    return int(done.stdout)
+  if done.returncode < 0 or any(word in done.stderr for word in ("RESOURCE_EXHAUSTED", "MemoryError")):
+    return None  # the system stopped it, or it was told that there is no more
+  raise RuntimeError(f"memory of {method}, {core} at {length} tokens: {done.stderr.strip()[-500:]}")
 
 
 def row(f, method: str, length: int) -> tuple:

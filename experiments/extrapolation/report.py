@@ -215,8 +215,10 @@ def _best(rows: list[dict], scheme: str, applies: set[str], length: int) -> str 
   absent = sorted(name for name, values in found.items() if not values)
   found = {name: values for name, values in found.items() if values}
   seeds = set.intersection(*(set(values) for values in found.values())) if found else set()
-  if len(found) < 2 or not seeds:
+  if len(found) < 2:
     return None
+  if not seeds:
+    return f"At length {length}, the methods of `{scheme}` have no seed in common, and so none is the best."
   means = {name: interval.mean([values[seed] for seed in seeds]) for name, values in found.items()}
   first, second = sorted(means, key=means.get)[:2]
   close = means[second] - means[first] <= NO_DIFFERENCE

@@ -62,6 +62,8 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, LayerCache | None]:
     cfg, position, q_side, k_side = self.cfg, self.layer.position, shared.q_side, shared.k_side
     table, p = shared.of(cfg, position)
+    rows = 1 if table is None else table.rows
+    scores_keys = not rotates_once(position, rows)
     q_BTNH, k_BTKH, v_BTKH = (
       self._heads(x_BTD, name, n)
       for name, n in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
@@ -95,8 +97,6 @@ class Attention(nn.Module):
       k_BTKH, v_BTKH = cache = tuple(
         append(slots, new, length_B, q_side.valid) for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
       )
-    rows = 1 if table is None else table.rows
-    scores_keys = not rotates_once(position, rows)
     if (
       position.needs_raw_keys and not scores_keys
     ):  # cached unrotated, as other calls may have other frequencies

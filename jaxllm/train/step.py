@@ -14,7 +14,12 @@ from jaxllm.errors import ConfigError, check_positive
 from jaxllm.nn.transformer import Transformer, head
 from jaxllm.ops.losses import cross_entropy
 
-DECAYED = (("embed|head", False), (r"positions/\d+/\w+", False), (r".*/(scale|bias)", False), (r".*/w", True))
+DECAYED = (
+  ("embed|head|head_bias", False),
+  (r"positions/\d+/\w+", False),
+  (r".*/(scale|bias|sinks|alpha_p|alpha_n)", False),
+  (r".*/w", True),
+)
 """Which parameters weight decay acts on: the matrices inside the layers."""
 
 State = dict

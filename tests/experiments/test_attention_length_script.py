@@ -55,3 +55,31 @@ def test_memory_of_a_pass_is_seen():
 def test_bad_calls(flag, named):
   done = run(flag)
   assert done.returncode == 2 and named in done.stderr
+
+
+ANSWERS = {  # of the process that measures: its exit status, stdout and stderr; and what is made of it
+  "killed": ((-9, "", ""), "None"),
+  "refused": ((1, "", "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory"), "None"),
+  "fine": ((0, "17", ""), "17"),
+  "broken": (
+    (1, "", "ConfigError: num_heads: found 0"),
+    "memory of rope, plain at 8 tokens: ConfigError: num_heads: found 0",
+  ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_only_a_lack_of_memory_is_passed_over():
+  """Any other failure of the process that measures is told, and not shown as a dash."""
+  code = f"""
+import subprocess
+from experiments import attention_length as a
+for answer in {[answer for answer, _ in ANSWERS.values()]!r}:
+  subprocess.run = lambda call, **_: subprocess.CompletedProcess(call, *answer)
+  try:
+    print(a.peak_of_own_process("rope", "plain", 8))
+  except RuntimeError as error:
+    print(error)
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert done.stdout.splitlines() == [shown for _, shown in ANSWERS.values()], done.stderr

@@ -206,3 +206,14 @@ def test_a_method_that_failed_does_not_hide_the_best_of_the_others(tmp_path, cor
   write(tmp_path / "out", corpus, make=make)
   best = next(s for s in findings(tmp_path / "out") if "the lowest loss" in s)
   assert "is that of `none`" in best and best.endswith(", leaving out yarn, which failed.")
+
+
+def test_methods_without_a_seed_in_common_are_said_to_have_none(tmp_path, corpus, no_figures):
+  """yarn failed in one seed and rerope in the other."""
+  lost = {("yarn", 0), ("rerope", 1)}
+  make = lambda cell: (
+    rows.failed(cell, "no memory") if (cell["method"], cell["seed"]) in lost else value(cell)
+  )
+  write(tmp_path / "out", corpus, "--seeds=2", make=make)
+  text = "\n".join(findings(tmp_path / "out"))
+  assert "At length 128, the methods of `rope` have no seed in common, and so none is the best." in text

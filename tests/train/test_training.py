@@ -8,13 +8,15 @@ import numpy as np
 import optax
 import pytest
 import train_cases
+from model_cases import MODELS
+from model_cases import params as model_params
 
 from jaxllm import tree
-from jaxllm.activation import Mlp
+from jaxllm.activation import Mlp, Xielu
 from jaxllm.errors import ConfigError
 from jaxllm.nn import Transformer
 from jaxllm.norm import LayerNorm
-from jaxllm.train.step import TrainConfig, init_state
+from jaxllm.train.step import DECAYED, TrainConfig, init_state
 
 WIDE = dataclasses.replace(train_cases.CFG, norm=LayerNorm(), mlp=Mlp())
 
@@ -69,6 +71,20 @@ def test_weight_decay_acts_on_the_matrices_inside_the_layers_only():
   assert {"embed", "head", "final_norm/scale", "layers/0/attn_norm/bias"} <= params.keys() - moved
   for path in moved:
     np.testing.assert_allclose(updates[path], -0.25 * 0.5 * params[path], rtol=1e-6)
+
+
+def test_every_parameter_of_every_model_has_a_rule_of_decay():
+  """Biases, sinks, learned positions and an activation's own numbers too; a path without a rule would stop the training."""
+  every = dataclasses.replace(MODELS["rope"], biases=("q", "k", "v", "o", "up", "down", "head"), mlp=Xielu())
+  for name, cfg in (MODELS | {"every bias, and xielu": every}).items():
+    for path in tree.flatten(model_params(cfg)):
+      assert tree.first_match(DECAYED, path) == path.endswith("/w"), (name, path)
+  config = train_cases.config(10, warmup=0.0, weight_decay=0.5)
+  weights = model_params(every)
+  updates, _ = first_update(config, jax.tree.map(np.zeros_like, weights), weights)
+  updates = tree.flatten(updates)
+  assert not any(np.any(updates[path]) for path in updates if not path.endswith("/w"))
+  assert {"head_bias", "layers/0/mlp/alpha_p"} <= updates.keys()
 
 
 @pytest.mark.parametrize(("norm", "kept"), [(0.5, 0.5), (1.0, 1.0), (40.0, 1.0)])
