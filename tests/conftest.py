@@ -4,8 +4,10 @@ import os
 from importlib.metadata import version
 
 # The tests compile much and compute little: LLVM's optimizations would cost more than they save.  What XLA
-# rewrites and fuses stays as it is, and flags of the user come last and win.
+# rewrites and fuses stays as it is, and flags of the user come last and win.  One LLVM module a program, in place of up to
+# 32 for as many threads, takes a quarter off: each test has a core to itself.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
   # the older emitter compiles in half the time; later ones do not have it
   FLAGS += " --xla_cpu_use_fusion_emitters=false"

@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+
 
 def run(*args):
-  env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device, compiled quickly
+  env = os.environ | {"XLA_FLAGS": FLAGS}  # one device, compiled quickly
   call = [sys.executable, "-m", "experiments.attention_length", *args]
   return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 

@@ -84,10 +84,13 @@ def test_each_half_is_a_rope_of_its_own(layout, table_of):
   np.testing.assert_array_equal(flat[..., 8:], x[..., 8:])
 
 
+@jax.jit
+def step(p, tokens, context, cache):
+  return Transformer(CFG).apply({"params": p}, tokens, context, cache, CFG.rope_tables())
+
+
 def apply(tokens, context, cache=None):
-  rope = CFG.rope_tables()
-  step = lambda p, tokens, context, cache: Transformer(CFG).apply({"params": p}, tokens, context, cache, rope)
-  return jax.jit(step)(params(CFG), tokens, context, cache)
+  return step(params(CFG), tokens, context, cache)
 
 
 def test_a_model_with_blocks_is_the_oracle_and_decodes():
