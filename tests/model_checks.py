@@ -26,7 +26,7 @@ def program(kind, cfg):
   """The jitted function `kind` for the structure of cfg."""
   cfg = structure(cfg)
   if (kind, cfg) not in PROGRAMS:
-    options = AS_USED if cfg == OPTIMIZED and kind != "gradient" else None
+    options = AS_USED if cfg == OPTIMIZED and kind in ("forward", "step") else None
     PROGRAMS[kind, cfg] = jax.jit(KINDS[kind](Transformer(cfg)), compiler_options=options)
   return PROGRAMS[kind, cfg]
 
@@ -52,7 +52,11 @@ def _gradient(model):
   return jax.grad(loss)
 
 
-KINDS = {"forward": _forward, "step": _step, "gradient": _gradient}
+def _prefix(model):
+  return lambda params, tokens, context, rope: model.apply({"params": params}, tokens, context, rope=rope)[0]
+
+
+KINDS = {"forward": _forward, "step": _step, "gradient": _gradient, "prefix": _prefix}
 
 
 def relative_error(found, truth):
@@ -137,11 +141,10 @@ def check_small_embeddings(name, tolerance=5e-6):
 PREFIX = np.array([9, 0, 1], np.int32)
 
 
-def with_prefix(cfg, ids, prefix=PREFIX, **kwargs):
+def with_prefix(cfg, ids):
   """Logits where the first tokens of each row see each other both ways."""
-  context = Context(pos=positions(), prefix=prefix)
-  run = jax.jit(lambda p: Transformer(cfg).apply({"params": p}, ids, context, rope=tables(cfg), **kwargs))
-  return np.asarray(run(params(cfg))[0])
+  context = Context(pos=positions(), prefix=PREFIX)
+  return np.asarray(program("prefix", cfg)(params(cfg), ids, context, tables(cfg)))
 
 
 def check_prefix(name, tolerance=5e-6):

@@ -1,5 +1,6 @@
 """Linear attention with RoPE against a loop in float64; the recurrent form is the parallel one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,9 +19,9 @@ def arrays():
   return [2 * rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def turn_at(start, stop):
-  pos = jnp.arange(start, stop, dtype=jnp.int32)[None]
-  return lambda x: ROPE.rotate_q(x, pos, make_table([ROPE.frequencies(H)]))
+def turn(x):
+  pos = jnp.arange(T, dtype=jnp.int32)[None]
+  return ROPE.rotate_q(x, pos, make_table([ROPE.frequencies(H)]))
 
 
 def brute_force(q, k, v, turned=True, turned_denominator=False):
@@ -45,25 +46,31 @@ def brute_force(q, k, v, turned=True, turned_denominator=False):
 @pytest.mark.parametrize("turned", [True, False])
 def test_equation_19(turned):
   q, k, v = arrays()
-  turn = turn_at(0, T) if turned else lambda x: x
-  found, _ = linear_attention(q, k, v, turn)
+  found, _ = linear_attention(q, k, v, turn if turned else lambda x: x)
   np.testing.assert_allclose(found, brute_force(q, k, v, turned), rtol=0, atol=5e-6)
 
 
 def test_a_turned_denominator_is_another_result():
   q, k, v = arrays()
-  found, _ = linear_attention(q, k, v, turn_at(0, T))
+  found, _ = linear_attention(q, k, v, turn)
   assert np.max(np.abs(found - brute_force(q, k, v, turned_denominator=True))) > 0.1
+
+
+@jax.jit
+def chunk(q, k, v, start, state=None):
+  """Linear attention of the tokens from `start` on: a program a size."""
+  pos = start + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+  return linear_attention(q, k, v, lambda x: ROPE.rotate_q(x, pos, make_table([ROPE.frequencies(H)])), state)
 
 
 @pytest.mark.parametrize("sizes", [[1] * T, [5, 1, 1, 6], [12, 1]], ids=str)
 def test_any_chunks_give_the_parallel_form(sizes):
   q, k, v = arrays()
-  whole, last = linear_attention(q, k, v, turn_at(0, T))
+  whole, last = chunk(q, k, v, 0)
   start, state, found = 0, None, []
   for size in sizes:
     part, stop = slice(start, start + size), start + size
-    out, state = linear_attention(q[:, part], k[:, part], v[:, part], turn_at(start, stop), state)
+    out, state = chunk(q[:, part], k[:, part], v[:, part], start, state)
     found.append(out)
     start = stop
   np.testing.assert_allclose(np.concatenate(found, axis=1), whole, rtol=0, atol=5e-6)
