@@ -123,7 +123,9 @@ def remove_description(run):
   (run / "checkpoints" / "rope-0" / "model.json").unlink()
 
 
-@pytest.mark.parametrize("lose", [remove_first_model, damage_first_model, remove_description])
+@pytest.mark.parametrize(
+  "lose", [remove_first_model, pytest.param(damage_first_model, marks=pytest.mark.slow), remove_description]
+)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_command_of_a_finished_run_brings_back_a_model_that_was_lost(finished, tmp_path, capfd, lose):
   run = shutil.copytree(finished[0], tmp_path / "run")

@@ -149,8 +149,8 @@ def test_failed_cells_are_counted_and_do_not_enter_a_finding(tmp_path, corpus, n
     ("--windows=1", "--other_steps=7"),
     ("--metrics=accuracy_repeated",),
     ("--lengths=16", "--methods=none"),
-    ("--factors=2,4",),
-    ("--lengths=32",),
+    pytest.param(("--factors=2,4",), marks=pytest.mark.slow),
+    pytest.param(("--lengths=32",), marks=pytest.mark.slow),
   ],
 )
 @pytest.mark.filterwarnings("error")

@@ -19,8 +19,8 @@ NEW = (
 # What generation has to get right is the tables of a cache's length and who reads them: a method of each kind, and slow rows
 # for the others, whose scores through a cache are for tests/nn/test_decoding.py.
 METHODS = [  # name, fields, query scale
-  ("nope", {}, None),
-  ("sinusoidal", {"base": 2.0}, None),
+  pytest.param("nope", {}, None, marks=slow),  # no tables, as t5
+  pytest.param("sinusoidal", {"base": 2.0}, None, marks=slow),  # added to the embeddings, as learned
   (
     "learned",
     {"max_length": 36},
@@ -53,7 +53,7 @@ METHODS = [  # name, fields, query scale
   pytest.param(
     "self_extend", {"window": 5, "group": 3}, None, marks=slow
   ),  # one row and unrotated keys, as rerope
-  ("streaming", {"window": 5, "sinks": 2}, None),
+  pytest.param("streaming", {"window": 5, "sinks": 2}, None, marks=slow),  # as rerope
   ("rope_2d", {}, None),
 ]
 

@@ -23,7 +23,9 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("two", marks=pytest.mark.core), "one"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("two", marks=pytest.mark.core), pytest.param("one", marks=pytest.mark.slow)]
+)
 def test_scan_is_unrolled(name):
   cfg, ids = PATTERNS[name], tokens()
   weights = params(cfg)
