@@ -1,6 +1,6 @@
 """The models that every property is held against: each entry of POSITIONS, and one unlike them in all else.
 
-Two layers, so that what is wrong in one shows in the next, the second with a window; four query heads on two
+Three layers, so that what is wrong in one shows in the next, the middle one with a window; four query heads on two
 key heads, head_dim not D / N, trained length 8 and 24 tokens, so that each length rule is crossed; base 100, so
 that each frequency turns visibly within them; weights so large that attention is sharp.  Methods that differ in
 frequencies, scale or log-n only share a compiled program.
@@ -27,7 +27,7 @@ from jaxllm.tree import flatten, unflatten
 from jaxllm.wiring import DeepNorm, GlmDeepNorm, Parallel, ParallelTwoNorms, Post, PostOnly, Sandwich
 
 B, T, TRAINED = 3, 24, 8
-SHAPE = dict(vocab_size=29, embed_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=40)
+SHAPE = dict(vocab_size=29, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=40)
 WINDOW = 7
 FIELDS = dict(base=100.0, factor=4.0, original_length=TRAINED, beta_slow=0.2, sinks=2, scale_base=16.0)
 FIELDS |= dict(
@@ -47,9 +47,9 @@ def position(name, **kwargs):
 
 
 def model(name, fields=None, **kwargs):
-  """A config with method `name` on all layers, the second one with a window."""
+  """A config with method `name` on all layers, the middle one with a window."""
   method = position(name, **(fields or {}))
-  return ModelConfig(**SHAPE | dict(layers=(Layer(method), Layer(method, WINDOW))) | kwargs)
+  return ModelConfig(**SHAPE | dict(layers=(Layer(method), Layer(method, WINDOW), Layer(method))) | kwargs)
 
 
 OTHER = dict(norm=LayerNorm(), mlp=Mlp(), embed_scale=1.5, num_kv_heads=1, query_scale=LogN(2 * TRAINED, 0.0))

@@ -320,12 +320,10 @@ def gelu_by_tanh(monkeypatch):
 
 
 CORE = "window_off_by_one"
-SLOW = {name for name, (_, check) in BUGS.items() if check.func is check_oracle and name != CORE}
-SLOW = {"longrope_with_one_list_a_call", *sorted(SLOW)[1::2]}
-"""The bug of dynamic_ntk_with_one_base_a_call, and every other one that the oracle catches: each compiles a model."""
-MARKS = {name: [pytest.mark.core] * (name == CORE) + [pytest.mark.slow] * (name in SLOW) for name in BUGS}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in MARKS.items()])
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=[pytest.mark.core] * (name == CORE)) for name in BUGS]
+)
 def test_the_bug_is_caught(monkeypatch, name):
   must_be_caught(monkeypatch, *BUGS[name])

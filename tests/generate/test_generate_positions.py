@@ -12,22 +12,20 @@ from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.position import POSITIONS, LogN, Rope
 
-core, slow = pytest.mark.core, pytest.mark.slow
+core = pytest.mark.core
 NEW = (
   20  # prompts are 5, 11 and 16 tokens long, and the trained length 12: each row crosses it or starts beyond
 )
-# What generation has to get right is the tables of a cache's length and who reads them: a method of each kind, and slow rows
-# for the others, whose scores through a cache are for tests/nn/test_decoding.py.
 METHODS = [  # name, fields, query scale
-  pytest.param("nope", {}, None, marks=slow),  # no tables, as t5
-  pytest.param("sinusoidal", {"base": 2.0}, None, marks=slow),  # added to the embeddings, as learned
+  ("nope", {}, None),
+  ("sinusoidal", {"base": 2.0}, None),
   (
     "learned",
     {"max_length": 36},
     None,
   ),  # to the last row of the table: 16 tokens of a prompt and 20 new ones
   ("t5", {"max_distance": 20}, None),
-  pytest.param("alibi", {}, None, marks=slow),  # a bias, as t5, and no parameters, as nope
+  ("alibi", {}, None),
   pytest.param("rope", {}, None, marks=core),
   ("rope", {}, LogN(12)),
   ("pi", {"factor": 4.0}, None),
@@ -39,21 +37,18 @@ METHODS = [  # name, fields, query scale
   pytest.param("yarn", {"factor": 4.0}, None, marks=core),
   ("ntk_by_parts", {"factor": 4.0}, None),
   ("llama3", {"factor": 4.0}, None),
-  pytest.param(  # a row a length, as dynamic_ntk
+  (
     "longrope",
     {"factor": 4.0, "short_factor": (1.0,) * 8, "long_factor": (1.0, 1.2, 1.5, 2, 2.5, 3, 3.5, 4)},
     None,
-    marks=slow,
   ),
   ("proportional", {"proportion": 0.5}, None),
-  pytest.param("xpos", {"scale_base": 16.0}, None, marks=slow),  # as rerope
+  ("xpos", {"scale_base": 16.0}, None),
   ("rerope", {"window": 5}, None),
   ("leaky_rerope", {"window": 5, "leak": 4.0}, None),
-  pytest.param("inv_leaky_rerope", {"window": 5, "factor": 2.0}, None, marks=slow),  # as leaky_rerope
-  pytest.param(
-    "self_extend", {"window": 5, "group": 3}, None, marks=slow
-  ),  # one row and unrotated keys, as rerope
-  pytest.param("streaming", {"window": 5, "sinks": 2}, None, marks=slow),  # as rerope
+  ("inv_leaky_rerope", {"window": 5, "factor": 2.0}, None),
+  ("self_extend", {"window": 5, "group": 3}, None),
+  ("streaming", {"window": 5, "sinks": 2}, None),
   ("rope_2d", {}, None),
 ]
 

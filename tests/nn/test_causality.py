@@ -4,7 +4,7 @@ import dataclasses
 
 import model_checks
 import numpy as np
-from model_cases import MODELS, SHAPE, B, T, each_cached, each_structure, position
+from model_cases import MODELS, SHAPE, B, T, each_model, each_structure, position
 from model_checks import check_finite_gradient, check_later_tokens, gradient
 
 from jaxllm.config import Layer
@@ -31,7 +31,7 @@ def test_the_loss_of_t_depends_on_tokens_up_to_t(name):
   np.testing.assert_array_equal(reach(name), np.tri(T, dtype=bool))
 
 
-@each_cached
+@each_model
 def test_later_tokens_do_not_change_a_bit(name):
   check_later_tokens(name)
 

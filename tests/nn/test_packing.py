@@ -46,6 +46,6 @@ def test_blockwise_model_with_pattern_of_windows():
     Layer(MODELS["alibi"].layers[0].position),
     MODELS["rope"].layers[0],
   )
-  plain = dataclasses.replace(MODELS["rope"], num_layers=3, layers=layers)
+  plain = dataclasses.replace(MODELS["rope"], layers=layers)
   blockwise = dataclasses.replace(plain, attention=Blockwise(5, 7))
   assert relative_error(full(blockwise, tokens()), full(plain, tokens())) <= 1e-5
