@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: config.json and safetensors to (ModelConfig, parameters), and back."""

@@ -1,0 +1,103 @@
+"""What one model family of Hugging Face's is: its config.json as a ModelConfig both ways, and the names of its tensors.
+
+A family is settings and names only; everything that reads or writes files is shared by all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.hf.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+  """A tensor that is one parameter."""
+
+  def split(self, x: np.ndarray, cfg: ModelConfig, axis: int) -> Sequence[np.ndarray]:
+    """The parameters that a stored tensor holds, in the order of `Key.ours`: views of it where NumPy can have them."""
+    return (x,)
+
+  def join(self, parts: Sequence[np.ndarray], cfg: ModelConfig, axis: int) -> np.ndarray:
+    """The inverse of `split`."""
+    return parts[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Whole):
+  """Parameters one after the other along the output axis, `sizes(cfg)` long: Phi-3's [q; k; v] and [gate; up], MPT, GPT-2."""
+
+  sizes: Callable[[ModelConfig], Sequence[int]]
+
+  def split(self, x, cfg, axis):
+    return np.split(x, np.cumsum(self.sizes(cfg))[:-1], axis)
+
+  def join(self, parts, cfg, axis):
+    return np.concatenate(parts, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(Whole):
+  """q, k and v a key/value head at a time: [K, G + 2, H] rows, of which G are queries, then one key, one value.
+
+  With G = 1 it is BLOOM's and GPT-NeoX's [N, 3, H]; Falcon-40B has more queries, Falcon-7B one group.
+  """
+
+  def split(self, x, cfg, axis):
+    x = np.moveaxis(x, axis, 0)
+    rest = x.shape[1:]
+    groups = x.reshape(cfg.num_kv_heads, -1, cfg.head_dim, *rest)
+    parts = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return [np.moveaxis(part.reshape(-1, *rest), 0, axis) for part in parts]
+
+  def join(self, parts, cfg, axis):
+    moved = [np.moveaxis(part, axis, 0) for part in parts]
+    rest = moved[0].shape[1:]
+    heads = [part.reshape(cfg.num_kv_heads, -1, cfg.head_dim, *rest) for part in moved]
+    return np.moveaxis(np.concatenate(heads, axis=1).reshape(-1, *rest), 0, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """One tensor of the files and the parameters it holds.
+
+  theirs: its name, with {i} for the number of the layer (a key with {i} stands for one a layer).  ours: paths of parameters, with
+  {i} too.  stored: "oi" for a matrix [out, in] (torch's Linear), "io" for [in, out] (GPT-2's Conv1D), None for what is taken
+  as it is (vectors, embeddings).  layout: how several parameters share the tensor, along its output axis (vectors: their only one).
+  """
+
+  theirs: str
+  ours: tuple[str, ...]
+  stored: Literal["oi", "io"] | None = None
+  layout: Whole = Whole()
+
+  @property
+  def axis(self) -> int:
+    """The output axis of the stored tensor."""
+    return 1 if self.stored == "io" else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A row of FAMILIES.
+
+  model_type, architecture: as in config.json.  read: a ModelConfig from the settings, every one of which it takes or the
+  family ignores (`ignored`, besides settings.IGNORED).  write: the family's settings of a ModelConfig; what it does not say
+  the reading refuses, as `save` reads back what it writes.  keys: all tensors of a model.  prefix: what the names of `keys`
+  start with and files of the bare model leave out.  unused: regular expressions of tensors that hold no parameters (masks,
+  inverse frequencies).
+  """
+
+  model_type: str
+  architecture: str
+  read: Callable[[Settings], ModelConfig]
+  write: Callable[[ModelConfig], dict[str, Any]]
+  keys: Callable[[ModelConfig], list[Key]]
+  prefix: str = "model."
+  ignored: tuple[str, ...] = ()
+  unused: tuple[str, ...] = ()
