@@ -15,6 +15,7 @@ from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Cache, Context, Shared, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
+from jaxllm.ops.constrain import constrain
 from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position import Position
 from jaxllm.position.base import Params
@@ -129,7 +130,7 @@ class Transformer(nn.Module):
     shared = Shared(q_side, k_side, tables, LearnedPositions(cfg, name="positions")())
     for position in cfg.positions:  # an embedding is the model's, whichever layers name it
       x_BTD = position.embed(x_BTD, q_side.pos, shared.of(cfg, position)[1])
-    x_BTD = x_BTD.astype(cfg.dtype)
+    x_BTD = constrain(x_BTD.astype(cfg.dtype), "BTD")
     if self.scan:
       if cache is not None:
         raise ConfigError(
