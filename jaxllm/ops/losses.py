@@ -16,8 +16,8 @@ def cross_entropy(
   Logits are float32 and exist for `chunk` tokens at a time, forward and backward: 32k tokens of a 152k vocabulary at once
   would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they are.
   """
-  B, T, D = hidden_BTD.shape
-  if B * T <= chunk:
+  B, T = labels_BT.shape
+  if labels_BT.size <= chunk:
     return _score(hidden_BTD, head, labels_BT)
   count = -(-T // max(1, chunk // B))
   t = -(-T // count)
