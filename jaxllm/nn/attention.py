@@ -36,9 +36,9 @@ def hooks(cfg: ModelConfig, position: Position, rows: int = 1) -> str | None:
 
 
 class Attention(nn.Module):
-  """o(core(q, k, v)): queries divided by sqrt(H), scaled by position, scored by the layer's position method.
+  """o(core(q, k, v)): queries times cfg.score_scale, scaled by position, scored by the layer's position method.
 
-  The scale by position (cfg.query_scale) acts on layers without a window only.
+  The scale by position is cfg.query_scale, which says on which layers it acts.
 
   With cfg.layer_scaling the layer of number l (from 0) has its queries divided by l + 1 and its float32 scores multiplied by
   it: nothing changes but that q k^T stays within a half type's range.
@@ -76,9 +76,8 @@ class Attention(nn.Module):
       q_BTNH = position.rotate_q(q_BTNH, pos, table)
       k_BTKH = position.rotate_k(k_BTKH, pos, table)
     q_BTNH, k_BTKH = self._normed("after", "q", q_BTNH), self._normed("after", "k", k_BTKH)
-    q_BTNH = q_BTNH * cfg.head_dim**-0.5
-    if self.layer.window is None:  # a window bounds the number of keys, which is what the scale makes up for
-      q_BTNH = shared.tables.query_scale(q_BTNH, q_side.pos)
+    q_BTNH = q_BTNH * cfg.score_scale
+    q_BTNH = shared.tables.query_scale(q_BTNH, q_side.pos, self.layer.window)
     layer_scale = number + 1 if cfg.layer_scaling else 1
     q_BTNH = (q_BTNH / layer_scale).astype(cfg.dtype)
 

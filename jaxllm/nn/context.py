@@ -12,7 +12,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.ops.attention import Side
 from jaxllm.position import Position
 from jaxllm.position.base import Params
-from jaxllm.position.tables import PositionTables, RopeTable
+from jaxllm.position.tables import PositionTables, Table
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +135,7 @@ class Shared:
   tables: PositionTables
   learned: tuple[Params, ...]
 
-  def of(self, cfg: ModelConfig, position: Position) -> tuple[RopeTable | None, Params]:
+  def of(self, cfg: ModelConfig, position: Position) -> tuple[Table | None, Params]:
     """(the table, the parameters) of one method, where it has any."""
     table = self.tables.ropes[cfg.ropes.index(position)] if position in cfg.ropes else None
     methods = cfg.learned_positions
