@@ -21,8 +21,8 @@ SAFE_JINJA = (3, 1, 6)
 def render(template: str, values: Mapping[str, Any], source: str) -> str:
   """The text that a template writes for its variables, as transformers would render it.
 
-  In an ImmutableSandboxedEnvironment, with plain JSON values: no attribute that leads out of them, no change to them, no files, no
-  imports.  Raises TokenizerError for whatever goes wrong, what the template itself refuses included.
+  In an ImmutableSandboxedEnvironment, with plain JSON values: no attribute that leads out of them, no change to them, no files,
+  no imports.  Raises TokenizerError for whatever goes wrong, what the template itself refuses included.
   """
   try:
     import jinja2

@@ -39,7 +39,7 @@ def find(path_or_repo: str | os.PathLike, weights: bool = True) -> Path:
 def _fetch(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
   try:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
   except ImportError:
     raise CheckpointError(
       f"{name}: no such directory; to fetch the repository of that name from the Hugging Face Hub install the extra `hub` "
@@ -52,11 +52,11 @@ def _fetch(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     )
   except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
     raise CheckpointError(
-      f"{name}: not in the cache {huggingface_hub.constants.HF_HUB_CACHE}, and the Hugging Face Hub cannot be reached; "
+      f"{name}: not in the cache {constants.HF_HUB_CACHE}, and the Hugging Face Hub cannot be reached; "
       f"where there is a network run `{download}` and bring that cache along, or give the directory of a copy"
     ) from None
   except (errors.HfHubHTTPError, errors.HFValidationError) as e:  # not found and gated among them
-    reason = str(e).strip().splitlines()[0][:200]
+    reason = str(e).strip().partition("\n")[0][:200]
     raise CheckpointError(
       f"{name}: the Hugging Face Hub does not give it ({type(e).__name__}: {reason}); check the name, and run `hf auth login` "
       "where the repository is private or asks for consent"

@@ -18,7 +18,7 @@ from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.hf import families, files, hub, scan
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.match import Source, expected_shapes, match
+from jaxllm.hf.match import Source, match
 from jaxllm.leaf import Matrix
 from jaxllm.parallel.mesh import default_rules
 from jaxllm.parallel.rules import RULES, Rules, layout
@@ -85,8 +85,7 @@ def load_params(
   rules: Rules | None = None,
 ) -> dict[str, Any]:
   """The parameters of a model of `cfg`, in the type `dtype` (None: each in the type of its tensor); as `load` says."""
-  found = match(checkpoint, family, cfg, source)
-  shapes = expected_shapes(cfg)
+  found, shapes = match(checkpoint, family, cfg, source)
   platform = jax.devices()[0].platform if mesh is None else mesh.devices.flat[0].platform
   targets = {}
   for key, stored in found:

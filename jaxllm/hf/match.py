@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -89,8 +90,7 @@ def match(
     stored = checkpoint.tensors[names.pop(key.theirs)]
     found.append((key, stored))
     if stored.shape != want:
-      why = changed.settings(lambda cfg, shapes, key=key: stored_shape(key, shapes))
-      problems.append(f"shape: {stored} is {list(stored.shape)}, expected {list(want)}{why}")
+      problems.append(f"shape: {stored} is {list(stored.shape)}, expected {list(want)}{changed.shape(key)}")
     elif stored.dtype not in EXPONENTS:
       problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, EXPONENTS))}")
   tied = [names.pop(key.theirs) for key in heads if key.theirs in names]
@@ -102,53 +102,56 @@ def match(
   if problems:
     hint = ""
     if layers != cfg.num_layers:
-      hint = f" (the files hold {layers} layers, expected {cfg.num_layers}{changed.settings(lambda cfg, _: cfg.num_layers)})"
+      hint = f" (the files hold {layers} layers, expected {cfg.num_layers}{changed.layers()})"
     raise CheckpointError(
       f"{checkpoint.directory}: the tensors do not fit {source.path}{hint}; mend it, or fetch the files again\n  "
       + shown(problems)
     )
-  return found
+  return found, shapes
 
 
 class _Changed:
   """The model with one setting of config.json changed at a time: what a shape depends on, of any family."""
 
   def __init__(self, source: Source):
-    self._source = source
-    self._models: list[tuple[str, ModelConfig, Shapes]] | None = None
+    self._read, self._plain = source.read, dict(source.plain)
 
-  def settings(self, quantity: Callable[[ModelConfig, Shapes], Any]) -> str:
-    """ " (key = value, ...)": the settings that, changed, change `quantity`; nothing where none is known."""
-    if self._source.read is None:
-      return ""
-    if self._models is None:
-      self._models = list(self._read())
-    (_, *usual), *models = self._models
-    keys = [text for text, *model in models if _value(quantity, model) != _value(quantity, usual)]
-    return f" ({', '.join(keys)})" if keys else ""
-
-  def _read(self) -> Iterator[tuple[str, ModelConfig, Shapes]]:
-    plain = dict(self._source.plain)
-    yield "", *self._model(plain)
-    for key, number in plain.items():
+  @functools.cached_property
+  def _models(self) -> list[tuple[str, ModelConfig]]:
+    """("key = value" as it is, the model where it is another) for every whole number; the model as it is comes first."""
+    models = [("", self._model({}))]
+    for key, number in self._plain.items():
       if type(number) is int and number > 0:
-        tried = (self._model(plain | {key: other}) for other in (2 * number, number // 2, number + 1))
-        if model := next(filter(None, tried), None):
-          yield f"{key} = {number}", *model
+        tried = (self._model({key: other}) for other in (2 * number, number // 2, number + 1))
+        models.append((f"{key} = {number}", next(filter(None, tried), models[0][1])))
+    return models
 
-  def _model(self, plain: dict[str, Any]) -> tuple[ModelConfig, Shapes] | None:
+  def _model(self, changes: dict[str, int]) -> ModelConfig | None:
     try:
-      cfg = self._source.read(plain)
-      return cfg, expected_shapes(cfg)
+      return self._read(self._plain | changes)
     except JaxllmError:
       return None
 
+  @functools.cached_property
+  def _shapes(self) -> list[Shapes]:
+    return [expected_shapes(cfg) for _, cfg in self._models]
 
-def _value(quantity, model) -> Any:
-  try:
-    return quantity(*model)
-  except KeyError:  # the other model lacks the parameter
-    return None
+  def layers(self) -> str:
+    """ " (key = value)": what the number of layers depends on; nothing where that is not known."""
+    return self._dependent(lambda i: self._models[i][1].num_layers)
+
+  def shape(self, key: Key) -> str:
+    """ " (key = value, ...)": what the shape of a tensor depends on."""
+    # another model may lack a parameter
+    return self._dependent(
+      lambda i: all(p in self._shapes[i] for p in key.ours) and stored_shape(key, self._shapes[i])
+    )
+
+  def _dependent(self, quantity: Callable[[int], Any]) -> str:
+    if self._read is None:
+      return ""
+    keys = [text for i, (text, _) in enumerate(self._models) if quantity(i) != quantity(0)]
+    return f" ({', '.join(keys)})" if keys else ""
 
 
 def _names(checkpoint: Checkpoint, family: Family, known: Collection[str]) -> dict[str, str]:

@@ -36,12 +36,13 @@ def copy(view: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
   if view.dtype == dtype:  # the same bits, by NumPy's fastest loops
     source, target = view.view(integers), out.view(integers)
   scratch = np.empty(max(CHUNK // dtype.itemsize, 1), integers)
-  for block in _transposed(source, target) if _is_transposed(view) else _rows(source, target):
-    bits = block.reshape(-1).view(integers)
-    for start in range(0, bits.size, scratch.size):
-      piece = bits[start : start + scratch.size]
-      if np.bitwise_and(piece, exponent, out=scratch[: piece.size]).max() == exponent:
-        return out, False
+  with np.errstate(over="ignore"):  # of a cast: seen by its infinity
+    for block in _transposed(source, target) if _is_transposed(view) else _rows(source, target):
+      bits = block.reshape(-1).view(integers)
+      for start in range(0, bits.size, scratch.size):
+        piece = bits[start : start + scratch.size]
+        if np.bitwise_and(piece, exponent, out=scratch[: piece.size]).max() == exponent:
+          return out, False
   return out, True
 
 

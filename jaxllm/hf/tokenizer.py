@@ -8,12 +8,14 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import ModelConfig
 from jaxllm.errors import TokenizerError
 from jaxllm.hf import chat as chat_lib
 from jaxllm.hf import files, hub
+
+if TYPE_CHECKING:
+  from jaxllm.config import ModelConfig
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 FILES = (
