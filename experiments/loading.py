@@ -129,6 +129,7 @@ def read_jaxllm(directory: str, mesh: str) -> float:
 
 def read_safetensors(directory: str, mesh: str) -> float:
   """Seconds to read all tensors into memory."""
+  import ml_dtypes  # noqa: F401  (safetensors finds bfloat16 by its name)
   import safetensors.numpy
 
   start = time.perf_counter()
