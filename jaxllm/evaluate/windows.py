@@ -58,6 +58,7 @@ def score_windows(
   return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).reshape(-1, W, T), scores)
 
 
-def bits_per_byte(nats: np.ndarray) -> float:
-  """Mean loss in bits, summed in float64."""
-  return float(np.mean(nats, dtype=np.float64) / math.log(2))
+def bits_per_byte(nats: np.ndarray, sizes: np.ndarray | None = None) -> float:
+  """Losses in bits, summed in float64, over the bytes that the tokens stand for: `sizes` of them, or one each."""
+  count = nats.size if sizes is None else int(np.sum(sizes, dtype=np.int64))
+  return float(np.sum(nats, dtype=np.float64) / count / math.log(2))
