@@ -81,39 +81,16 @@ def default_dtype(platform: str) -> str:
   return "float32" if platform == "cpu" else "bfloat16"
 
 
-def source_digest() -> str:
-  """SHA-256 of the project's own code: cells of two versions do not belong into one table."""
-  import hashlib
-
-  import jaxllm
-
-  roots = (Path(jaxllm.__file__).parent, Path(__file__).parent)
-  files = sorted(path for root in roots for path in root.rglob("*.py"))
-  return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
 def record(settings: Settings, models, dtype: str) -> dict:
   """Everything needed to repeat the run, for config.json."""
-  import platform
-  from importlib.metadata import version
-
-  import jax
-
-  import jaxllm
+  from experiments import provenance
   from experiments.extrapolation import evaluate
   from jaxllm.evaluate import windows
 
   # before anything is trained or loaded: a forced core that cannot serve a method is an error here
   attention = evaluate.core_reports(settings, models)
   return {
-    "jaxllm": jaxllm.__version__,
-    "source": source_digest(),
-    "python": platform.python_version(),
-    "libraries": {
-      name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    },
-    "platform": jax.default_backend(),
-    "devices": [device.device_kind for device in jax.devices()],
+    **provenance.record(),
     "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"} | {"dtype": dtype},
     **models.record(),
     "evaluation": {

@@ -11,12 +11,12 @@ import numpy as np
 
 from experiments.extrapolation.models import Models
 from experiments.extrapolation.settings import Settings
-from jaxllm.config import Layer, ModelConfig
+from experiments.extrapolation.variants import aligned, changes, on, shared_program, with_variant
 from jaxllm.errors import ConfigError
 from jaxllm.evaluate.windows import bits_per_byte, repeat_last_block, score_windows
 from jaxllm.nn.cores import core_report
 from jaxllm.nn.transformer import Transformer
-from jaxllm.position import LogN, PositionTables, Rope
+from jaxllm.position import PositionTables
 from jaxllm.study import methods, rows
 from jaxllm.study.cells import Group
 
@@ -71,52 +71,6 @@ def in_length_windows(models: Models, train_length: int) -> tuple[np.ndarray, np
   """Windows of the training length from all over the text: of bytes, enough for an error of a hundredth of a bit."""
   most = (len(models.text) - 1) // train_length - 1
   return models.text.windows(train_length, train_length, min(models.in_length, most))
-
-
-def with_variant(
-  cfg: ModelConfig, variant: methods.Variant, factors, train_length: int, length: int
-) -> ModelConfig:
-  """The model with a variant at a length: as it is, where the variant is not switched on there."""
-  if methods.is_on(variant, factors, train_length, length):
-    cfg = on(cfg, variant, train_length)
-    if methods.METHODS[variant.method].log_n:
-      cfg = dataclasses.replace(cfg, query_scale=LogN(train_length, floor=1.0))
-  return cfg
-
-
-def on(cfg: ModelConfig, variant: methods.Variant, train_length: int) -> ModelConfig:
-  """The config with the variant's position method on its RoPE layers, which were trained at `train_length`."""
-  method = methods.METHODS[variant.method]
-  if method.position is None:
-    return cfg
-  factor = {"factor": variant.factor} if method.stretches else {}
-  return cfg.with_position(method.position, original_length=train_length, **factor)
-
-
-def shared_program(cfg: ModelConfig) -> ModelConfig:
-  """The config of the program that all methods which are tables run through: plain RoPE on the layers over all keys.
-
-  Where windowed layers have that very RoPE, which keeps its own table, the others are told apart by a name of their own.
-  """
-  plain = cfg.with_position("rope")
-  windowed = {layer.position for layer in plain.layers if layer.window is not None}
-  everywhere = {layer.position for layer in plain.layers if layer.window is None and is_rope(layer)}
-  return cfg.with_position("pi", factor=1.0) if windowed & everywhere else plain
-
-
-def is_rope(layer: Layer) -> bool:
-  """Whether a layer turns queries and keys by one position a token."""
-  return isinstance(layer.position, Rope) and not layer.position.two_dimensional
-
-
-def aligned(cfg: ModelConfig, program: ModelConfig, length: int) -> PositionTables:
-  """The tables of `cfg` for windows of `length`, in the places that the program of another config has for its layers."""
-  tables = cfg.rope_tables(seq_len=length)
-  places = [
-    next(i for i, layer in enumerate(program.layers) if layer.position == rope) for rope in program.ropes
-  ]
-  ropes = tuple(tables.ropes[cfg.ropes.index(cfg.layers[i].position)] for i in places)
-  return dataclasses.replace(tables, ropes=ropes)
 
 
 def stack(tables: Sequence[PositionTables], size: int) -> PositionTables:
@@ -175,18 +129,15 @@ def check_tables_differ(settings: Settings, models: Models) -> None:
       if methods.is_on(v, settings.factors, train, longest) and not (method.stretches and v.factor == 1.0)
     ]
     applies = [scheme for scheme, how in models.schemes.items() if not methods.not_applicable(how, name)]
-    if not (on_there and applies and method.tables_only):
+    if not (on_there and applies):
       continue
-    if not any(_changes(settings, models, scheme, v, longest) for scheme in applies for v in on_there):
+    changed = (
+      changes(models.tested[scheme], models.schemes[scheme], v, settings.factors, train, longest)
+      for scheme in applies
+      for v in on_there
+    )
+    if not any(changed):
       raise ConfigError(
         f"--methods={name}: at {longest}, the longest of --lengths, its frequencies and scale are those of the model as it is; "
         "leave it out, or give other --factors"
       )
-
-
-def _changes(settings: Settings, models: Models, scheme: str, variant: methods.Variant, length: int) -> bool:
-  cfg, how = models.tested[scheme], models.schemes[scheme]
-  program = shared_program(cfg) if how.plain_rope else cfg
-  changed = with_variant(cfg, variant, settings.factors, settings.train_length, length)
-  tables = (jax.tree.leaves(aligned(one, program, length)) for one in (cfg, changed))
-  return not all(np.array_equal(x, y) for x, y in zip(*tables, strict=True))

@@ -79,18 +79,20 @@ def score_text(
   at_once: int,
   bos: int | None = None,
   first: int = 0,
+  last: int | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
   """(number of the first token, losses in nats float32, hits bool) of the tokens that each `at_once` windows score, in order.
 
   loss_t = -ln p(token t | the tokens before it in its window); a hit is a token that is the most likely one.  One compiled
-  program serves all calls.  `tables`: those of one method, pinned at windows.length.  `first`: the window to begin with.
+  program serves all calls.  `tables`: those of one method, pinned at windows.length.  Windows `first` to `last` - 1 are scored.
   """
   stacked = jax.tree.map(lambda leaf: np.asarray(leaf)[None], tables)
-  for start in range(first, len(windows), at_once):
+  last = len(windows) if last is None else last
+  for start in range(first, last, at_once):
     nats, hits = jax.device_get(
       score_windows(model, params, windows.tokens(ids, start, at_once, bos), stacked)
     )
-    counts = windows.counts[start : start + at_once]
+    counts = windows.counts[start : min(start + at_once, last)]
     counted = np.arange(windows.length) >= windows.length - counts[:, None]
     found = [x[0, : len(counts)][counted] for x in (nats, hits)]
     yield int(windows.ends[start] - counts[0]) + 1, *found

@@ -145,7 +145,7 @@ def not_applicable(scheme: Scheme, method: str) -> str | None:
     lacks = scheme.lacks or f"{scheme.name} has no layer of plain RoPE over all keys"
     return f"{m.position} changes RoPE, and {lacks}"
   if m.log_n and scheme.log_n:
-    return "the model is trained with log-n already"
+    return f"the model {'scales its queries by position' if scheme.name == LOADED else 'is trained with log-n'} already"
   return None
 
 
