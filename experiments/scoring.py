@@ -57,7 +57,7 @@ class Scoring:
     progress: Progress,
     stop: StopFlag,
   ) -> Callable[[Group], list[dict]]:
-    """What fills a part, by score(params, at_once=, first=, last=), which is `strided.score_text`; parameters load when asked for."""
+    """What fills a part, by score(params, at_once=, first=, last=), a `strided.score_text`; parameters load when asked for."""
     loaded: list = []
     done = sum(g.cells[0]["last"] - g.cells[0]["first"] for g in self.groups() if ledger.finished(g.name))
     scored = int(np.median(self.windows.counts))
