@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.activation import MLPS, Glu
-from jaxllm.errors import ConfigError, check_positive
+from jaxllm.errors import ConfigError, check_choice, check_positive
 from jaxllm.norm import NORMS, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.ops.choose import CORES
-from jaxllm.position import POSITIONS, LogN, NoPE, Position, Rope
-from jaxllm.position.query_scale import query_scale_table
-from jaxllm.position.tables import PositionTables, RopeTable, make_table
+from jaxllm.position import POSITIONS, NoPE, Position, Rope, float32
+from jaxllm.position.query_scale import QUERY_SCALES, Llama4Scale, LogN, query_scale_table
+from jaxllm.position.tables import PositionTables, Table, make_table
 from jaxllm.wiring import WIRINGS, Pre
 
 DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("exact", "hf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +50,23 @@ class ModelConfig:
   """A decoder.  Letters: vocab_size V, embed_dim D, num_layers L, num_heads N, num_kv_heads K, head_dim H, mlp_dim F.
 
   layers: kinds of layer, repeated over the depth.  wiring, norm, mlp: how a block joins its parts, and what they are.
-  query_scale: queries scaled by position, on the layers without a window (the others see a bounded number of keys).
+  query_scale: queries scaled by position, as a LogN or a Llama4Scale says.
+  rope_precision: "exact", or "hf" for the angles of transformers, which computes frequencies, their products with positions,
+  and cosines in float32: for logits equal to its own at long positions.  Exact angles are the better ones.
   biases: which of q, k, v, o, gate, up, down and head have one.
   tie_embeddings: the head is the embedding, transposed.  embed_scale: multiplies the token embeddings.
+  embed_norm: `norm` over what enters the first layer.  Source of the embedding norm: Scao et al. (2022), BLOOM.
   embed_gradient: the share of its gradient that the embedding gets (`ops.head.shrink_gradient`), tied head included.
+  attention_scale: what queries are multiplied by, None being head_dim ** -0.5.  Source of the attention scale: transformers'
+  `query_pre_attn_scalar` (to the power of -1/2; Gemma 2), `attention_multiplier` (Granite), `softmax_scale` (MPT).
   qk_norm, clip_qkv: queries and keys normalised; q, k and v clipped to +-clip_qkv.  attention_softcap, logit_softcap: scores
-  and logits become cap tanh(x / cap).  attention_sinks: a learned logit a head that takes a share of each query's attention
-  (Xiao et al., 2023, section 3.3; GPT-OSS).  layer_scaling: see `nn.attention.Attention`.
+  and logits become cap tanh(x / cap).  logit_scale: multiplies the logits, before their cap.  Source of the logit scale:
+  transformers' `logit_scale` (Cohere) and 1 / `logits_scaling` (Granite).  attention_sinks: a learned logit a head that takes
+  a share of each query's attention (Xiao et al., 2023, section 3.3; GPT-OSS).  layer_scaling: see `nn.attention.Attention`.
   attention: the core (one of ops.choose.CORES), which changes speed and memory and not the result.
-  dtype: the compute type, parameters being float32.
+  dtype: the compute type; parameters may be of any type.
+  context_length: how many tokens the model is said to serve, for information only.  eos_ids: the tokens that end a text, where
+  `generate` stops by default.
   """
 
   vocab_size: int
@@ -70,25 +80,38 @@ class ModelConfig:
   norm: Any = RMSNorm()
   mlp: Any = Glu()
   wiring: Any = Pre()
-  query_scale: LogN | None = None
+  query_scale: LogN | Llama4Scale | None = None
+  rope_precision: str = "exact"
   biases: tuple[str, ...] = ()
   tie_embeddings: bool = False
   embed_scale: float = 1.0
+  embed_norm: bool = False
   embed_gradient: float = 1.0
+  attention_scale: float | None = None
   qk_norm: QkNorm | None = None
   clip_qkv: float | None = None
   attention_softcap: float | None = None
   logit_softcap: float | None = None
+  logit_scale: float = 1.0
   attention_sinks: bool = False
   layer_scaling: bool = False
   attention: Any = Plain()
   dtype: str = "float32"
+  context_length: int | None = None
+  eos_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
-    for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-      value = getattr(self, name)
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+    for name in (*sizes, *(("context_length",) if self.context_length is not None else ())):
+      if not _is_integer(value := getattr(self, name)) or value < 1:
         raise ConfigError(f"{name}: found {value!r}, expected an integer of at least 1")
+    ids = self.eos_ids if isinstance(self.eos_ids, (tuple, list)) else (self.eos_ids,)  # JSON has lists
+    object.__setattr__(self, "eos_ids", tuple(ids))
+    for value in self.eos_ids:
+      if not _is_integer(value) or not 0 <= value < self.vocab_size:
+        raise ConfigError(
+          f"eos_ids: found {value!r}, expected integers from 0 to vocab_size - 1 = {self.vocab_size - 1}"
+        )
     if self.num_heads % self.num_kv_heads:
       raise ConfigError(
         f"num_kv_heads: found {self.num_kv_heads}, expected a divisor of num_heads = {self.num_heads}"
@@ -101,14 +124,23 @@ class ModelConfig:
     for name in self.biases:
       if name not in (allowed := ("q", "k", "v", "o", *self.mlp.inputs, "down", "head")):
         raise ConfigError(f"biases: found {name!r}, expected some of {', '.join(allowed)}")
-    check_positive(self, embed_gradient=self.embed_gradient)
+    check_choice(self, "embed_norm", (True, False))
+    check_choice(self, "rope_precision", PRECISIONS)
+    check_positive(self, embed_gradient=self.embed_gradient, logit_scale=self.logit_scale)
     if self.embed_gradient > 1:
       raise ConfigError(
         f"embed_gradient: found {self.embed_gradient!r}, expected a number above 0 and at most 1"
       )
-    for name in ("clip_qkv", "attention_softcap", "logit_softcap"):
+    for name in ("attention_scale", "clip_qkv", "attention_softcap", "logit_softcap"):
       if getattr(self, name) is not None:
         check_positive(self, **{name: getattr(self, name)})
+    if self.attention_scale is not None:
+      for position in self.positions:
+        if getattr(position, "placement", "after") == "before":
+          raise ConfigError(
+            f"attention_scale: found {self.attention_scale!r}, expected None with a bias that is divided by sqrt(head_dim) ("
+            f"{type(position).__name__}(placement='before'))"
+          )
     if self.qk_norm is not None and self.qk_norm.place == "after":
       for layer in self.layers:
         if layer.position.needs_raw_keys:
@@ -124,6 +156,11 @@ class ModelConfig:
         raise ConfigError(
           f"rotary_dim: found {self.rotary_dim(rope)}, expected {kind} of at most head_dim = {self.head_dim}"
         )
+
+  @property
+  def score_scale(self) -> float:
+    """What queries are multiplied by before their inner products with keys."""
+    return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
   def layer(self, index: int) -> Layer:
     """The kind of layer `index`."""
@@ -201,9 +238,13 @@ class ModelConfig:
     it cannot see that tables are of another base or factor, of another ReRoPE window, or pinned at another length.
     """
 
-    def table(rope: Rope) -> RopeTable:
-      start, rows = rope.rows(self.rotary_dim(rope), max_len, seq_len)
-      return make_table(rows, start, rope.reach(max_len) if seq_len is None else None, rope.program)
+    hf = self.rope_precision == "hf"
+
+    def table(rope: Rope) -> Table:
+      frequencies = functools.partial(float32.frequencies, rope) if hf else None
+      start, rows = rope.rows(self.rotary_dim(rope), max_len, seq_len, frequencies)
+      reach = rope.reach(max_len) if seq_len is None else None
+      return make_table(rows, start, reach, rope.program, self.rope_precision)
 
     return PositionTables(tuple(map(table, self.ropes)), query_scale_table(self.query_scale))
 
@@ -220,12 +261,16 @@ class ModelConfig:
     return cls(**values)
 
 
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
 _KINDS: dict[str, Mapping[str, type]] = {
   "position": POSITIONS,
   "norm": NORMS,
   "mlp": MLPS,
   "wiring": WIRINGS,
-  "query_scale": {"log_n": LogN},
+  "query_scale": QUERY_SCALES,
   "qk_norm": {"qk_norm": QkNorm},
   "attention": CORES,
 }

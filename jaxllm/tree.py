@@ -44,8 +44,12 @@ def first_match(rules: Iterable[tuple[str, Any]], path: str) -> Any:
   raise ConfigError(f"no rule matches the parameter {path!r}; rules: {', '.join(p for p, _ in rules)}")
 
 
-def diff(expected: Tree, found: Tree) -> list[str]:
-  """Every difference in names, shapes and dtypes between two trees, a line each; empty when they agree."""
+def diff(expected: Tree, found: Tree, dtypes: bool = True) -> list[str]:
+  """Every difference in names, shapes and dtypes between two trees, a line each; empty when they agree.
+
+  Shapes are the logical ones, whatever form a leaf is stored in (`jaxllm.leaf`).  dtypes False: of any type, as parameters keep
+  that of the checkpoint they are from.
+  """
   want, have = flatten(expected), flatten(found)
   lines = [f"missing: {path} {tuple(want[path].shape)}" for path in want if path not in have]
   lines += [f"unexpected: {path} {tuple(have[path].shape)}" for path in have if path not in want]
@@ -53,14 +57,14 @@ def diff(expected: Tree, found: Tree) -> list[str]:
     w, h = want[path], have[path]
     if tuple(w.shape) != tuple(h.shape):
       lines.append(f"shape: {path} is {tuple(h.shape)}, expected {tuple(w.shape)}")
-    elif w.dtype != h.dtype:
+    elif dtypes and w.dtype != h.dtype:
       lines.append(f"dtype: {path} is {h.dtype}, expected {w.dtype}")
   return sorted(lines)
 
 
-def check_same(expected: Tree, found: Tree, source: str) -> None:
-  """Raise CheckpointError with every difference between two trees in one message; `source` says where `found` is from."""
-  if lines := diff(expected, found):
+def check_same(expected: Tree, found: Tree, source: str, dtypes: bool = True) -> None:
+  """Raise CheckpointError with every line of `diff` in one message; `source` says where `found` is from."""
+  if lines := diff(expected, found, dtypes):
     shown = "\n  ".join(lines[:20]) + (f"\n  (+{len(lines) - 20} more)" if len(lines) > 20 else "")
     raise CheckpointError(f"{source}: the parameters do not fit the model\n  {shown}")
 

@@ -44,11 +44,22 @@ class Wiring:
 
 @dataclasses.dataclass(frozen=True)
 class Pre(Wiring):
-  """h = x + A(N1 x), y = h + F(N2 h), and a norm after the last block.  Source: Xiong et al. (2020); GPT-2, Llama."""
+  """h = x + c A(N1 x), y = h + c F(N2 h), c = branch_scale, and a norm after the last block.
+
+  Source: Xiong et al. (2020); GPT-2, Llama.  Source of the branch scale: transformers' `residual_multiplier` (Granite).
+  """
+
+  branch_scale: float = 1.0
+
+  def __post_init__(self):
+    check_positive(self, branch_scale=self.branch_scale)
 
   def __call__(self, x, norm, attention, feed_forward):
-    h = x + attention(norm("attn_norm", x))
-    return h + feed_forward(norm("mlp_norm", h))
+    h = x + self._scaled(attention(norm("attn_norm", x)))
+    return h + self._scaled(feed_forward(norm("mlp_norm", h)))
+
+  def _scaled(self, branch: jax.Array) -> jax.Array:
+    return branch if self.branch_scale == 1 else branch * self.branch_scale
 
 
 @dataclasses.dataclass(frozen=True)

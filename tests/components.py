@@ -21,8 +21,9 @@ from jaxllm.nn.context import Context
 from jaxllm.norm import NORMS, BatchNorm, QkNorm
 from jaxllm.ops.head import shrink_gradient, soft_cap
 from jaxllm.position import POSITIONS
+from jaxllm.position.tables import Float32Table
 from jaxllm.sampling import SAMPLERS
-from jaxllm.wiring import WIRINGS
+from jaxllm.wiring import WIRINGS, Pre
 
 ROOT = Path(__file__).parents[1]
 HEADER = ("component", "file", "source", "golden error", "tests")
@@ -35,6 +36,11 @@ FEATURES = {
   "attention_sinks": (Attention, "sinks", lambda cfg: cfg.attention_sinks),
   "clip_qkv": (Attention, "clipping", lambda cfg: cfg.clip_qkv is not None),
   "layer_scaling": (Attention, "layer scaling", lambda cfg: cfg.layer_scaling),
+  "attention_scale": (ModelConfig, "attention scale", lambda cfg: cfg.attention_scale is not None),
+  "logit_scale": (ModelConfig, "logit scale", lambda cfg: cfg.logit_scale != 1),
+  "embed_norm": (ModelConfig, "embedding norm", lambda cfg: cfg.embed_norm),
+  "branch_scale": (Pre, "branch scale", lambda cfg: getattr(cfg.wiring, "branch_scale", 1) != 1),
+  "rope_precision": (Float32Table, "", lambda cfg: cfg.rope_precision != "exact"),
   "embed_gradient": (shrink_gradient, "", lambda cfg: cfg.embed_gradient != 1),
   "prefix": (Context, "prefix", lambda cfg: False),  # an argument of a call
 }

@@ -19,12 +19,12 @@ from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn import Transformer
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
-from jaxllm.position import POSITIONS, LogN, ReRope, Rope
+from jaxllm.position import POSITIONS, Llama4Scale, LogN, ReRope, Rope
 from jaxllm.position.query_scale import query_scale_table
 from jaxllm.position.rope import DynamicNtkRope
 from jaxllm.position.tables import PositionTables, make_table
 from jaxllm.tree import flatten, unflatten
-from jaxllm.wiring import DeepNorm, GlmDeepNorm, Parallel, ParallelTwoNorms, Post, PostOnly, Sandwich
+from jaxllm.wiring import DeepNorm, GlmDeepNorm, Parallel, ParallelTwoNorms, Post, PostOnly, Pre, Sandwich
 
 B, T, TRAINED = 3, 24, 8
 SHAPE = dict(vocab_size=29, embed_dim=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=40)
@@ -59,6 +59,8 @@ MODELS = {name: model(name) for name in POSITIONS} | {
   "rerope, log-n at test time": model("rerope", query_scale=LogN(2 * TRAINED, 1.0)),
   "dynamic_ntk, log-n at test time": model("dynamic_ntk", query_scale=LogN(2 * TRAINED, 1.0)),
   "alibi, log-n": model("alibi", query_scale=LogN(2 * TRAINED, 0.0)),
+  "yarn, llama4": model("yarn", query_scale=Llama4Scale(5, 0.25)),
+  "rope, hf": model("rope", rope_precision="hf"),
   "alibi of Falcon": model("alibi", dict(bias_max=6.0, slope_dtype="bfloat16", placement="before")),
 }
 # A wiring or a feature of blocks and attention a row, on a method that needs no cached keys unrotated, with a rule of lengths.
@@ -78,6 +80,9 @@ BLOCKS = {
   "qk_norm after": dict(qk_norm=QkNorm(RMSNorm(), "head", "after")),
   "soft caps": dict(attention_softcap=2.0, logit_softcap=4.0),
   "sinks": dict(attention_sinks=True, clip_qkv=1.5),
+  "multipliers": dict(
+    attention_scale=0.4, logit_scale=0.3, wiring=Pre(0.6), embed_scale=2.0, logit_softcap=4.0, embed_norm=True
+  ),
 }
 MODELS["streaming, soft cap"] = model("streaming", attention_softcap=2.0)
 MODELS |= {name: model("yarn", **fields) for name, fields in BLOCKS.items()}
@@ -104,7 +109,7 @@ each_model = table_of_models(MODELS)
 # A cache holds keys and values, whatever blocks do before and after: three of BLOCKS change what it holds, or how it is read.
 # What is capped, rounded or read of a table of three rows is so in other rows too.
 SLOW = BLOCKS.keys() - {"qk_norm after", "sinks", "deepnorm_glm"}
-SLOW |= {"streaming, soft cap", "alibi of Falcon", "inv_leaky_rerope"}
+SLOW |= {"rope, hf", "streaming, soft cap", "alibi of Falcon", "inv_leaky_rerope"}
 each_cached = table_of_models(MODELS, slow=SLOW)
 each_structure = table_of_models(STRUCTURES, core="rope")
 
@@ -115,7 +120,9 @@ def is_relative(cfg):
   absolute += ("Sinusoidal", "Learned")
   if cfg.qk_norm is not None and cfg.qk_norm.place == "after":  # its weights are of turned coordinates
     return False
-  return cfg.query_scale is None and not any(type(p).__name__ in absolute for p in cfg.positions)
+  if cfg.rope_precision == "hf" or cfg.query_scale is not None:
+    return False
+  return not any(type(p).__name__ in absolute for p in cfg.positions)
 
 
 def structure(cfg):

@@ -119,7 +119,15 @@ def relative_positions(m, i, j):
   return apart, all_seen
 
 
-def rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len):
+def float32_angles(method, rotary_dim, pos_T):
+  """The angles of a plain RoPE in transformers, [T, R/2]: float32 numbers, whose cosines are taken exactly here."""
+  assert type(method).__name__ == "Rope", method
+  exponent = (np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)).astype(np.float64)
+  theta = np.float32(1) / (method.base**exponent).astype(np.float32)
+  return (pos_T.astype(np.float32)[:, None] * theta).astype(np.float64)
+
+
+def rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len, precision):
   """Re sum_c q_ic conj(k_jc) e^(i theta_c r_ij), r_ij the relative position, plus what is not turned."""
   rotary_dim = method.rotary_dim or q_BNTH.shape[-1]
   q, q_rest = pairs(q_BNTH, rotary_dim, method.layout)
@@ -128,6 +136,9 @@ def rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len):
   rows = [inv_freq(method, rotary_dim, seq_len or int(p) + 1) for p in pos_T]  # each query's own length
   theta_TC, scale_T = np.stack([f for f, _ in rows]), np.array([s for _, s in rows])
   phase_TSC = np.exp(1j * relative_TS[:, :, None] * theta_TC[:, None])
+  if precision == "hf":  # differences of rounded angles
+    angle_TC = float32_angles(method, rotary_dim, pos_T)
+    phase_TSC = np.exp(1j * (angle_TC[:, None] - angle_TC[None]))
   if type(method).__name__ == "XPosRope":  # section 3.2: zeta to the power of the distance
     zeta = (np.arange(0, rotary_dim, 2) / rotary_dim + method.gamma) / (1 + method.gamma)
     phase_TSC = phase_TSC * zeta ** (relative_TS[:, :, None] / method.scale_base)
@@ -184,15 +195,18 @@ def embedding(method, p, pos_T, width):
 def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len, learned):
   """Scaled scores with whatever the layer's position method makes of them; pos_T is [T, 2] for two dimensions."""
   method = layer.position
-  if cfg.query_scale is not None and layer.window is None:
-    log_n = np.log(pos_T + 1) / math.log(cfg.query_scale.train_length)
-    q_BNTH = q_BNTH * np.maximum(cfg.query_scale.floor, log_n)[:, None]
-  q_BNTH = q_BNTH / math.sqrt(cfg.head_dim)
+  how = cfg.query_scale
+  if type(how).__name__ == "LogN" and layer.window is None:
+    log_n = np.log(pos_T + 1) / math.log(how.train_length)
+    q_BNTH = q_BNTH * np.maximum(how.floor, log_n)[:, None]
+  if type(how).__name__ == "Llama4Scale":
+    q_BNTH = q_BNTH * (1 + how.beta * np.log1p(np.floor(pos_T / how.original_length)))[:, None]
+  q_BNTH = q_BNTH * cfg.attention_scale if cfg.attention_scale else q_BNTH / math.sqrt(cfg.head_dim)
   if type(method).__name__ == "Rope2d":
     pos_T2 = pos_T if pos_T.ndim == 2 else np.stack([pos_T, 0 * pos_T], axis=-1)
     return two_dimensional_scores(method, q_BNTH, k_BNSH, pos_T2)
   if hasattr(method, "rotary_dim") and not (cfg.qk_norm and cfg.qk_norm.place == "after"):
-    return rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len)
+    return rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len, cfg.rope_precision)
   out = np.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH)
   if type(method).__name__ == "Alibi":
     steep = np.array(slopes(cfg.num_heads)) ** (method.bias_max / 8)
@@ -310,8 +324,8 @@ def block(cfg, p, x, attend, feed):
   """One block by the equations of its wiring's source."""
   name, n = type(cfg.wiring).__name__, lambda which, h: norm(cfg.norm, p.get(which, {}), h)
   if name == "Pre":
-    x = x + attend(n("attn_norm", x))
-    return x + feed(n("mlp_norm", x))
+    x = x + attend(n("attn_norm", x)) * cfg.wiring.branch_scale
+    return x + feed(n("mlp_norm", x)) * cfg.wiring.branch_scale
   if name == "PostOnly":
     x = x + n("attn_norm", attend(x))
     return x + n("mlp_norm", feed(x))
@@ -345,6 +359,8 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
   learned = {m: p["positions"][str(i)] for i, m in enumerate(with_parameters)}
   for method in methods:
     x = x + embedding(method, learned.get(method), pos_T, cfg.embed_dim)
+  if cfg.embed_norm:
+    x = norm(cfg.norm, p.get("embed_norm", {}), x)
   for i in range(cfg.num_layers):
     layer, mine = cfg.layers[i % len(cfg.layers)], p["layers"][str(i)]
     attend = lambda h, a=mine["attn"], layer=layer: attention(
@@ -354,4 +370,5 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
   if type(cfg.wiring).__name__ not in ("Post", "DeepNorm"):
     x = norm(cfg.norm, p.get("final_norm", {}), x)
   x = x @ (p["embed"].T if cfg.tie_embeddings else p["head"]) + p.get("head_bias", 0.0)
+  x = x * cfg.logit_scale
   return cfg.logit_softcap * np.tanh(x / cfg.logit_softcap) if cfg.logit_softcap else x

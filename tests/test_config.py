@@ -29,9 +29,9 @@ from jaxllm.nn import Context, Transformer
 from jaxllm.norm import NORMS, L2Norm, LayerNorm, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.ops.blockwise import Blockwise
-from jaxllm.position import POSITIONS, LogN, Rope
+from jaxllm.position import POSITIONS, Llama4Scale, LogN, Rope
 from jaxllm.tree import diff
-from jaxllm.wiring import WIRINGS, DeepNorm, GlmDeepNorm, Post
+from jaxllm.wiring import WIRINGS, DeepNorm, GlmDeepNorm, Post, Pre
 
 ROPE = MODELS["rope"]
 SHAPES = dict(vocab_size=31, embed_dim=20, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=12, mlp_dim=28)
@@ -47,7 +47,7 @@ def small(name, fields=None, **kwargs):
 
 
 ROPE_1, NOPE_1, TILES = small("rope"), small("nope", **OTHER), small("rope", attention=Blockwise(5, 7))
-LOG_N = small("rope", query_scale=LogN(8))
+LOG_N, LLAMA_4 = (small("rope", query_scale=scale) for scale in (LogN(8), Llama4Scale(5, 0.5)))
 L2_1, CLAMPED_1, XIELU_1 = (
   one(*value, ROPE_1)
   for value in (("norm", L2Norm()), ("mlp", ClampedGlu(limit=1.0)), ("mlp", Xielu(eps=-0.5)))
@@ -64,9 +64,12 @@ CHANGED = {
   "ModelConfig.norm": (ROPE_1, one("norm", RMSNorm(0.1), ROPE_1)),
   "ModelConfig.mlp": (ROPE_1, one("mlp", Glu("gelu"), ROPE_1)),
   "ModelConfig.query_scale": (ROPE_1, one("query_scale", LogN(16, 1.0), ROPE_1)),
+  "ModelConfig.rope_precision": (ROPE_1, one("rope_precision", "hf", ROPE_1)),
   "ModelConfig.tie_embeddings": (ROPE_1, one("tie_embeddings", True, ROPE_1)),
   "ModelConfig.embed_scale": (ROPE_1, one("embed_scale", 0.5, ROPE_1)),
+  "ModelConfig.embed_norm": (ROPE_1, one("embed_norm", True, ROPE_1)),
   "ModelConfig.attention": (ROPE_1, TILES),
+  "ModelConfig.attention_scale": (ROPE_1, one("attention_scale", 0.4, ROPE_1)),
   "ModelConfig.wiring": (ROPE_1, one("wiring", Post(), ROPE_1)),
   "ModelConfig.biases": (ROPE_1, one("biases", ("q", "gate", "head"), ROPE_1)),
   "ModelConfig.embed_gradient": (ROPE_1, one("embed_gradient", 0.1, ROPE_1)),
@@ -74,11 +77,15 @@ CHANGED = {
   "ModelConfig.clip_qkv": (ROPE_1, one("clip_qkv", 1.0, ROPE_1)),
   "ModelConfig.attention_softcap": (ROPE_1, one("attention_softcap", 2.0, ROPE_1)),
   "ModelConfig.logit_softcap": (ROPE_1, one("logit_softcap", 2.0, ROPE_1)),
+  "ModelConfig.logit_scale": (ROPE_1, one("logit_scale", 0.3, ROPE_1)),
+  "ModelConfig.context_length": (ROPE_1, one("context_length", 8, ROPE_1)),
+  "ModelConfig.eos_ids": (ROPE_1, one("eos_ids", (3, 0), ROPE_1)),
   "ModelConfig.attention_sinks": (ROPE_1, one("attention_sinks", True, ROPE_1)),
   "ModelConfig.layer_scaling": (ROPE, one("layer_scaling", True)),
   "QkNorm.norm": (QK_1, one("qk_norm", QkNorm(L2Norm()), ROPE_1)),
   "QkNorm.over": (QK_1, one("qk_norm", QkNorm(RMSNorm(), "all"), ROPE_1)),
   "QkNorm.place": (QK_1, one("qk_norm", QkNorm(RMSNorm(), "head", "after"), ROPE_1)),
+  "Pre.branch_scale": (ROPE_1, one("wiring", Pre(0.6), ROPE_1)),
   "DeepNorm.alpha": (DEEP_1, one("wiring", DeepNorm(2.5, 0.5), DEEP_1)),
   "DeepNorm.beta": (DEEP_1, one("wiring", DeepNorm(1.5, 0.1), DEEP_1)),
   "GlmDeepNorm.alpha": (GLM_1, one("wiring", GlmDeepNorm(2.5, 0.5), GLM_1)),
@@ -87,6 +94,8 @@ CHANGED = {
   "Layer.window": (ROPE, one("layers", (Layer(position("rope"), 3), *ROPE.layers[1:]))),
   "LogN.train_length": (LOG_N, one("query_scale", LogN(16), LOG_N)),
   "LogN.floor": (LOG_N, one("query_scale", LogN(8, 0.9), LOG_N)),
+  "Llama4Scale.original_length": (LLAMA_4, one("query_scale", Llama4Scale(7, 0.5), LLAMA_4)),
+  "Llama4Scale.beta": (LLAMA_4, one("query_scale", Llama4Scale(5, 0.8), LLAMA_4)),
   "RMSNorm.eps": (ROPE_1, one("norm", RMSNorm(0.1), ROPE_1)),
   "RMSNorm.scale": (ROPE_1, one("norm", RMSNorm(scale="1+w"), ROPE_1)),
   "RMSNorm.multiply_in": (ROPE_1, one("norm", RMSNorm(multiply_in="input"), ROPE_1)),
@@ -113,6 +122,10 @@ SAME |= {"Xielu.alpha_p", "Xielu.alpha_n"}  # where training starts
 SAME |= {"DeepNorm.beta", "GlmDeepNorm.beta", "ModelConfig.embed_gradient"}  # and how it goes on
 SAME |= {"ModelConfig.layer_scaling"}  # in exact arithmetic
 SAME |= {"RMSNorm.multiply_in"}  # in float32
+SAME |= {"ModelConfig.context_length", "ModelConfig.eos_ids"}  # what is told of the model
+SAME |= {
+  "ModelConfig.rope_precision"
+}  # at positions as low as these: test_float32.py has those where it does
 
 # Fields of the position methods, each with a value unlike the table's; yarn starts with a ramp to move.
 VALUES = dict(base=300.0, rotary_dim=8, layout="interleaved", factor=2.0, original_length=16)
@@ -204,7 +217,7 @@ def test_all_shapes_at_once():
 
 
 def test_every_field_is_in_the_table():
-  classes = [ModelConfig, Layer, LogN, Plain, Blockwise]
+  classes = [ModelConfig, Layer, LogN, Llama4Scale, Plain, Blockwise]
   classes += [QkNorm, *NORMS.values(), *MLPS.values(), *WIRINGS.values(), *POSITIONS.values()]
   fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
   elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")} | {
@@ -262,6 +275,20 @@ ERRORS = [
   ),
   (lambda: LogN(1), "LogN.train_length: found 1, expected an integer of at least 2"),
   (lambda: LogN(8, 1.5), "LogN.floor: found 1.5, expected a number from 0 to 1"),
+  (lambda: Llama4Scale(0), "Llama4Scale.original_length: found 0, expected an integer of at least 1"),
+  (lambda: Llama4Scale(8, 0.0), "Llama4Scale.beta: found 0.0, expected a finite number above 0"),
+  (lambda: Pre(-1.0), "Pre.branch_scale: found -1.0, expected a finite number above 0"),
+  (build(context_length=0), "context_length: found 0, expected an integer of at least 1"),
+  *(
+    (build(eos_ids=ids), f"eos_ids: found {bad!r}, expected integers from 0 to vocab_size - 1 = 28")
+    for ids, bad in (((2, 29), 29), ([-1], -1), ((True,), True), (2.0, 2.0), (("2",), "2"))
+  ),
+  (build(rope_precision="float32"), "ModelConfig.rope_precision: found 'float32', expected one of exact, hf"),
+  (build(embed_norm=1), "ModelConfig.embed_norm: found 1, expected one of True, False"),
+  (
+    build(attention_scale=0.1, layers=(Layer(position("alibi", placement="before")),)),
+    r"attention_scale: found 0.1, expected None with .* \(Alibi\(placement='before'\)\)",
+  ),
   (
     lambda: ROPE.with_position("ropes"),
     "position method: found 'ropes', expected one of nope, sinusoidal, learned, t5, alibi, rope, ",
@@ -280,7 +307,14 @@ ERRORS = [
   (build(mlp=Mlp(), biases=("gate",)), "biases: found 'gate', expected some of q, k, v, o, up, down, head"),
   *(
     (build(**{field: bad}), rf"ModelConfig.{field}: found {bad!r}, expected a finite number above 0")
-    for field in ("embed_gradient", "clip_qkv", "attention_softcap", "logit_softcap")
+    for field in (
+      "embed_gradient",
+      "attention_scale",
+      "clip_qkv",
+      "attention_softcap",
+      "logit_softcap",
+      "logit_scale",
+    )
     for bad in (0, -1.0, float("inf"), "2", True)
   ),
   (build(embed_gradient=1.5), "embed_gradient: found 1.5, expected a number above 0 and at most 1"),
@@ -312,7 +346,7 @@ ERRORS = [
     load(attention={"name": "flash"}),
     "attention.name: found 'flash', expected one of auto, plain, blockwise, cudnn, splash",
   ),
-  (load(query_scale={"name": "sqrt"}), "query_scale.name: found 'sqrt', expected one of log_n"),
+  (load(query_scale={"name": "sqrt"}), "query_scale.name: found 'sqrt', expected one of log_n, llama4"),
   (
     load(layers=[{"position": {"name": "yarn", "betas": 3}}]),
     "position: yarn has no field betas; it has ",

@@ -27,7 +27,7 @@ from jaxllm.norm import LayerNorm, RMSNorm
 from jaxllm.ops import attention
 from jaxllm.position import absolute, bias, phase, rope, rope_2d, scalings
 from jaxllm.position.base import inner_products
-from jaxllm.position.query_scale import LogN
+from jaxllm.position.query_scale import Llama4Scale, LogN
 from jaxllm.position.tables import QueryScale, RopeTable
 from jaxllm.position.window import LeakyReRope, ReRope, SelfExtendRope, StreamingRope, XPosRope
 
@@ -111,7 +111,7 @@ def rerope_window_off_by_one(monkeypatch):
 def leaky_rerope_without_the_window_before_the_steps(monkeypatch):
   """(i - j) / leak for w + (i - j - w) / leak."""
 
-  def rows(self, rotary_dim, max_len=None, seq_len=None):
+  def rows(self, rotary_dim, max_len=None, seq_len=None, frequencies=None):
     inv_freq, scale = self.frequencies(rotary_dim)
     return 0, [(inv_freq, scale), (inv_freq * self.step, scale), (0 * inv_freq, 1.0)]
 
@@ -221,7 +221,15 @@ def rope_2d_with_the_exponents_of_the_whole_head(monkeypatch):
 
 @bug(check_oracle, "ntk_mixed, log-n", 0)
 def log_n_from_zero(monkeypatch):
-  wrap_method(monkeypatch, QueryScale, "__call__", lambda scale, self, q, pos: scale(self, q, pos - 1))
+  wrap_method(monkeypatch, QueryScale, "__call__", lambda scale, self, q, pos, w: scale(self, q, pos - 1, w))
+
+
+@bug(check_oracle, "yarn, llama4", 0)
+def llama4_scale_on_layers_without_a_window_only(monkeypatch):
+  table = Llama4Scale.table
+  monkeypatch.setattr(
+    Llama4Scale, "table", lambda self: dataclasses.replace(table(self), windowed=np.bool_(False))
+  )
 
 
 @bug(check_oracle, "rerope, log-n at test time", 0)

@@ -71,8 +71,8 @@ def generate(
 
   prompts: lists of ids, of any lengths.  key: one key, of which row i uses fold_in(key, i), or one a row; its
   token t uses fold_in(row's key, t).  A row depends on its own prompt and key alone: of its batch, it sees no
-  more than the rounding of sums over a larger bucket.  stop_ids: () never stops early; None means those of
-  the config, and as ModelConfig names none it is () today.  rope: tables of fixed frequencies in place of the
+  more than the rounding of sums over a larger bucket.  stop_ids: () never stops early; None means the
+  config's eos_ids.  rope: tables of fixed frequencies in place of the
   config's, as in Transformer.  chunk: how many tokens are drawn between two looks of the host, which changes
   none of them.
 
@@ -90,7 +90,8 @@ def generate(
   capacity = -(-(tokens_BT.shape[1] + max_new_tokens) // SLOTS) * SLOTS
   capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
   tables = cfg.rope_tables(max_len=capacity) if rope is None else request.fixed(rope)
-  tables, stop_V = jax.device_put((tables, request.stop_mask(stop_ids, cfg.vocab_size)))
+  stop_V = request.stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
+  tables, stop_V = jax.device_put((tables, stop_V))
 
   state, new_BT = prefill(model, params, tables, sampler, stop_V, tokens_BT, length_B, key_B, capacity)
   chunks = [np.asarray(new_BT)]

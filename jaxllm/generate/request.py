@@ -39,7 +39,7 @@ def padded(
   return np.array([row + [0] * (T - len(row)) for row in rows], np.int32), np.array(lengths, np.int32)
 
 
-def stop_mask(stop_ids: Iterable[int] | None, vocab_size: int) -> np.ndarray:
+def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:
   """Which ids end a row, bool [V]: one shape for any number of them.
 
   Raises ConfigError for what is no list, TokenizerError for what is not an id.
@@ -47,7 +47,7 @@ def stop_mask(stop_ids: Iterable[int] | None, vocab_size: int) -> np.ndarray:
   mask_V = np.zeros(vocab_size, bool)
   if isinstance(stop_ids, (str, int)):
     raise ConfigError(f"stop_ids: found {stop_ids!r}, expected a tuple of ids")
-  for i, token in enumerate(() if stop_ids is None else stop_ids):
+  for i, token in enumerate(stop_ids):
     mask_V[_checked_id(f"stop_ids[{i}]", token, vocab_size)] = True
   return mask_V
 

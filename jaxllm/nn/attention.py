@@ -11,6 +11,7 @@ from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn.context import Shared, append
 from jaxllm.nn.layers import HeadNorm, Linear, weight
 from jaxllm.ops.attention import MASKED, Score
+from jaxllm.ops.constrain import constrain
 from jaxllm.ops.head import soft_cap
 from jaxllm.position import Position, Rope
 from jaxllm.position.base import add_bias, inner_products
@@ -36,9 +37,9 @@ def hooks(cfg: ModelConfig, position: Position, rows: int = 1) -> str | None:
 
 
 class Attention(nn.Module):
-  """o(core(q, k, v)): queries divided by sqrt(H), scaled by position, scored by the layer's position method.
+  """o(core(q, k, v)): queries times cfg.score_scale, scaled by position, scored by the layer's position method.
 
-  The scale by position (cfg.query_scale) acts on layers without a window only.
+  The scale by position is cfg.query_scale, which says on which layers it acts.
 
   With cfg.layer_scaling the layer of number l (from 0) has its queries divided by l + 1 and its float32 scores multiplied by
   it: nothing changes but that q k^T stays within a half type's range.
@@ -65,8 +66,12 @@ class Attention(nn.Module):
     rows = 1 if table is None else table.rows
     scores_keys = not rotates_once(position, rows)
     q_BTNH, k_BTKH, v_BTKH = (
-      self._heads(x_BTD, name, n)
-      for name, n in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
+      self._heads(x_BTD, name, n, letters)
+      for name, n, letters in (
+        ("q", cfg.num_heads, "BTNH"),
+        ("k", cfg.num_kv_heads, "BTKH"),
+        ("v", cfg.num_kv_heads, "BTKH"),
+      )
     )
 
     q_BTNH = q_BTNH.astype(jnp.float32)  # one rounding, at the end
@@ -76,9 +81,8 @@ class Attention(nn.Module):
       q_BTNH = position.rotate_q(q_BTNH, pos, table)
       k_BTKH = position.rotate_k(k_BTKH, pos, table)
     q_BTNH, k_BTKH = self._normed("after", "q", q_BTNH), self._normed("after", "k", k_BTKH)
-    q_BTNH = q_BTNH * cfg.head_dim**-0.5
-    if self.layer.window is None:  # a window bounds the number of keys, which is what the scale makes up for
-      q_BTNH = shared.tables.query_scale(q_BTNH, q_side.pos)
+    q_BTNH = q_BTNH * cfg.score_scale
+    q_BTNH = shared.tables.query_scale(q_BTNH, q_side.pos, self.layer.window)
     layer_scale = number + 1 if cfg.layer_scaling else 1
     q_BTNH = (q_BTNH / layer_scale).astype(cfg.dtype)
 
@@ -95,7 +99,8 @@ class Attention(nn.Module):
 
     if cache is not None:
       k_BTKH, v_BTKH = cache = tuple(
-        append(slots, new, length_B, q_side.valid) for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+        constrain(append(slots, new, length_B, q_side.valid), "BSKH")
+        for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
       )
     if (
       position.needs_raw_keys and not scores_keys
@@ -105,15 +110,17 @@ class Attention(nn.Module):
     sinks_N = weight(self, "sinks", (cfg.num_heads,), nn.initializers.zeros) if cfg.attention_sinks else None
     scoring = Score(score, type(position).__name__, hooks(cfg, position, rows), cfg.attention_softcap)
     out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, scoring, sinks_N)
-    return Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)")), cache
+    out_BTNH = constrain(out_BTNH, "BTNH")
+    out_BTD = Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)"))
+    return constrain(out_BTD, "BTD"), cache
 
-  def _heads(self, x_BTD: jax.Array, name: str, heads: int) -> jax.Array:
+  def _heads(self, x_BTD: jax.Array, name: str, heads: int, letters: str) -> jax.Array:
     """The projection `name`, clipped and normalised where the config says so, [B, T, heads, H]."""
     cfg = self.cfg
     x = Linear(cfg, heads * cfg.head_dim, name=name)(x_BTD)
     if cfg.clip_qkv is not None:
       x = jnp.clip(x, -cfg.clip_qkv, cfg.clip_qkv)
-    x_BTNH = rearrange(x, "B T (N H) -> B T N H", N=heads)
+    x_BTNH = constrain(rearrange(x, "B T (N H) -> B T N H", N=heads), letters)
     return x_BTNH if name == "v" else self._normed("before", name, x_BTNH)
 
   def _normed(self, place: str, name: str, x_BTNH: jax.Array) -> jax.Array:

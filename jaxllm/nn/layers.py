@@ -15,7 +15,7 @@ from jaxllm.ops.einsum import einsum
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], init) -> Any:
   """The stored parameter if there is one, else a new one.
 
-  `self.param` compares stored shapes and so refuses leaves that hold their weight in another form.
+  `self.param` compares stored shapes and so refuses leaves that hold their weight in another form (`jaxllm.leaf`).
   """
   if module.has_variable("params", name):
     return module.get_variable("params", name)
@@ -23,7 +23,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init) -> Any:
 
 
 class Linear(nn.Module):
-  """y = x w + bias, w [in, out], computed in cfg.dtype and accumulated in float32.
+  """y = x w + bias, w [in, out] (an array or a `leaf.Matrix`), computed in cfg.dtype and accumulated in float32.
 
   The module's name decides how w starts (cfg.wiring.init) and whether there is a bias (cfg.biases).
   """

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.leaf import Matrix
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Cache, Context, Shared, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
+from jaxllm.ops.constrain import constrain
 from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position import Position
 from jaxllm.position.base import Params
@@ -125,11 +127,14 @@ class Transformer(nn.Module):
     embed_VD = weight(
       self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5)
     )
-    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient) * cfg.embed_scale
+    # in float32 whatever the type of the table, and rounded once, when all is added
+    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient).astype(jnp.float32) * cfg.embed_scale
     shared = Shared(q_side, k_side, tables, LearnedPositions(cfg, name="positions")())
     for position in cfg.positions:  # an embedding is the model's, whichever layers name it
       x_BTD = position.embed(x_BTD, q_side.pos, shared.of(cfg, position)[1])
-    x_BTD = x_BTD.astype(cfg.dtype)
+    if cfg.embed_norm:
+      x_BTD = Norm(cfg.norm, name="embed_norm")(x_BTD)
+    x_BTD = constrain(x_BTD.astype(cfg.dtype), "BTD")
     if self.scan:
       if cache is not None:
         raise ConfigError(
@@ -199,8 +204,10 @@ class Transformer(nn.Module):
 
 def head(cfg: ModelConfig, params) -> Head:
   """What turns hidden states into logits, for `ops.losses.cross_entropy`; a tied one shrinks its gradient as the embedding."""
-  w_DV = shrink_gradient(params["embed"], cfg.embed_gradient).T if cfg.tie_embeddings else params["head"]
-  return Head(w_DV, params.get("head_bias"), cfg.logit_softcap)
+  w_DV = (
+    Matrix(shrink_gradient(params["embed"], cfg.embed_gradient)) if cfg.tie_embeddings else params["head"]
+  )
+  return Head(w_DV, params.get("head_bias"), cfg.logit_softcap, cfg.logit_scale)
 
 
 def _last(x_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:

@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxllm.leaf import Matrix
+from jaxllm.ops.constrain import constrain
 from jaxllm.ops.einsum import einsum
 
 
@@ -30,15 +32,17 @@ def shrink_gradient(w: jax.Array, share: float) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """logits = soft_cap(x w + bias), float32; w [D, V]."""
+  """logits = soft_cap(scale (x w + bias)), float32; w [D, V], an array or a `leaf.Matrix`."""
 
-  w: jax.Array
+  w: jax.Array | Matrix
   bias: jax.Array | None = None
   softcap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
+  scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], computed in their type and accumulated in float32."""
     logits = einsum("...D,DV->...V", x, self.w.astype(x.dtype))
+    logits = constrain(logits, ("B" + "-" * x.ndim)[: x.ndim - 1] + "V")
     if self.bias is not None:
       logits += jnp.expand_dims(self.bias, range(x.ndim - 1))
-    return soft_cap(logits, self.softcap)
+    return soft_cap(logits if self.scale == 1 else logits * self.scale, self.softcap)

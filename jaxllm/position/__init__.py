@@ -6,7 +6,7 @@ POSITIONS names them for the command line and for JSON; adding one is a class in
 from jaxllm.position.absolute import Learned, Sinusoidal
 from jaxllm.position.base import NoPE, Position
 from jaxllm.position.bias import Alibi, T5Bias, alibi_slopes
-from jaxllm.position.query_scale import LogN
+from jaxllm.position.query_scale import Llama4Scale, LogN
 from jaxllm.position.rope import (
   DynamicNtkRope,
   NtkFixedRope,
@@ -59,6 +59,7 @@ POSITIONS: dict[str, type[Position]] = {
 __all__ = [
   "POSITIONS",
   "Alibi",
+  "Llama4Scale",
   "LogN",
   "NoPE",
   "Position",

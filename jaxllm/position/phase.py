@@ -8,6 +8,8 @@ fixed point, hi * 2**-32 + lo * 2**-64; on the device the turns of a position ar
 The two top bits of the phase (after rounding) choose the quadrant, and what is left is an angle in [-pi/4, pi/4), where
 float32 is good to half a unit in the last place.  cos and sin are within 1e-7 of the truth for positions 0 to 2**31 - 1;
 a float32 product pos * inv_freq is off by 2e-2 at a million, and a float64 one by 1.2e-7 at 2**31.
+
+`cos_sin_of` does the same for an angle that is a float32 number, which is an integer of 24 bits times a power of two.
 """
 
 from __future__ import annotations
@@ -88,7 +90,26 @@ def cos_sin(pos: jax.Array, hi: jax.Array, lo: jax.Array) -> tuple[jax.Array, ja
 
   Words that broadcast against pos[..., None] give every position frequencies of its own.
   """
-  phase = phases(pos, hi, lo)
+  return _cos_sin(phases(pos, hi, lo))
+
+
+_UNITS = words(np.ldexp(1.0, np.arange(256) - 150))
+"""The words of the last bit of a float32 of every exponent field, 2 ** (field - 150): what its 24-bit integer counts."""
+
+
+def cos_sin_of(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of float32 angles (radians, finite and not negative), to 1e-7 of the truth however large they are.
+
+  From the bits of the angle, so that no compiler can fuse the product that it was rounded from with what follows.
+  """
+  bits = jax.lax.bitcast_convert_type(angle, jnp.uint32)
+  integer, field = (bits & 0x7FFFFF) | 0x800000, bits >> 23  # of 0 one bit too many, whose turns are none
+  hi, lo = (jnp.asarray(word).at[field].get(mode="promise_in_bounds") for word in _UNITS)
+  return _cos_sin(integer * hi + _mulhi(integer, lo))
+
+
+def _cos_sin(phase: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of turns in units of 2**-32."""
   quadrant = (phase + jnp.uint32(2**29)) >> 30
   rest = jax.lax.bitcast_convert_type(phase - (quadrant << 30), jnp.int32)
   angle = rest.astype(jnp.float32) * jnp.float32(2 * np.pi / 2**32)  # in [-pi/4, pi/4)

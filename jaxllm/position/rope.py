@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import jax
@@ -13,9 +13,8 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, check_positive
 from jaxllm.ops.einsum import einsum
-from jaxllm.position import phase
 from jaxllm.position.base import Params, Position, inner_products
-from jaxllm.position.tables import RopeTable
+from jaxllm.position.tables import Table
 
 LAYOUTS = ("half", "interleaved")
 
@@ -72,11 +71,18 @@ class Rope(Position):
     return 0, (None,)
 
   def rows(
-    self, rotary_dim: int, max_len: int | None = None, seq_len: int | None = None
+    self,
+    rotary_dim: int,
+    max_len: int | None = None,
+    seq_len: int | None = None,
+    frequencies: Callable[[int, int | None], tuple[np.ndarray, float]] | None = None,
   ) -> tuple[int, list[tuple[np.ndarray, float]]]:
-    """(start, rows) of this method's RopeTable: a row for each of `seq_lens`, or the one of a pinned length."""
+    """(start, rows) of this method's Table: a row for each of `seq_lens`, or the one of a pinned length.
+
+    frequencies: another function in place of the method's own.
+    """
     start, lengths = (0, (seq_len,)) if seq_len is not None else self.seq_lens(max_len)
-    return start, [self.frequencies(rotary_dim, length) for length in lengths]
+    return start, [(frequencies or self.frequencies)(rotary_dim, length) for length in lengths]
 
   @property
   def program(self) -> str | None:
@@ -89,20 +95,20 @@ class Rope(Position):
     """The longest context that the lengths of `seq_lens` serve; None is any."""
     return None
 
-  def rotate_q(self, q_BTNH: jax.Array, pos_BT: jax.Array, table: RopeTable) -> jax.Array:
+  def rotate_q(self, q_BTNH: jax.Array, pos_BT: jax.Array, table: Table) -> jax.Array:
     return rotate(q_BTNH, *table.cos_sin(pos_BT), self.layout)
 
-  def rotate_k(self, k_BSKH: jax.Array, pos_BS: jax.Array, table: RopeTable) -> jax.Array:
+  def rotate_k(self, k_BSKH: jax.Array, pos_BS: jax.Array, table: Table) -> jax.Array:
     return rotate(k_BSKH, *table.cos_sin(pos_BS), self.layout)
 
-  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table, p: Params) -> jax.Array:
     if table.rows == 1:
       return super().scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p)
     if table.rows == 2:
       return self._two_row_scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table)
     return self._row_wise_scores(q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table)
 
-  def _two_row_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
+  def _two_row_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table) -> jax.Array:
     """Both rows for all queries, and each query's own of the two: two inner products instead of a rotation a query."""
     first, second = (
       inner_products(
@@ -114,7 +120,7 @@ class Rope(Position):
     # the context of position p has p + 1 tokens; as p >= start nothing leaves int32
     return jnp.where((q_pos_BT >= table.start)[:, None, None, :, None], second, first)
 
-  def _row_wise_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
+  def _row_wise_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table) -> jax.Array:
     """Every query turns itself and all its keys by the frequencies of its own length: one query row at a time."""
     K = k_BSKH.shape[2]
 
@@ -123,9 +129,9 @@ class Rope(Position):
       B, N, H = q_BNH.shape
       row = table.row(q_pos_B)  # leaves [B or 1, R/2]
       # the scale of the key is on the query too: one row of work, and like its own on the turned coordinates only
-      cos, sin = (x * row.scale[:, None] ** 2 for x in phase.cos_sin(q_pos_B, row.hi, row.lo))
+      cos, sin = (x * row.scale[:, None] ** 2 for x in row.turns(q_pos_B))
       q_BNH = rotate(q_BNH[:, None], cos[:, None], sin[:, None], self.layout)[:, 0]
-      k_rotated = rotate(k_BSKH, *phase.cos_sin(k_pos_BS, row.hi[:, None], row.lo[:, None]), self.layout)
+      k_rotated = rotate(k_BSKH, *row.at(np.s_[:, None]).turns(k_pos_BS), self.layout)
       return einsum("BKGH,BSKH->BKGS", q_BNH.reshape(B, K, N // K, H), k_rotated)
 
     rows = (jnp.moveaxis(q_BTNH, 1, 0), jnp.moveaxis(q_pos_BT, 1, 0))

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import ConfigError, DataError
-from jaxllm.position import phase
 from jaxllm.position.rope import Rope, base_power, rotate
-from jaxllm.position.tables import RopeTable
+from jaxllm.position.tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +37,14 @@ class Rope2d(Rope):
   def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     return np.tile(base_power(self.base, rotary_dim // 2), 2), 1.0
 
-  def rotate_q(self, q_BTNH: jax.Array, pos: jax.Array, table: RopeTable) -> jax.Array:
+  def rotate_q(self, q_BTNH: jax.Array, pos: jax.Array, table: Table) -> jax.Array:
     if pos.ndim == 2:
       pos = jnp.stack([pos, jnp.zeros_like(pos)], axis=-1)
-    half = table.hi.shape[-1]  # R/2, the width of a half
+    half = table.rotary_dim // 2
     turned = []
     for axis, pairs in enumerate((slice(None, half // 2), slice(half // 2, None))):
-      cos, sin = phase.cos_sin(pos[..., axis], table.hi[0, pairs], table.lo[0, pairs])
       part = q_BTNH[..., axis * half : (axis + 1) * half]
-      turned.append(rotate(part, cos * table.scale[0], sin * table.scale[0], self.layout))
+      turned.append(rotate(part, *table.pairs(pairs).cos_sin(pos[..., axis]), self.layout))
     return jnp.concatenate([*turned, q_BTNH[..., 2 * half :]], axis=-1)
 
   rotate_k = rotate_q

@@ -113,13 +113,18 @@ class LongRope(ScaledRope):
     if self.original_length < 2:
       raise ConfigError("LongRope.original_length: found 1, expected at least 2 (its logarithm is a divisor)")
 
-  def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
+  def factors(self, rotary_dim: int, seq_len: int | None) -> np.ndarray:
+    """The list of a length, float64 [R/2]; raises ConfigError where it is of another length."""
     name = "long_factor" if seq_len is not None and seq_len > self.original_length else "short_factor"
     factors = np.asarray(getattr(self, name), np.float64)
     if len(factors) != rotary_dim // 2:
       raise ConfigError(
         f"LongRope.{name}: found {len(factors)} numbers, expected {rotary_dim // 2}, one a pair of rotary_dim"
       )
+    return factors
+
+  def frequencies(self, rotary_dim: int, seq_len: int | None = None) -> tuple[np.ndarray, float]:
+    factors = self.factors(rotary_dim, seq_len)
     scale = self.attention_factor
     if scale is None:
       scale = (

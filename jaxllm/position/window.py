@@ -14,7 +14,7 @@ from jaxllm.errors import ConfigError, check_positive
 from jaxllm.ops.attention import MASKED
 from jaxllm.position.base import Params, inner_products
 from jaxllm.position.rope import Rope, rotate
-from jaxllm.position.tables import RopeTable
+from jaxllm.position.tables import Table
 
 REACH = 30.0
 """Largest exponent of xPos's factor on a query, |i - middle| |ln zeta| / scale_base.  A key's is clipped at twice that,
@@ -51,7 +51,7 @@ class WindowRope(Rope):
     """The first relative position that is not RoPE's own."""
     return self.window if self.window is not None else max(1, self.original_length // self.window_part)
 
-  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table, p: Params) -> jax.Array:
     if table.rows != self.table_rows:
       expected = "one for" if self.table_rows == 1 else f"the {self.table_rows} of"
       raise ConfigError(
@@ -63,11 +63,11 @@ class WindowRope(Rope):
     is_near_BTS = q_pos_BT[:, :, None] - k_pos_BS[:, None, :] < self.clip
     return jnp.where(is_near_BTS[:, None, None], near, far)
 
-  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
+  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table) -> jax.Array:
     """Scores of the keys that are `clip` or more tokens back, float32 [B, K, G, T, S]."""
     raise NotImplementedError
 
-  def turn(self, x: jax.Array, pos: jax.Array, table: RopeTable) -> jax.Array:
+  def turn(self, x: jax.Array, pos: jax.Array, table: Table) -> jax.Array:
     """x [B, T, heads, H] turned by positions [B or 1, T or 1] with the one row of `table`."""
     return rotate(x, *table.cos_sin(pos), self.layout)
 
@@ -81,7 +81,7 @@ class ReRope(WindowRope):
   Source: kexue.fm/archives/9708.
   """
 
-  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
+  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table) -> jax.Array:
     # cos and sin carry the table's scale; the queries of the far branch carry that of the unturned keys too, which is on the
     # turned coordinates only
     cos, sin = (x * table.scale[0] for x in table.cos_sin(jnp.full((1, 1), self.clip, jnp.int32)))
@@ -103,12 +103,12 @@ class StepRope(WindowRope):
     """How much the relative position grows a token beyond the window."""
     raise NotImplementedError
 
-  def rows(self, rotary_dim, max_len=None, seq_len=None):
-    inv_freq, scale = self.frequencies(rotary_dim, seq_len)
+  def rows(self, rotary_dim, max_len=None, seq_len=None, frequencies=None):
+    inv_freq, scale = (frequencies or self.frequencies)(rotary_dim, seq_len)
     offset = (self.clip * (1 - self.step) * inv_freq) % (2 * math.pi)  # one angle: the row is turned by 1
     return 0, [(inv_freq, scale), (inv_freq * self.step, scale), (offset, 1.0)]
 
-  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
+  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table) -> jax.Array:
     q_far = self.turn(q_BTNH.astype(jnp.float32), q_pos_BT, table.only(1))
     q_far = self.turn(q_far, jnp.ones((1, 1), jnp.int32), table.only(2))
     return inner_products(q_far.astype(q_BTNH.dtype), self.turn(k_BSKH, k_pos_BS, table.only(1)))
@@ -188,7 +188,7 @@ class SelfExtendRope(WindowRope):
     L0, w = self.original_length, self.clip
     return max(1, math.ceil((self.factor * L0 - w) / (L0 - w)))
 
-  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable) -> jax.Array:
+  def far_scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table) -> jax.Array:
     w, G = self.clip, self.size
     q_far = self.turn(q_BTNH, q_pos_BT // G + (w - w // G), table)
     return inner_products(q_far, self.turn(k_BSKH, k_pos_BS // G, table))
@@ -217,7 +217,7 @@ class StreamingRope(WindowRope):
   def clip(self) -> int:
     return self.window if self.window is not None else self.original_length - self.sinks
 
-  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table, p: Params) -> jax.Array:
     # a sink is as far as the cache reaches even where it is near the window's end: not a matter of distance alone
     near = Rope.scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p)
     q_sink = self.turn(q_BTNH, jnp.minimum(q_pos_BT, self.sinks + self.clip - 1), table)
@@ -253,8 +253,8 @@ class XPosRope(Rope):
     zeta = (np.arange(0, rotary_dim, 2) / rotary_dim + self.gamma) / (1 + self.gamma)
     return np.log(zeta) / self.scale_base
 
-  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: RopeTable, p: Params) -> jax.Array:
-    log_zeta = self.log_zeta(2 * table.hi.shape[-1])
+  def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table, p: Params) -> jax.Array:
+    log_zeta = self.log_zeta(table.rotary_dim)
     T = q_BTNH.shape[1]
     if T > 1 and T * np.max(np.abs(log_zeta)) > 2 * REACH:
       halves = (slice(0, T // 2), slice(T // 2, T))
