@@ -15,7 +15,7 @@ from jaxllm import parallel
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.evaluate.text import Text, check_ids, of_tokens
-from jaxllm.hf import files, hub, loading, tokenizer
+from jaxllm.hf import loading, tokenizer
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.choose import CORES
 from jaxllm.position import POSITIONS, PositionTables
@@ -29,11 +29,8 @@ ENDS = 1 << 20
 class Checkpoint:
   """A checkpoint whose settings are read and whose weights are not."""
 
-  directory: Path
-  family: loading.Family
+  opened: loading.Opened
   cfg: ModelConfig
-  source: loading.Source
-  dtype: str
   mesh: jax.sharding.Mesh | None
   rules: str | None
 
@@ -53,18 +50,22 @@ class Checkpoint:
       raise ConfigError(f"--rules={rules}: not known{near}; expected one of {', '.join(parallel.RULES)}")
     if made is not None and rules is None:
       rules = parallel.default_rules(made)
-    directory = hub.find(model)
-    family, cfg, source = loading.load_config(directory, dtype)
-    return cls(
-      directory, family, dataclasses.replace(cfg, attention=CORES[attention]()), source, dtype, made, rules
-    )
+    opened = loading.open_checkpoint(model, dtype)
+    return cls(opened, dataclasses.replace(opened.cfg, attention=CORES[attention]()), made, rules)
+
+  @property
+  def directory(self) -> Path:
+    """Where its files are."""
+    return self.opened.checkpoint.directory
+
+  @property
+  def family(self) -> str:
+    """Its model_type."""
+    return self.opened.family.model_type
 
   def params(self):
     """The parameters, on the mesh if there is one."""
-    rules = None if self.rules is None else parallel.RULES[self.rules]
-    dtype = None if self.dtype == "auto" else self.dtype
-    stored = files.Checkpoint(self.directory)
-    return loading.load_params(stored, self.family, self.cfg, self.source, dtype, self.mesh, rules)
+    return self.opened.params(self.mesh, None if self.rules is None else parallel.RULES[self.rules])
 
   def text(self, text: str, source: str) -> Text:
     """A text as the model reads it; windows begin as its tokenizer begins a text."""
@@ -97,7 +98,7 @@ class Checkpoint:
   def about(self) -> dict:
     """What tells this checkpoint and its layout from others, for config.json."""
     return {
-      "family": self.family.model_type,
+      "family": self.family,
       "files": {path.name: _digest(path) for path in sorted(self.directory.iterdir()) if path.suffix in KEPT},
       "config": self.cfg.to_dict(),
       "mesh": None if self.mesh is None else parallel.spell(self.mesh),

@@ -124,19 +124,18 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
   """(a line of what the checkpoint is, and what is wrong with that, if anything); raises what loading raises before weights."""
   import jax
 
-  from jaxllm.hf import families, files, hub, loading, match
+  from jaxllm.hf import families, loading, match
   from jaxllm.study import describe
 
-  directory = hub.find(model)
-  family, cfg, source = loading.load_config(directory)
-  checkpoint = files.Checkpoint(directory)
+  opened = loading.open_checkpoint(model)
+  checkpoint, family, cfg, source = opened.checkpoint, opened.family, opened.cfg, opened.source
   found, shapes = match.match(checkpoint, family, cfg, source)
   sizes: dict[str, int] = {}
   for _, stored in found:
     sizes[stored.dtype.name] = sizes.get(stored.dtype.name, 0) + stored.stop - stored.start
   count = sum(_product(shape) for shape in shapes.values())
   types = ", ".join(f"{gib(size)} {name}" for name, size in sizes.items())
-  yield f"checkpoint: {directory}, family {family.model_type}, {count:,} parameters, {types}", None
+  yield f"checkpoint: {checkpoint.directory}, family {family.model_type}, {count:,} parameters, {types}", None
   for line in describe.model_lines(cfg, context or cfg.context_length):
     yield line, None
   yield fit(cfg, sum(sizes.values()), context or cfg.context_length, memory_of(jax.devices()))
@@ -144,7 +143,7 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
   yield f"settings that change no logit, ignored: {', '.join(ignored) or 'none'}", None
   unused = sorted(set(checkpoint.tensors) - {stored.name for _, stored in found})
   yield f"tensors that hold no parameters, unused: {_few(unused)}", None
-  yield tokenizer_line(directory, cfg), None
+  yield tokenizer_line(checkpoint.directory, cfg), None
 
 
 def fit(cfg, weights: int, context: int | None, memory: Memory | None) -> tuple[str, str | None]:

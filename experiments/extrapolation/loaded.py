@@ -85,7 +85,7 @@ class Loaded(Models):
   def _in_force(self) -> list[str]:
     """The settings of the model that are in force, and how its methods are put on."""
     settings, checkpoint = self.settings, self.checkpoint
-    lines = [f"checkpoint: {settings.model}, family {checkpoint.family.model_type}"]
+    lines = [f"checkpoint: {settings.model}, family {checkpoint.family}"]
     lines += describe.model_lines(checkpoint.cfg, max(settings.lengths))
     lines.append(f"trained length: {settings.train_length} tokens, from which factors and methods count")
     if checkpoint.mesh is not None:

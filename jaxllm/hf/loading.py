@@ -45,6 +45,32 @@ def load(
   Matrices stay [out, in] as `leaf.Matrix` where `matrix_layout` says so.  Raises CheckpointError for files that are damaged,
   that do not fit config.json, or with values that are NaN or infinite; ConfigError for what no model here can be.
   """
+  opened = open_checkpoint(path_or_repo, dtype, rope_precision)
+  return opened.cfg, opened.params(mesh, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A checkpoint whose settings and headers are read, and whose weights are not.
+
+  cast: the type that parameters get, None: each its own.
+  """
+
+  checkpoint: files.Checkpoint
+  family: Family
+  cfg: ModelConfig
+  source: Source
+  cast: str | None
+
+  def params(self, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
+    """The parameters, as `load` gives them."""
+    return load_params(self.checkpoint, self.family, self.cfg, self.source, self.cast, mesh, rules)
+
+
+def open_checkpoint(
+  path_or_repo: str | os.PathLike, dtype: str = "auto", rope_precision: str = "exact"
+) -> Opened:
+  """What `load` would load, as far as settings and headers tell; raises as it does, for all but weights."""
   directory = hub.find(path_or_repo)
   family, cfg, source = load_config(directory)
   if dtype not in ("auto", *DTYPES):
@@ -52,7 +78,7 @@ def load(
   checkpoint = files.Checkpoint(directory)
   compute = dtype if dtype != "auto" else _compute_type(source, checkpoint)
   cfg = dataclasses.replace(cfg, dtype=compute, rope_precision=rope_precision)
-  return cfg, load_params(checkpoint, family, cfg, source, None if dtype == "auto" else dtype, mesh, rules)
+  return Opened(checkpoint, family, cfg, source, None if dtype == "auto" else dtype)
 
 
 def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:

@@ -39,6 +39,7 @@ class Tokenizer:
   vocab_size: int
   encoder: Callable[[str, bool], Sequence[int]] = dataclasses.field(repr=False)
   decoder: Callable[[Sequence[int], bool], str] = dataclasses.field(repr=False)
+  placer: Callable[[str], tuple[Sequence[int], Sequence[int]]] = dataclasses.field(repr=False)
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
   special: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -47,13 +48,21 @@ class Tokenizer:
 
   def encode(self, text: str, special_tokens: bool = True) -> list[int]:
     """The ids of a text, with those that the tokenizer puts around any (as a first bos) unless special_tokens is False."""
+    return list(self.encoder(self._checked(text), special_tokens))
+
+  def encode_ends(self, text: str) -> tuple[list[int], list[int]]:
+    """`encode`, and the end of each token in the text, in characters: 0 for a special token, which is not in it.
+
+    Raises TokenizerError for a tokenizer that does not tell the places.
+    """
+    text = self._checked(text)
     try:
-      text.encode()
-    except UnicodeEncodeError as e:
+      ids, ends = self.placer(text)
+    except NotImplementedError:
       raise TokenizerError(
-        f"text: found the lone surrogate {text[e.start]!r} at character {e.start}, expected what UTF-8 can hold"
+        f"{self.source}: this tokenizer does not tell which text a token stands for; save it as {TOKENIZER} with transformers"
       ) from None
-    return list(self.encoder(text, special_tokens))
+    return list(ids), list(ends)
 
   def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
     """The text of some ids, special tokens spelled out or, for False, left out.  TokenizerError for an id it does not have."""
@@ -63,6 +72,16 @@ class Tokenizer:
         f"token id {wrong[0]}: expected one from 0 to {self.vocab_size - 1}, those of {self.source}"
       )
     return self.decoder(ids, special_tokens)
+
+  @staticmethod
+  def _checked(text: str) -> str:
+    try:
+      text.encode()
+    except UnicodeEncodeError as e:
+      raise TokenizerError(
+        f"text: found the lone surrogate {text[e.start]!r} at character {e.start}, expected what UTF-8 can hold"
+      ) from None
+    return text
 
   def chat_text(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool = True) -> str:
     """The text of a chat, [{"role": ..., "content": ...}, ...], by the checkpoint's own template, up to the answer.
@@ -156,6 +175,10 @@ def byte_tokenizer() -> Tokenizer:
     vocab_size=256,
     encoder=lambda text, _: text.encode(),
     decoder=lambda ids, _: bytes(ids).decode(errors="replace"),
+    placer=lambda text: (
+      text.encode(),
+      [end for end, character in enumerate(text, 1) for _ in character.encode()],
+    ),
     files={
       name: (json.dumps(plain, ensure_ascii=False, indent=2) + "\n").encode()
       for name, plain in contents.items()
@@ -181,6 +204,11 @@ def _from_json(directory: Path, there: dict[str, Path], settings: Mapping[str, A
     ) from None
   backend.no_truncation()  # of the training, which some files still have
   backend.no_padding()
+
+  def places(text: str) -> tuple[list[int], list[int]]:
+    encoding = backend.encode(text)
+    return encoding.ids, [end for _, end in encoding.offsets]
+
   return _tokenizer(
     directory,
     there,
@@ -188,6 +216,7 @@ def _from_json(directory: Path, there: dict[str, Path], settings: Mapping[str, A
     max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
     lambda text, special: backend.encode(text, add_special_tokens=special).ids,
     lambda ids, special: backend.decode(ids, skip_special_tokens=not special),
+    places,
     backend.token_to_id,
   )
 
@@ -208,6 +237,11 @@ def _from_transformers(directory: Path, there: dict[str, Path], settings: Mappin
     raise TokenizerError(
       f"{directory}: transformers makes no tokenizer of the files ({str(e)[:200]})"
     ) from None
+
+  def places(text: str) -> tuple[list[int], list[int]]:
+    found = backend(text, return_offsets_mapping=True)  # NotImplementedError of the slow kind
+    return found["input_ids"], [end for _, end in found["offset_mapping"]]
+
   return _tokenizer(
     directory,
     there,
@@ -215,11 +249,12 @@ def _from_transformers(directory: Path, there: dict[str, Path], settings: Mappin
     max(vocab.values(), default=-1) + 1,
     lambda text, special: backend.encode(text, add_special_tokens=special),
     lambda ids, special: backend.decode(ids, skip_special_tokens=not special),
+    places,
     vocab.get,
   )
 
 
-def _tokenizer(directory, there, settings, vocab_size, encoder, decoder, find) -> Tokenizer:
+def _tokenizer(directory, there, settings, vocab_size, encoder, decoder, placer, find) -> Tokenizer:
   """The tokenizer of a directory with what its settings say of special tokens and chats."""
   special = {}
   for name, token in settings.items():
@@ -232,6 +267,7 @@ def _tokenizer(directory, there, settings, vocab_size, encoder, decoder, find) -
     vocab_size=vocab_size,
     encoder=encoder,
     decoder=decoder,
+    placer=placer,
     bos_id=ids.get("bos_token"),
     eos_ids=() if ids.get("eos_token") is None else (ids["eos_token"],),
     special=special,
