@@ -74,7 +74,7 @@ class LoadSettings(Settings):
   model: str
   text: str | None
   mesh: str | None
-  rules: str
+  rules: str | None
   asked: str
 
   def settled(self, scheme: methods.Scheme, train_length: int | None) -> LoadSettings:
@@ -176,7 +176,7 @@ def _loaded(f) -> LoadSettings:
     model=f.model,
     text=f.text,
     mesh=f.mesh,
-    rules=f.rules or "fsdp",
+    rules=f.rules,
     asked=f.methods,
     **values,
   )
