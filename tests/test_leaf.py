@@ -159,10 +159,16 @@ def test_trees_are_compared_by_logical_shape_and_counted_alike():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_of_its_own_and_a_tied_one(tied):
-  """A tied head is the embedding [V, D] as it is held, which is a Matrix of [D, V]."""
+  """A tied head is the embedding [V, D] as it is held, which is a Matrix of [D, V]; rows that pad either are cut off."""
   cfg = dataclasses.replace(ONE, tie_embeddings=tied)
   weights = params(dataclasses.replace(ONE, tie_embeddings=False))
   w_DV = weights["embed"].T if tied else weights["head"]
   hidden = np.random.default_rng(2).standard_normal((2, cfg.embed_dim)).astype(np.float32)
-  found = head(cfg, weights if tied else stored(weights))(hidden)
-  np.testing.assert_allclose(found, hidden @ w_DV, rtol=0, atol=1e-5)
+  held = weights if tied else stored(weights)
+  more = np.ones((3, cfg.embed_dim), np.float32)
+  padded = {
+    "embed": np.concatenate([weights["embed"], more]),
+    "head": Matrix(np.concatenate([weights["head"].T, more])),
+  }
+  for p in (held, padded):
+    np.testing.assert_allclose(head(cfg, p)(hidden), hidden @ w_DV, rtol=0, atol=1e-5)

@@ -12,8 +12,9 @@ from sabotage import must_be_caught, register, wrap, wrap_method
 from jaxllm import norm, wiring
 from jaxllm.activation import Glu, gelu
 from jaxllm.nn import attention as nn_attention
-from jaxllm.nn import layers
+from jaxllm.nn import layers, transformer
 from jaxllm.ops import attention
+from jaxllm.ops.head import Head
 
 BUGS = {}
 bug = functools.partial(register, BUGS)
@@ -155,6 +156,25 @@ def output_bias_added_twice(monkeypatch):
 def prefix_off_by_one(monkeypatch):
   longer = lambda q: dataclasses.replace(q, prefix=None if q.prefix is None else q.prefix + 1)
   wrap(monkeypatch, attention, "allowed", lambda allowed, q, k, window: allowed(longer(q), k, window))
+
+
+@bug(check_oracle, "multipliers")
+def logit_scale_after_the_soft_cap(monkeypatch):
+  def call(self, x):
+    bare = dataclasses.replace(self, scale=1.0)
+    return Head.__call__(bare, x) * self.scale
+
+  wrong = type("Head", (Head,), {"__call__": call})
+  monkeypatch.setattr(transformer, "Head", wrong)
+
+
+@bug(check_oracle, "multipliers")
+def branch_scale_on_the_whole_stream(monkeypatch):
+  def call(self, x, norm, attention, feed_forward):
+    h = self.branch_scale * (x + attention(norm("attn_norm", x)))
+    return self.branch_scale * (h + feed_forward(norm("mlp_norm", h)))
+
+  monkeypatch.setattr(wiring.Pre, "__call__", call)
 
 
 CORE = "one_plus_w_forgotten"

@@ -203,11 +203,14 @@ class Transformer(nn.Module):
 
 
 def head(cfg: ModelConfig, params) -> Head:
-  """What turns hidden states into logits, for `ops.losses.cross_entropy`; a tied one shrinks its gradient as the embedding."""
+  """What turns hidden states into logits, for `ops.losses.cross_entropy`; a tied one shrinks its gradient as the embedding.
+
+  An embedding and a head of more than cfg.vocab_size rows are padded ones, of which the logits have no trace.
+  """
   w_DV = (
     Matrix(shrink_gradient(params["embed"], cfg.embed_gradient)) if cfg.tie_embeddings else params["head"]
   )
-  return Head(w_DV, params.get("head_bias"), cfg.logit_softcap, cfg.logit_scale)
+  return Head(w_DV, params.get("head_bias"), cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size)
 
 
 def _last(x_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:

@@ -32,12 +32,16 @@ def shrink_gradient(w: jax.Array, share: float) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """logits = soft_cap(scale (x w + bias)), float32; w [D, V], an array or a `leaf.Matrix`."""
+  """logits = soft_cap(scale (x w + bias)), float32; w [D, V], an array or a `leaf.Matrix`.
+
+  vocab_size: how many logits there are, where w and bias were padded to a size that divides over a mesh; None: all of w's.
+  """
 
   w: jax.Array | Matrix
   bias: jax.Array | None = None
   softcap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
   scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
+  vocab_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], computed in their type and accumulated in float32."""
@@ -45,4 +49,6 @@ class Head:
     logits = constrain(logits, ("B" + "-" * x.ndim)[: x.ndim - 1] + "V")
     if self.bias is not None:
       logits += jnp.expand_dims(self.bias, range(x.ndim - 1))
+    if self.vocab_size is not None:
+      logits = logits[..., : self.vocab_size]
     return soft_cap(logits if self.scale == 1 else logits * self.scale, self.softcap)

@@ -1,13 +1,12 @@
 """Frequencies as transformers computes them on a CPU: the same float32 operations in the same order, in NumPy.
 
-Its results are float32 numbers up to a few units in the last place from the exact ones, and an angle is their product with the
-position: equal logits at long positions need equal frequencies, bit for bit.  Two things matter beside the order:
+They are up to a few units in the last place from the exact ones, and an angle is their product with the position: equal logits
+at long positions need equal frequencies, bit for bit.  Beside the order of operations, this matters:
 
   a float64 number in a float32 operation is rounded to float32 first (Python's numbers beside tensors and arrays alike);
-  torch has c / x as (1 / x) * c, two roundings.
+  torch has c / x as (1 / x) * c, two roundings;
+  its power is not the nearest number to the truth (`sleef`).
 
-torch's float32 power is within a unit in the last place of the truth and almost always the nearest number to it, as the power
-here is: where it is not, so is a frequency of transformers itself on another instruction set.
 Source: transformers' modeling_rope_utils.py.
 """
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from jaxllm.position.rope import DynamicNtkRope, PiRope, Rope, YarnRope, correction_range
 from jaxllm.position.scalings import Llama3Rope, LongRope, ProportionalRope
+from jaxllm.position.sleef import powf
 
 Frequencies = tuple[np.ndarray, float]
 
@@ -36,14 +36,10 @@ def frequencies(rope: Rope, rotary_dim: int, seq_len: int | None = None) -> Freq
   return compute(rope, rotary_dim, seq_len)
 
 
-def power(base: float | np.float32, exponent: np.ndarray) -> np.ndarray:
-  """base ** exponent, float32: the number nearest to the power of two float32 numbers."""
-  return (np.float64(np.float32(base)) ** exponent.astype(np.float64)).astype(np.float32)
-
-
-def base_powers(base: float | np.float32, rotary_dim: int) -> np.ndarray:
-  """base ** (2 i / R) for i = 0 .. R/2 - 1, float32 [R/2]."""
-  return power(base, np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim))
+def base_powers(base: float | np.float32, rotary_dim: int, count: int | None = None) -> np.ndarray:
+  """base ** (2 i / R) for i = 0 .. count - 1, float32; all R/2 of them for None."""
+  i = np.arange(rotary_dim // 2 if count is None else count, dtype=np.float32)
+  return powf(base, 2 * i / np.float32(rotary_dim))
 
 
 def _inverse(x: np.ndarray, numerator: float = 1.0) -> np.ndarray:
@@ -60,11 +56,9 @@ def _pi(rope: PiRope, rotary_dim: int, seq_len: int | None) -> Frequencies:
 
 
 def _proportional(rope: ProportionalRope, rotary_dim: int, seq_len: int | None) -> Frequencies:
-  exact, _ = rope.frequencies(
-    rotary_dim, seq_len
-  )  # which checks the proportion, and has 0 for what stands still
-  inv_freq = _inverse(base_powers(rope.base, rotary_dim)) / np.float32(rope.factor)
-  return np.where(exact > 0, inv_freq, np.float32(0)), 1.0
+  exact, _ = rope.frequencies(rotary_dim, seq_len)  # 0 for what stands still
+  turned = _inverse(base_powers(rope.base, rotary_dim, np.count_nonzero(exact))) / np.float32(rope.factor)
+  return np.pad(turned, (0, len(exact) - len(turned))), 1.0
 
 
 def _dynamic(rope: DynamicNtkRope, rotary_dim: int, seq_len: int | None) -> Frequencies:
@@ -73,7 +67,9 @@ def _dynamic(rope: DynamicNtkRope, rotary_dim: int, seq_len: int | None) -> Freq
     base = rope.base * ((factor * L0 / L0) - (factor - 1)) ** exponent
   else:  # within a call, where the length is a tensor
     stretch = np.float32(factor) * np.float32(seq_len) / np.float32(L0) - np.float32(factor - 1)
-    base = np.float32(rope.base) * power(stretch, np.asarray(exponent, np.float32))
+    base = np.float32(rope.base) * np.float32(
+      float(stretch) ** exponent
+    )  # one number, whose power is a float64
   return _inverse(base_powers(base, rotary_dim)), 1.0
 
 

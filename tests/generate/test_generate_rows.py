@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.generate.loop import generate
+from jaxllm.nn import Transformer
 from jaxllm.sampling import Greedy, Temperature, TopK
 from jaxllm.sampling.base import as_pytree
 
@@ -21,13 +22,14 @@ def text(shallow, prompts):
   """text(**arguments): the tokens of a call with whatever differs from a sampled one."""
   model, params = shallow
   usual = {
+    "model": model,
     "prompts": prompts,
     "params": params,
     "sampler": Temperature(1.0),
     "key": KEY,
     "max_new_tokens": NEW,
   }
-  return lambda **arguments: generate(model, **(usual | arguments))
+  return lambda **arguments: generate(**(usual | arguments))
 
 
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=core), 1.0])
@@ -102,6 +104,16 @@ def test_a_stop_id_ends_its_row_and_no_other(text, places):
   out = text(stop_ids=stops)
   assert list(zip(out.tokens, out.reasons, strict=True)) == [cut(tokens, stops) for tokens in usual.tokens]
   assert "stop" in out.reasons
+
+
+def test_the_ids_of_the_config_stop_by_default(text, shallow):
+  """And given ones replace them: () none at all."""
+  model, usual = shallow[0], text()
+  stops = (usual.tokens[0][6], usual.tokens[1][2])
+  ending = Transformer(dataclasses.replace(model.cfg, eos_ids=stops))
+  assert text(model=ending) == text(stop_ids=stops) != usual
+  assert text(model=ending, stop_ids=()) == usual
+  assert text(model=ending, stop_ids=stops[:1]) == text(stop_ids=stops[:1])
 
 
 def test_without_stop_ids_every_row_reaches_its_length(text):

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_cases import MODELS, Layer, params, tables, tokens
+from model_cases import MODELS, Layer, params, position, tables, tokens
 from model_checks import positions
 from test_shift import RoundedRope
 
+from jaxllm.activation import Xielu
 from jaxllm.nn import Context, Transformer
+from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.position import POSITIONS
 from jaxllm.position.phase import cos_sin, words
 from jaxllm.position.tables import make_table
+from jaxllm.tree import flatten
 
 HALF = (jnp.bfloat16, jnp.float16)
 ROPE = POSITIONS["rope"]()
@@ -76,6 +79,45 @@ def test_how_many_positions_a_half_type_has(dtype, length, distinct):
   count = lambda pos: len(np.unique(np.concatenate(cos_sin(pos, *table), axis=1), axis=0))
   assert count(jnp.asarray(pos, dtype).astype(jnp.int32)) == distinct
   assert count(pos) == length
+
+
+# every kind of leaf at once: tables, biases, gains, sinks, the numbers of xIELU
+LEAVES = dict(
+  num_layers=2,
+  layers=(Layer(position("learned")), Layer(position("t5"))),
+  norm=LayerNorm(scale="1+w"),
+  mlp=Xielu(),
+  biases=("q", "k", "v", "o", "up", "down", "head"),
+  qk_norm=QkNorm(RMSNorm(multiply_in="input"), "each"),
+  attention_sinks=True,
+  embed_norm=True,
+  embed_scale=3.0,
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_leaves_of_half_types_compute_as_the_same_numbers_in_float32(dtype):
+  """Bit for bit, operation by operation: nothing is added up in the type of a leaf."""
+  cfg = dataclasses.replace(MODELS["rope"], **LEAVES, dtype=dtype)
+  logits = lambda p: Transformer(cfg).apply({"params": p}, tokens(), Context(pos=positions()))[0]
+  for half in HALF:
+    held = jax.tree.map(lambda x, half=half: jnp.asarray(x, half), params(cfg))
+    kinds = {path.split("/")[-1] for path in flatten(held)}
+    assert kinds == {
+      "embed",
+      "table",
+      "w",
+      "bias",
+      "scale",
+      "sinks",
+      "alpha_p",
+      "alpha_n",
+      "head",
+      "head_bias",
+    }
+    found = logits(held)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, logits(jax.tree.map(lambda x: x.astype(jnp.float32), held)))
 
 
 @pytest.mark.core

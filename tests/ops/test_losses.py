@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.leaf import Matrix, dense
 from jaxllm.ops.head import Head
 from jaxllm.ops.losses import cross_entropy
 
@@ -68,3 +69,24 @@ def test_bias_and_soft_cap_of_the_head(chunk):
   expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, LABELS[..., None], -1)[..., 0]
   np.testing.assert_allclose(nll, expected, rtol=0, atol=5e-6)
   np.testing.assert_array_equal(correct, logits.argmax(-1) == LABELS)
+
+
+def test_a_padded_vocabulary_has_no_part_in_anything():
+  """Columns and biases beyond the vocabulary, whatever they hold, change no loss and get no gradient."""
+  bias = RNG.standard_normal(V).astype(np.float32)
+  junk = 50 * RNG.standard_normal((D, 3)).astype(np.float32)
+
+  def run(w, bias, **kwargs):
+    head = lambda w, bias: Head(w, bias, 3.0, 0.5, **kwargs)
+    loss = lambda w, bias: jnp.sum(cross_entropy(HIDDEN, head(w, bias), LABELS)[0])
+    return head(w, bias)(HIDDEN), *jax.jit(jax.value_and_grad(loss, (0, 1)))(w, bias)
+
+  padded = np.concatenate([HEAD, junk], axis=1), np.concatenate([bias, [9, 9, 9]]).astype(np.float32)
+  expected, loss, gradients = run(HEAD, bias)
+  for w in (padded[0], Matrix(padded[0].T.copy())):
+    logits, found, found_gradients = run(w, padded[1], vocab_size=V)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    for one, other in zip(map(dense, found_gradients), gradients, strict=True):
+      np.testing.assert_allclose(one[..., :V], other, rtol=0, atol=1e-5)
+      np.testing.assert_array_equal(one[..., V:], 0)

@@ -11,7 +11,7 @@ from model_cases import params
 from model_checks import relative_error
 
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.nn import Transformer
+from jaxllm.nn import Context, Transformer
 from jaxllm.norm import RMSNorm
 from jaxllm.position import Rope
 
@@ -56,8 +56,8 @@ def state_dict(weights):
   return theirs
 
 
-def llama(rope_parameters, weights):
-  """transformers' logits."""
+def llama(rope_parameters, weights, first=0):
+  """transformers' logits, of tokens at positions from `first` on."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers", minversion="5.0")
   config = transformers.LlamaConfig(
@@ -78,7 +78,8 @@ def llama(rope_parameters, weights):
     {name: torch.tensor(np.ascontiguousarray(w)) for name, w in state_dict(weights).items()}
   )
   with torch.no_grad():
-    return model(torch.tensor(IDS, dtype=torch.long), use_cache=False).logits.numpy()
+    pos = torch.arange(first, first + T)[None]
+    return model(torch.tensor(IDS, dtype=torch.long), position_ids=pos, use_cache=False).logits.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,24 @@ def test_logits(ours, name):
   np.testing.assert_array_equal(found.argmax(-1), theirs.argmax(-1))
   # and the float64 decoder says the same of both: their dynamic base is that of the whole sequence
   assert relative_error(found, oracle.logits(cfg, weights, IDS, seq_len=T)) <= 5e-6
+
+
+def test_logits_at_long_positions():
+  """transformers' own at a million need its float32 angles; exact ones, which know the distance only, are apart by 1e-2."""
+  weights, first = params(CFG), 1_000_000
+  fields, rope_parameters = METHODS["yarn"]
+  theirs = llama(rope_parameters, weights, first)
+
+  def error(precision):
+    cfg = dataclasses.replace(CFG.with_position("yarn", **fields), rope_precision=precision)
+    pos = first + np.arange(T, dtype=np.int32)[None]
+    run = jax.jit(lambda weights: Transformer(cfg).apply({"params": weights}, IDS, Context(pos=pos))[0])
+    return relative_error(run(weights), theirs)
+
+  found = error("hf")
+  assert found <= 1e-5
+  components.measured("rope_precision", "transformers' Llama at a million", found)
+  assert error("exact") > 1e-3
 
 
 def test_row_wise_dynamic_ntk_differs_from_theirs():

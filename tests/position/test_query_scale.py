@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 
 from jaxllm.errors import ConfigError
-from jaxllm.position import LogN
+from jaxllm.position import Llama4Scale, LogN
 from jaxllm.position.query_scale import query_scale_table
 
 pytestmark = pytest.mark.component("log_n")
 
 
-def factors(scale, n, dtype=jnp.float32):
+def factors(scale, n, dtype=jnp.float32, window=None):
   """The factor of the n-th token, n from 1, read off queries of ones."""
   pos = jnp.asarray(np.asarray(n)[None] - 1, jnp.int32)
   q = jnp.ones((1, len(n), 2, 4), dtype)
-  out = np.asarray(jax.jit(lambda table, q, pos: table(q, pos))(query_scale_table(scale), q, pos), np.float64)
+  out = np.asarray(
+    jax.jit(lambda table, q, pos: table(q, pos, window))(query_scale_table(scale), q, pos), np.float64
+  )
   np.testing.assert_array_equal(out, np.broadcast_to(out[:, :, :1, :1], out.shape))
   return out[0, :, 0, 0]
 
@@ -71,10 +73,36 @@ def test_a_bfloat16_query_has_the_factor_of_a_float32_one():
 
 
 def test_methods_with_and_without_share_one_program():
-  tables = [query_scale_table(scale) for scale in (None, LogN(512), LogN(128, floor=1.0))]
+  scales = (None, LogN(512), LogN(128, floor=1.0), Llama4Scale(512), Llama4Scale(16384, 0.3))
+  tables = [query_scale_table(scale) for scale in scales]
   assert len({jax.tree.structure(table) for table in tables}) == 1
   shapes = {tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(table)) for table in tables}
   assert len(shapes) == 1
+
+
+@pytest.mark.component("llama4")
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_temperature_of_llama_4(window):
+  """Exactly 1 for the first L0 tokens, then a step every L0, on every layer; integers are divided as integers."""
+  n = np.array([1, 16384, 16385, 32768, 32769, 10**6, 2**24 + 16385, 2**31])
+  found = factors(Llama4Scale(16384, 0.1), n, window=window)
+  np.testing.assert_array_equal(found[:2], 1.0)
+  np.testing.assert_allclose(found, 1 + 0.1 * np.log(1 + (n - 1) // 16384), rtol=2e-7)
+
+
+def test_the_temperature_of_transformers():
+  torch = pytest.importorskip("torch")
+  ministral3 = pytest.importorskip("transformers.models.ministral3.modeling_ministral3")
+  name = next(name for name in vars(ministral3) if name.endswith("get_llama_4_attn_scale"))
+  n = np.unique(np.random.default_rng(0).integers(1, 2**20, 500))
+  theirs = vars(ministral3)[name](torch.tensor(n - 1)[None], 0.1, 16384).numpy().ravel()
+  components.measured_close(
+    "llama4", "transformers' Ministral 3", factors(Llama4Scale(16384), n), theirs, rtol=2e-7
+  )
+
+
+def test_log_n_is_not_of_windows():
+  np.testing.assert_array_equal(factors(LogN(8), np.arange(1, 100), window=7), 1.0)
 
 
 @pytest.mark.parametrize(
