@@ -107,7 +107,7 @@ class Scoring:
     found = {
       "perplexity": tuple(map(math.exp, ratio("nats", "tokens"))),
       "bpb": ratio("nats", "bytes", math.log(2)),
-      "accuracy": ratio("hits", "tokens"),
+      "accuracy": tuple(min(max(x, 0.0), 1.0) for x in ratio("hits", "tokens")),
     }
     if len(self.edges) > 2:
       return found

@@ -26,11 +26,13 @@ TINY = (
 
 def run(*args, script=length_extrapolation, check=length_extrapolation.read_settings):
   """The exit code of a script with these flags."""
-  handler = signal.getsignal(signal.SIGTERM)
+  handler, values = signal.getsignal(signal.SIGTERM), getattr(script, "FLAGS", flags.FLAGS)
+  saved = flagsaver.save_flag_values(values)
   try:
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as e:
-      run_app(script.main, check=check, argv=[script.__name__, *args])
+    with pytest.raises(SystemExit) as e:
+      run_app(script.main, check=check, argv=[script.__name__, *args], values=values)
   finally:
+    flagsaver.restore_flag_values(saved, values)
     signal.signal(signal.SIGTERM, handler)
   return e.value.code
 
