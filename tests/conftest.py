@@ -1,5 +1,6 @@
-"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; --components."""
+"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; two tables."""
 
+import importlib
 import os
 from importlib.metadata import version
 
@@ -32,14 +33,22 @@ def pytest_addoption(parser):
     metavar="FILE.md",
     help="after the run, print a row a component: file, source, golden error, tests; --components=FILE.md writes it too",
   )
+  parser.addoption(
+    "--families",
+    nargs="?",
+    const="",
+    metavar="FILE.md",
+    help="after `pytest tests/hf`, print a row a model family: file, variants, errors; --families=FILE.md writes it too",
+  )
 
 
 def pytest_configure(config):
-  path = config.getoption("--components")
-  if path is None:
-    return
-  if path and not path.endswith(".md"):
-    raise pytest.UsageError(f"--components: found {path!r}, expected --components or --components=FILE.md")
-  from components import Table
-
-  config.pluginmanager.register(Table(path), "components")
+  for option, module in (("components", "components"), ("families", "family_table")):
+    path = config.getoption(f"--{option}")
+    if path is None:
+      continue
+    if path and not path.endswith(".md"):
+      raise pytest.UsageError(
+        f"--{option}: found {path!r}, expected --{option} or --{option}=FILE.md; write it last, or with ="
+      )
+    config.pluginmanager.register(importlib.import_module(module).Table(path), option)

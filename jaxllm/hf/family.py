@@ -66,9 +66,10 @@ class Grouped(Whole):
 class Key:
   """One tensor of the files and the parameters it holds.
 
-  theirs: its name, with {i} for the number of the layer (a key with {i} stands for one a layer).  ours: paths of parameters, with
-  {i} too.  stored: "oi" for a matrix [out, in] (torch's Linear), "io" for [in, out] (GPT-2's Conv1D), None for what is taken
-  as it is (vectors, embeddings).  layout: how several parameters share the tensor, along its output axis (vectors: their only one).
+  theirs: its name, with {i} for the number of the layer (a key with {i} stands for one a layer).  ours: paths of parameters,
+  with {i} too.  stored: "oi" for a matrix [out, in] (torch's Linear), "io" for [in, out] (GPT-2's Conv1D), None for what is
+  taken as it is (vectors, embeddings).  layout: how several parameters share the tensor, along its output axis, which of a
+  vector is its only one.
   """
 
   theirs: str
@@ -82,15 +83,32 @@ class Key:
     return 1 if self.stored == "io" else 0
 
 
+def linear(
+  cfg: ModelConfig, theirs: str, *ours: str, stored: Literal["oi", "io"] = "oi", layout: Whole = Whole()
+) -> list[Key]:
+  """The keys of a matrix of theirs, and of its bias where cfg.biases has ours: one of our modules, or several by `layout`."""
+  keys = [Key(f"{theirs}.weight", tuple(f"{path}/w" for path in ours), stored, layout)]
+  if ours[0].rpartition("/")[2] in cfg.biases:
+    keys.append(Key(f"{theirs}.bias", tuple(f"{path}/bias" for path in ours), None, layout))
+  return keys
+
+
+def norm(kind: Any, theirs: str, ours: str) -> list[Key]:
+  """The keys of a normalisation's weight and bias, as far as it has them."""
+  names = {"scale": "weight", "bias": "bias"}
+  return [Key(f"{theirs}.{names[name]}", (f"{ours}/{name}",)) for name in kind.params(1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """A row of FAMILIES.
 
   model_type, architecture: as in config.json.  read: a ModelConfig from the settings, every one of which it takes or the
-  family ignores (`ignored`, besides settings.IGNORED).  write: the family's settings of a ModelConfig; what it does not say
-  the reading refuses, as `save` reads back what it writes.  keys: all tensors of a model.  prefix: what the names of `keys`
-  start with and files of the bare model leave out.  unused: regular expressions of tensors that hold no parameters (masks,
-  inverse frequencies).
+  family ignores (`ignored`, besides settings.IGNORED), but for those that all families have (`families.read_config`).  write:
+  the family's settings of a ModelConfig; what it does not say the reading refuses, as `write_config` reads back what it
+  writes.  keys: all tensors of a model.  tied, eos: tie_word_embeddings and eos_token_id where config.json has none.
+  prefix: what the names of `keys` start with and files of the bare model leave out.  unused: regular expressions of
+  tensors that hold no parameters (masks, inverse frequencies).
   """
 
   model_type: str
@@ -98,6 +116,8 @@ class Family:
   read: Callable[[Settings], ModelConfig]
   write: Callable[[ModelConfig], dict[str, Any]]
   keys: Callable[[ModelConfig], list[Key]]
+  tied: bool = False
+  eos: int | None = None
   prefix: str = "model."
   ignored: tuple[str, ...] = ()
   unused: tuple[str, ...] = ()

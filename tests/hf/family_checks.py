@@ -1,0 +1,113 @@
+"""Properties of every row, as functions of its model: logits, decoding, gradients, hidden states."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from family_cases import PINNED, T, built, expanded
+from model_checks import relative_error
+
+from jaxllm.nn import Context, Transformer, init_cache
+from jaxllm.nn.transformer import Block
+from jaxllm.tree import flatten
+
+CHUNK = 8
+
+
+@functools.cache
+def program(kind, cfg, scan=False):
+  """The jitted function `kind` of a config: (params, ids, tables) and what else it takes."""
+  return jax.jit(KINDS[kind](Transformer(cfg)))
+
+
+def _forward(model):
+  def forward(params, ids, rope, pos=None):
+    return model.apply({"params": params}, ids, Context(pos=pos), rope=rope)[0]
+
+  return forward
+
+
+def _step(model):
+  def step(params, ids, rope, valid, cache):
+    return model.apply({"params": params}, ids, Context(valid=valid), cache=cache, rope=rope)
+
+  return step
+
+
+def _gradient(model):
+  def loss(params, ids, rope):
+    logits, _ = model.apply({"params": params}, ids[:, :-1], rope=rope)
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], axis=-1)
+    return jnp.mean(nll)
+
+  return jax.value_and_grad(loss)
+
+
+def _states(model):
+  def states(params, ids, rope):
+    is_block = lambda module, name: isinstance(module, Block) and name == "__call__"
+    _, kept = model.apply(
+      {"params": params}, ids, rope=rope, capture_intermediates=is_block, mutable="intermediates"
+    )
+    layers = kept["intermediates"]["layers"]
+    return [layers[str(i)]["__call__"][0][0] for i in range(model.cfg.num_layers)]
+
+  return states
+
+
+KINDS = {"forward": _forward, "step": _step, "gradient": _gradient, "states": _states}
+
+
+def tables(cfg, row=None, length=T):
+  """The tables of a call on `length` tokens, pinned where transformers has one length a call."""
+  if row in PINNED:
+    return cfg.rope_tables(seq_len=length)
+  return cfg.rope_tables(max_len=length)
+
+
+def logits(row, ids, params=None, **changes):
+  """Our float32 logits [B, T, V] of a row's model."""
+  model = built(row)
+  cfg = dataclasses.replace(model.cfg, **changes)
+  params = model.params if params is None else params
+  return np.asarray(program("forward", cfg)(params, ids, tables(cfg, row, ids.shape[1])))
+
+
+def decoded(cfg, params, ids, rope, single=8):
+  """Logits [B, T, V] through the cache, by one program: chunks of eight, then `single` tokens one at a time."""
+  B, length = ids.shape
+  step, cache, out = program("step", cfg), init_cache(cfg, B, length + CHUNK), []
+  chunks = (length - single) // CHUNK
+  for n in [CHUNK] * chunks + [1] * (length - CHUNK * chunks):
+    done = sum(x.shape[1] for x in out)
+    chunk = np.zeros((B, CHUNK), np.int32)
+    chunk[:, :n] = ids[:, done : done + n]
+    found, cache = step(params, chunk, rope, np.arange(CHUNK)[None] < np.full((B, 1), n), cache)
+    out.append(np.asarray(found)[:, :n])
+  return np.concatenate(out, axis=1)
+
+
+def first_bad_layer(found, expected, tolerance=1e-4):
+  """What to say of two lists of states [B, T, D], one a layer: the first of them that differs, and its error."""
+  for i, (one, other) in enumerate(zip(found, expected, strict=False)):
+    if (error := relative_error(one, other)) > tolerance:
+      return f"the first layer that differs is {i}: {error:.1e}"
+  return "no layer differs: what follows the last one does"
+
+
+def by_name(row, grads):
+  """Gradients by the names of the files, in the layouts of the files."""
+  model, flat, out = built(row), flatten(grads), {}
+  for key in expanded(model.family, model.cfg):
+    parts = [np.asarray(flat[path]) for path in key.ours]
+    parts = [part.T for part in parts] if key.stored == "oi" else parts
+    out[key.theirs] = key.layout.join(parts, model.cfg, key.axis)
+  return out
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
+KEPT = np.linspace(0, T - 1, 16).astype(int)
+"""The positions whose logits are kept."""
