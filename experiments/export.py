@@ -70,10 +70,10 @@ def check(f) -> None:
 
 
 def as_llama(cfg, params, train_length: int):
-  """(cfg, params) of the same model in the form that Llama's settings can say, with the same logits bit for bit in float32.
+  """(cfg, params) of the same model in the form that Llama's settings can say.
 
-  embed * sqrt(D) is computed in float32 when the model runs, and here once and for all: the same product.  The type of the
-  norm's product with its gain is no matter in float32, which the parameters are.
+  The model computes embed * sqrt(D) in float32; here that product, bit for bit, becomes the embedding.  The order of the norm's
+  cast and gain is no matter in float32, which the parameters are.
   """
   import numpy as np
 
@@ -132,13 +132,16 @@ def compare(run: Path, cfg, params, train_length: int, f) -> int:
   trained, own = load(run, f.scheme, f.seed)
   length = round(f.times * train_length)
   windows = cut_windows(validation(run), length, length, f.windows)
+  factors = {name: f.times if methods.METHODS[name].stretches else None for name in CHECKED}
+  tables = [
+    stretched(trained, name, factor, train_length).rope_tables(seq_len=length)
+    for name, factor in factors.items()
+  ]
   rows = []
-  for name in CHECKED:
-    factor = f.times if methods.METHODS[name].stretches else None
+  for (name, factor), ours in zip(factors.items(), perplexities(trained, own, windows, tables), strict=True):
     with tempfile.TemporaryDirectory() as directory:
       hf.save(directory, stretched(cfg, name, factor, train_length), params, hf.byte_tokenizer(), pinned=True)
       theirs = perplexity_in_transformers(directory, windows)
-    ours = perplexity(stretched(trained, name, factor, train_length), own, windows)
     rows.append((name, ours, theirs, abs(ours - theirs) / theirs))
   print(f"Perplexity of a byte, {f.windows} windows of {length}, trained at {train_length}:\n")
   print(f"| {'method':<22} | {'jaxllm':>10} | {'transformers':>12} | {'difference':>10} |")
@@ -168,8 +171,8 @@ def validation(run: Path):
   return corpus.validation
 
 
-def perplexity(cfg, params, windows) -> float:
-  """exp of the mean loss on windows [W, T + 1], under the tables of their length."""
+def perplexities(cfg, params, windows, tables) -> list[float]:
+  """exp of the mean loss on windows [W, T + 1] under each of the tables, in one program."""
   import math
 
   import jax
@@ -178,9 +181,9 @@ def perplexity(cfg, params, windows) -> float:
   from jaxllm.evaluate.windows import score_windows
   from jaxllm.nn import Transformer
 
-  tables = jax.tree.map(lambda leaf: np.asarray(leaf)[None], cfg.rope_tables(seq_len=windows.shape[1] - 1))
-  nats, _ = score_windows(Transformer(cfg), params, windows, tables)
-  return math.exp(np.mean(np.asarray(nats), dtype=np.float64))
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tables)
+  nats, _ = score_windows(Transformer(cfg), params, windows, stacked)
+  return [math.exp(np.mean(one, dtype=np.float64)) for one in np.asarray(nats)]
 
 
 def perplexity_in_transformers(directory: str, windows) -> float:

@@ -16,6 +16,7 @@ TINY = (
   "--schemes=rope,alibi",
   "--steps=8",
   "--other_steps=4",
+  "--learning_rate=3e-2",
   "--embed_dim=16",
   "--num_layers=1",
   "--mlp_dim=24",
