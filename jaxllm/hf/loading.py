@@ -19,6 +19,7 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.hf import families, files, hub, scan
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.match import Source, match
+from jaxllm.hf.settings import TOKENS, Settings
 from jaxllm.leaf import Matrix
 from jaxllm.parallel.mesh import default_rules
 from jaxllm.parallel.rules import RULES, Rules, layout
@@ -71,18 +72,22 @@ def open_checkpoint(
   path_or_repo: str | os.PathLike, dtype: str = "auto", rope_precision: str = "exact"
 ) -> Opened:
   """What `load` would load, as far as settings and headers tell; raises as it does, for all but weights."""
-  directory = hub.find(path_or_repo)
-  family, cfg, source = load_config(directory)
   if dtype not in ("auto", *DTYPES):
     raise ConfigError(f"dtype: found {dtype!r}, expected one of auto, {', '.join(DTYPES)}")
+  directory = hub.find(path_or_repo)
+  family, cfg, source = load_config(directory)
   checkpoint = files.Checkpoint(directory)
-  compute = dtype if dtype != "auto" else _compute_type(source, checkpoint)
+  compute = dtype if dtype != "auto" else _compute_type(cfg, source, checkpoint)
   cfg = dataclasses.replace(cfg, dtype=compute, rope_precision=rope_precision)
   return Opened(checkpoint, family, cfg, source, None if dtype == "auto" else dtype)
 
 
 def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:
   """The family and the config of a model directory, with the eos ids of its generation_config.json, and what was read."""
+  if not os.path.lexists(directory / files.CONFIG):
+    raise CheckpointError(
+      f"{directory}: no {files.CONFIG}; give the directory that a model was saved to (a save that was interrupted leaves none)"
+    )
   path = files.plain_file(directory, files.CONFIG)
   plain = files.read_json(path, ConfigError)
   read = lambda plain: families.read_config(plain, str(path))
@@ -93,11 +98,14 @@ def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:
       path,
       family.model_type,
     )
-  if (directory / files.GENERATION_CONFIG).exists():
-    generation = files.read_json(files.plain_file(directory, files.GENERATION_CONFIG), ConfigError)
-    ids = generation.get("eos_token_id")
-    if ids is not None:
-      cfg = dataclasses.replace(cfg, eos_ids=tuple(ids) if isinstance(ids, list) else (ids,))
+  if os.path.lexists(directory / files.GENERATION_CONFIG):
+    generation = files.plain_file(directory, files.GENERATION_CONFIG)
+    found = Settings(files.read_json(generation, ConfigError), str(generation)).take(
+      "eos_token_id", TOKENS, None
+    )
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if ids := [one for one in ids if 0 <= one < cfg.vocab_size]:
+      cfg = dataclasses.replace(cfg, eos_ids=tuple(ids))
   return family, cfg, Source(str(path), plain, lambda plain: read(plain)[1])
 
 
@@ -188,16 +196,10 @@ def _place(
   return jax.make_array_from_callback(struct.shape, struct.sharding, part_of).block_until_ready()
 
 
-def _compute_type(source: Source, checkpoint: files.Checkpoint) -> str:
+def _compute_type(cfg: ModelConfig, source: Source, checkpoint: files.Checkpoint) -> str:
   """The type that config.json names, or else the one that most of the files' bytes are in."""
-  named = source.plain.get("dtype", source.plain.get("torch_dtype"))
-  if named is not None:
-    name = str(named).removeprefix("torch.")
-    if name not in DTYPES:
-      raise ConfigError(
-        f"{source.path}: found dtype = {named!r}, expected one of {', '.join(DTYPES)}; give load(dtype=...)"
-      )
-    return name
+  if any(source.plain.get(name) is not None for name in ("dtype", "torch_dtype")):
+    return cfg.dtype
   sizes = dict.fromkeys(DTYPES, 0)
   for stored in checkpoint.tensors.values():
     if stored.dtype.name in sizes:

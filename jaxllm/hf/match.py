@@ -17,7 +17,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, JaxllmError
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.files import Checkpoint, Stored, shown
-from jaxllm.hf.scan import EXPONENTS
+from jaxllm.hf.scan import INFINITIES
 from jaxllm.nn import Transformer
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -91,8 +91,8 @@ def match(
     found.append((key, stored))
     if stored.shape != want:
       problems.append(f"shape: {stored} is {list(stored.shape)}, expected {list(want)}{changed.shape(key)}")
-    elif stored.dtype not in EXPONENTS:
-      problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, EXPONENTS))}")
+    elif stored.dtype not in INFINITIES:
+      problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, INFINITIES))}")
   tied = [names.pop(key.theirs) for key in heads if key.theirs in names]
   if not problems:  # else the embedding may be what is missing
     problems += _differing_heads(checkpoint, found, tied, source)
@@ -194,7 +194,7 @@ def _differing_heads(
       problem = f"is {head.dtype} {list(head.shape)}, and {embed} {embed.dtype} {list(embed.shape)}"
     else:
       # the bits: a NaN that both have is for the scan of the values
-      a, b = (checkpoint.view(each.name).view(EXPONENTS[embed.dtype][0]) for each in (head, embed))
+      a, b = (checkpoint.view(each.name).view(INFINITIES[embed.dtype][0]) for each in (head, embed))
       parts = (slice(start, start + _ROWS) for start in range(0, len(a), _ROWS))
       rows = next((part for part in parts if not np.array_equal(a[part], b[part])), None)
       if rows is None:

@@ -116,7 +116,7 @@ def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -
   odd = [f"{path}: {type(leaf).__name__}" for path, leaf in flat.items() if not _is_float_array(leaf)]
   if odd:
     raise CheckpointError(
-      f"params: not arrays of {', '.join(map(str, scan.EXPONENTS))}\n  {files.shown(odd)}"
+      f"params: not arrays of {', '.join(map(str, scan.INFINITIES))}\n  {files.shown(odd)}"
     )
   wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
   found = {path: jax.ShapeDtypeStruct(_cut(path, leaf.shape, cfg), leaf.dtype) for path, leaf in flat.items()}
@@ -138,7 +138,7 @@ def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -
 def _is_float_array(leaf: Any) -> bool:
   """Whether it is an array or a Matrix of a type that checkpoints have; quantized leaves are not."""
   value = leaf.value if isinstance(leaf, Matrix) else leaf
-  return isinstance(value, (jax.Array, np.ndarray)) and np.dtype(leaf.dtype) in scan.EXPONENTS
+  return isinstance(value, (jax.Array, np.ndarray)) and np.dtype(leaf.dtype) in scan.INFINITIES
 
 
 def _cut(path: str, shape: tuple[int, ...], cfg: ModelConfig) -> tuple[int, ...]:

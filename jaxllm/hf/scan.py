@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-EXPONENTS = {
-  np.dtype(np.float32): (np.dtype(np.uint32), 0x7F800000),
-  np.dtype(np.float16): (np.dtype(np.uint16), 0x7C00),
-  np.dtype(ml_dtypes.bfloat16): (np.dtype(np.uint16), 0x7F80),
+INFINITIES = {
+  np.dtype(np.float32): (np.dtype(np.int32), 0x7F800000),
+  np.dtype(np.float16): (np.dtype(np.int16), 0x7C00),
+  np.dtype(ml_dtypes.bfloat16): (np.dtype(np.int16), 0x7F80),
 }
-"""The types of parameters: unsigned integers of the same size, and the bits of the exponent, all 1 in infinities and NaN."""
+"""The types of parameters: integers of the same size, and the infinity as one; whatever is above it, the sign aside, is NaN."""
 
 ALIGNMENT = 64
 """Bytes; XLA takes an array that starts at a multiple as it is."""
@@ -31,19 +31,23 @@ def copy(view: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
   Where they are not, the copy is not complete.  A cast can make an infinity; `explain` tells the two apart.
   """
   out = _aligned(view.shape, dtype)
-  integers, exponent = EXPONENTS[dtype]
+  integers, _ = INFINITIES[dtype]
   source, target = view, out
   if view.dtype == dtype:  # the same bits, by NumPy's fastest loops
     source, target = view.view(integers), out.view(integers)
-  scratch = np.empty(max(CHUNK // dtype.itemsize, 1), integers)
   with np.errstate(over="ignore"):  # of a cast: seen by its infinity
     for block in _transposed(source, target) if _is_transposed(view) else _rows(source, target):
-      bits = block.reshape(-1).view(integers)
-      for start in range(0, bits.size, scratch.size):
-        piece = bits[start : start + scratch.size]
-        if np.bitwise_and(piece, exponent, out=scratch[: piece.size]).max() == exponent:
-          return out, False
+      if block.size and not _is_finite(block, dtype):
+        return out, False
   return out, True
+
+
+def _is_finite(block: np.ndarray, dtype: np.dtype) -> bool:
+  """Positive ones are compared as signed integers, below which all negative ones are, and these as unsigned ones."""
+  integers, infinity = INFINITIES[dtype]
+  bits = block.view(integers)
+  unsigned = bits.view(f"u{integers}")
+  return bool(bits.max() < infinity and unsigned.max() < infinity + (1 << 8 * integers.itemsize - 1))
 
 
 def explain(view: np.ndarray, dtype: np.dtype) -> str:

@@ -18,7 +18,7 @@ CHUNK = 8
 
 
 @functools.cache
-def program(kind, cfg, scan=False):
+def program(kind, cfg):
   """The jitted function `kind` of a config: (params, ids, tables) and what else it takes."""
   return jax.jit(KINDS[kind](Transformer(cfg)))
 
@@ -76,10 +76,10 @@ def logits(row, ids, params=None, **changes):
   return np.asarray(program("forward", cfg)(params, ids, tables(cfg, row, ids.shape[1])))
 
 
-def decoded(cfg, params, ids, rope, single=8):
+def decoded(cfg, params, ids, rope, single=8, capacity=None):
   """Logits [B, T, V] through the cache, by one program: chunks of eight, then `single` tokens one at a time."""
   B, length = ids.shape
-  step, cache, out = program("step", cfg), init_cache(cfg, B, length + CHUNK), []
+  step, cache, out = program("step", cfg), init_cache(cfg, B, capacity or length + CHUNK), []
   chunks = (length - single) // CHUNK
   for n in [CHUNK] * chunks + [1] * (length - CHUNK * chunks):
     done = sum(x.shape[1] for x in out)

@@ -88,6 +88,7 @@ def test_two_all_reduces_a_layer(name, axes, fields):
   assert two.total() == 2 * 2 + 1
 
 
+@pytest.mark.slow
 def test_a_norm_over_all_heads_adds_its_sums():
   """OLMo 2: one more all-reduce a layer, of a number a token for queries and for keys."""
   count = lambda layers: collections.Counter(

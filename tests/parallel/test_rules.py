@@ -16,13 +16,16 @@ from mesh_checks import MESHES, make_mesh
 from jaxllm import parallel, tree
 from jaxllm.errors import ConfigError
 from jaxllm.leaf import Matrix, dense
+from jaxllm.norm import LayerNorm, QkNorm
 from jaxllm.parallel import RULES
 
 
 @functools.cache
 def every():
-  """{path: shape} of every parameter of the cases."""
-  return {path: leaf.shape for cfg in CASES.values() for path, leaf in tree.flatten(abstract(cfg)).items()}
+  """{path: shape} of parameters of every kind."""
+  cases = [CASES[name] for name in ("gpt_oss", "bloom", "gemma2", "every other parameter")]
+  cases.append(model(qk_norm=QkNorm(LayerNorm()), biases=("o", "down")))
+  return {path: leaf.shape for cfg in cases for path, leaf in tree.flatten(abstract(cfg)).items()}
 
 
 def whole_name(path):
@@ -217,7 +220,9 @@ def test_the_formula_by_hand():
   )
 
 
-@pytest.mark.parametrize(("rules", "axes"), [*MESHES[:2], MESHES[-1]])
+@pytest.mark.parametrize(
+  ("rules", "axes"), [*(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in MESHES[:-1]), MESHES[-1]]
+)
 def test_each_device_has_its_slice(rules, axes):
   """From NumPy arrays, from JAX arrays, and of matrices held as [out, in]: the slice that the logical spec names."""
   cfg, mesh = CASES["llama"], make_mesh(axes)

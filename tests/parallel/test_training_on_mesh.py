@@ -1,5 +1,7 @@
 """One optimizer step and greedy generation as they stand, on parameters that lie on a mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.train.step import TrainConfig, make_step
 
+CFG = dataclasses.replace(CASES["llama"], num_layers=1)
 CONFIG = TrainConfig(steps=10, batch_size=8, length=12, warmup=0.0)
 
 
@@ -34,7 +37,7 @@ def stepped(cfg, weights, ids):
 )
 def test_an_optimizer_step(rules, axes):
   """Gradients (the first moments are a tenth of the clipped ones), and the layout of what comes out."""
-  cfg = CASES["smollm3"]
+  cfg = CFG
   loss, _, moments = stepped(cfg, jax.tree.map(jax.numpy.asarray, params(cfg)), tokens(cfg))
   mesh = make_mesh(axes)
   with jax.set_mesh(mesh):
@@ -47,8 +50,9 @@ def test_an_optimizer_step(rules, axes):
   assert min(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.slow
 def test_greedy_generation():
-  cfg, prompts = CASES["smollm3"], [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
+  cfg, prompts = CFG, [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11]]
   call = lambda weights: generate(Transformer(cfg), weights, prompts, max_new_tokens=6, chunk=6).tokens
   expected, mesh = call(params(cfg)), make_mesh("data=2,tensor=4")
   with jax.set_mesh(mesh):

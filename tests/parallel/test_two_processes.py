@@ -119,6 +119,7 @@ def test_after_a_device_was_used():
     multihost.initialize(f"localhost:{free_port()}", 2, 0)
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_alone_ends():
   """JAX aborts it after the timeout, and a line says why."""
   code = (

@@ -1,0 +1,163 @@
+"""Every RoPE type of config.json beside transformers, on one tiny Llama, at half to eight times the trained length."""
+
+import dataclasses
+
+import family_table
+import numpy as np
+import oracle
+import pytest
+from family_cases import LLAMA, PHI3, ROWS, build, built, family_of, settings, tokens
+from family_checks import decoded, program, tables
+from model_checks import relative_error
+
+from jaxllm.hf.families import read_config, write_config
+from jaxllm.position import POSITIONS
+
+theirs = pytest.importorskip("theirs", exc_type=ImportError)
+
+TRAINED = 64
+LENGTHS = (TRAINED // 2, TRAINED, TRAINED + 1, 2 * TRAINED, 8 * TRAINED)
+CAPACITY = LENGTHS[-1] + 8
+BASE = dict(model_type="llama", **LLAMA | dict(max_position_embeddings=TRAINED))
+ORIGINAL = dict(original_max_position_embeddings=TRAINED, rope_theta=500.0)
+YARN = dict(rope_type="yarn", factor=8.0, **ORIGINAL)
+LISTS = dict(short_factor=[1.0 + 0.05 * i for i in range(10)], long_factor=[1.0 + 0.8 * i for i in range(10)])
+
+FIXED = {
+  "default": dict(rope_type="default", rope_theta=500.0),
+  "linear": dict(rope_type="linear", factor=8.0, rope_theta=500.0),
+  "yarn": YARN,
+  "yarn, attention_factor and betas": YARN | dict(attention_factor=0.8, beta_fast=6.0, beta_slow=0.5),
+  "yarn, mscale, not truncated": YARN | dict(mscale=1.3, mscale_all_dim=0.7, truncate=False),
+  "yarn, factor of M / L0": YARN | dict(factor=None, original_max_position_embeddings=TRAINED // 4),
+  "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=0.5, high_freq_factor=3.0, **ORIGINAL),
+  "proportional": dict(rope_type="proportional", rope_theta=500.0, partial_rotary_factor=0.6),
+}
+EXPORTED = ("ntk_old", "ntk", "ntk_fixed", "ntk_mixed", "ntk_by_parts")
+"""Our methods that transformers has as LongRoPE with one list."""
+PINNED = {
+  "dynamic": dict(rope_type="dynamic", factor=2.0, rope_theta=500.0),
+  "longrope": dict(rope_type="longrope", factor=8.0, **LISTS, **ORIGINAL),
+  "longrope, attention_factor": dict(rope_type="longrope", attention_factor=0.9, **LISTS, **ORIGINAL),
+}
+
+
+def plain_of(name):
+  """The settings of a row of FIXED, PINNED or EXPORTED."""
+  if name not in EXPORTED:
+    return BASE | dict(rope_parameters=(FIXED | PINNED)[name])
+  return write_config(base().cfg.with_position(name, factor=8.0))[1]
+
+
+def base():
+  """The model whose weights and program all types share."""
+  return build(BASE | dict(rope_parameters=FIXED["default"]))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return base()
+
+
+def expected_of(plain, tensors, ids):
+  """Logits of a transformers model that has seen no other length."""
+  return theirs.logits(theirs.model(plain, tensors), ids)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", [*FIXED, *EXPORTED])
+def test_fixed_frequencies(model, name, length):
+  """The full forward, and prefill and decoding."""
+  plain, ids = plain_of(name), tokens(2, (1, length))
+  cfg = read_config(plain)[1]
+  rope = cfg.rope_tables(seq_len=length)
+  expected = expected_of(plain, model.tensors, ids)
+  found = program("forward", model.cfg)(model.params, ids, rope)
+  assert relative_error(found, expected) <= 1e-5
+  np.testing.assert_array_equal(np.argmax(found, -1), expected.argmax(-1))
+  if name in EXPORTED:  # and it is the method itself
+    own = base().cfg.with_position(name, factor=8.0).rope_tables()
+    assert relative_error(program("forward", model.cfg)(model.params, ids, own), expected) <= 1e-5
+  stepwise = decoded(model.cfg, model.params, ids, rope, single=4, capacity=CAPACITY)
+  assert relative_error(stepwise, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", PINNED)
+def test_one_length_a_call(model, name, length):
+  """Dynamic NTK and LongRoPE with seq_len pinned."""
+  plain, ids = plain_of(name), tokens(2, (1, length))
+  rope = read_config(plain)[1].rope_tables(seq_len=length)
+  found = program("forward", model.cfg)(model.params, ids, rope)
+  expected = expected_of(plain, model.tensors, ids)
+  assert relative_error(found, expected) <= 1e-5
+  np.testing.assert_array_equal(np.argmax(found, -1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("length", [TRAINED, TRAINED + 1, 2 * TRAINED])
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_decoding_by_the_length_of_each_query(model, name, length):
+  """Prefill and decoding without a pinned length, by the float64 decoder."""
+  cfg, ids = read_config(plain_of(name))[1], tokens(2, (1, length))
+  rope = cfg.rope_tables(max_len=2 * TRAINED + 8)
+  found = decoded(cfg, model.params, ids, rope, single=4, capacity=2 * TRAINED + 8)
+  assert relative_error(found, oracle.logits(cfg, model.params, ids)) <= 5e-6
+
+
+@pytest.mark.parametrize("length", [TRAINED, TRAINED + 1, 2 * TRAINED])
+def test_partial_rotation_below_and_above_the_trained_length(length):
+  """Phi-3, whose trained length is a setting of its own."""
+  plain, ids = dict(model_type="phi3", **PHI3), tokens(2, (1, length))
+  model = built("phi3")
+  rope = model.cfg.rope_tables(seq_len=length)
+  found = program("forward", model.cfg)(model.params, ids, rope)
+  assert relative_error(found, expected_of(plain, model.tensors, ids)) <= 1e-5
+
+
+OFFSETS = (0, 4_000, 32_000)
+POSITIONED = 96
+
+
+def at(offset):
+  return np.arange(offset, offset + POSITIONED, dtype=np.int32)[None]
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("name", [*FIXED, *EXPORTED, *PINNED])
+def test_angles_of_transformers(model, name, offset):
+  """rope_precision="hf" gives transformers' logits at any position; exact angles are further from them, and nearer to the truth."""
+  plain, ids, pos = plain_of(name), tokens(4, (1, POSITIONED)), at(offset)
+  cfg = dataclasses.replace(read_config(plain)[1], rope_precision="hf")
+  hf = dataclasses.replace(model.cfg, rope_precision="hf")
+  expected = theirs.logits(theirs.model(plain, model.tensors), ids, pos)
+  found = program("forward", hf)(model.params, ids, cfg.rope_tables(seq_len=offset + POSITIONED), pos)
+  error = relative_error(found, expected)
+  assert error <= 1e-5
+  family_table.measured("llama", "hf angles", error)
+  if offset == OFFSETS[-1]:
+    exact = dataclasses.replace(cfg, rope_precision="exact")
+    tables_of = exact.rope_tables(seq_len=offset + POSITIONED)
+    other = program("forward", model.cfg)(model.params, ids, tables_of, pos)
+    assert relative_error(other, expected) > 10 * error
+    truth = oracle.logits(exact, model.params, ids, pos[0], seq_len=offset + POSITIONED)
+    assert relative_error(other, truth) < relative_error(expected, truth) / 10
+
+
+RELATIVE = [row for row in ROWS if family_of(row) not in ("bloom", "mpt", "gpt2")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", RELATIVE)
+def test_angles_of_transformers_in_every_family(row):
+  its_model, ids = theirs.row_model(row), tokens(4, (1, POSITIONED))
+  model = built(row)
+  cfg = dataclasses.replace(model.cfg, rope_precision="hf")
+  for offset in OFFSETS:
+    rope = cfg.rope_tables(seq_len=offset + POSITIONED)
+    found = program("forward", cfg)(model.params, ids, rope, at(offset))
+    error = relative_error(found, theirs.logits(its_model, ids, at(offset)))
+    assert error <= 1e-5, f"{row} at {offset}"
+    family_table.measured(row, "hf angles", error)
+
+
+assert POSITIONS and settings and tables
