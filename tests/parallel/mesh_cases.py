@@ -4,6 +4,7 @@ Two layers, and widths and heads that the meshes divide: small, as every program
 clips are active within twelve tokens, and head_dim is not embed_dim / num_heads.
 """
 
+import dataclasses
 import functools
 import zlib
 
@@ -73,7 +74,13 @@ CASES = {
     **dict(mlp=ClampedGlu(), attention_sinks=True, biases=("q", "k", "v", "o", "gate", "up", "down")),
   ),
 }
-MATRIX = ("llama", "phi3", "gemma2")
+CASES |= {
+  "odd llama": dataclasses.replace(CASES["llama"], vocab_size=61, num_kv_heads=2),
+  "odd gemma2": dataclasses.replace(CASES["gemma2"], vocab_size=61, num_kv_heads=1),
+  "odd groups": model(vocab_size=61, num_heads=12, num_kv_heads=3, biases=("head", "k")),
+}
+"""The last three have key heads and a vocabulary that a tensor axis of four does not divide: k and v whole, padding."""
+MATRIX = ("llama", "phi3", "gemma2", "odd llama")
 """Whose matrices are held as [out, in], as those of a checkpoint are."""
 
 
