@@ -162,8 +162,8 @@ def test_what_a_checkpoint_is(checkpoint, monkeypatch, capfd):
   for words in (
     f"family {header['model_type']}, {sum(sizes) // 2:,} parameters, {doctor.gib(sum(sizes))} bfloat16",
     "head tied to the embedding",
-    "layers 0, 2: rope (base 10000.0, layout half, original_length 32), the 16 nearest keys",
-    "layers 1, 3: rope (base 10000.0, layout half, original_length 32), all keys",
+    "layers 0, 2: rope (base 10000.0, layout half, original_length 64), the 16 nearest keys",
+    "layers 1, 3: rope (base 10000.0, layout half, original_length 64), all keys",
     "attention soft cap 50",
     "logit soft cap 30",
     "bfloat16 compute",
