@@ -11,6 +11,7 @@ from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn.context import Shared, append
 from jaxllm.nn.layers import HeadNorm, Linear, weight
 from jaxllm.ops.attention import MASKED, Score
+from jaxllm.ops.constrain import constrain
 from jaxllm.ops.head import soft_cap
 from jaxllm.position import Position, Rope
 from jaxllm.position.base import add_bias, inner_products
@@ -65,8 +66,12 @@ class Attention(nn.Module):
     rows = 1 if table is None else table.rows
     scores_keys = not rotates_once(position, rows)
     q_BTNH, k_BTKH, v_BTKH = (
-      self._heads(x_BTD, name, n)
-      for name, n in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads))
+      self._heads(x_BTD, name, n, letters)
+      for name, n, letters in (
+        ("q", cfg.num_heads, "BTNH"),
+        ("k", cfg.num_kv_heads, "BTKH"),
+        ("v", cfg.num_kv_heads, "BTKH"),
+      )
     )
 
     q_BTNH = q_BTNH.astype(jnp.float32)  # one rounding, at the end
@@ -94,7 +99,8 @@ class Attention(nn.Module):
 
     if cache is not None:
       k_BTKH, v_BTKH = cache = tuple(
-        append(slots, new, length_B, q_side.valid) for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+        constrain(append(slots, new, length_B, q_side.valid), "BSKH")
+        for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
       )
     if (
       position.needs_raw_keys and not scores_keys
@@ -104,15 +110,17 @@ class Attention(nn.Module):
     sinks_N = weight(self, "sinks", (cfg.num_heads,), nn.initializers.zeros) if cfg.attention_sinks else None
     scoring = Score(score, type(position).__name__, hooks(cfg, position, rows), cfg.attention_softcap)
     out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, scoring, sinks_N)
-    return Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)")), cache
+    out_BTNH = constrain(out_BTNH, "BTNH")
+    out_BTD = Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)"))
+    return constrain(out_BTD, "BTD"), cache
 
-  def _heads(self, x_BTD: jax.Array, name: str, heads: int) -> jax.Array:
+  def _heads(self, x_BTD: jax.Array, name: str, heads: int, letters: str) -> jax.Array:
     """The projection `name`, clipped and normalised where the config says so, [B, T, heads, H]."""
     cfg = self.cfg
     x = Linear(cfg, heads * cfg.head_dim, name=name)(x_BTD)
     if cfg.clip_qkv is not None:
       x = jnp.clip(x, -cfg.clip_qkv, cfg.clip_qkv)
-    x_BTNH = rearrange(x, "B T (N H) -> B T N H", N=heads)
+    x_BTNH = constrain(rearrange(x, "B T (N H) -> B T N H", N=heads), letters)
     return x_BTNH if name == "v" else self._normed("before", name, x_BTNH)
 
   def _normed(self, place: str, name: str, x_BTNH: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.ops.attention import Side
+from jaxllm.ops.constrain import constrain
 from jaxllm.position import Position
 from jaxllm.position.base import Params
 from jaxllm.position.tables import PositionTables, Table
@@ -67,8 +68,9 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> Cache:
   """An empty cache for `capacity` tokens a row; raises ConfigError for more than a learned table has positions."""
   cfg.check_length(capacity, "cache capacity")
   shape = (batch, capacity, cfg.num_kv_heads, cfg.head_dim)
-  empty = lambda: tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers))
-  return Cache(empty(), empty(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
+  empty = lambda: tuple(constrain(jnp.zeros(shape, cfg.dtype), "BSKH") for _ in range(cfg.num_layers))
+  pos_BS, length_B = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32)
+  return Cache(empty(), empty(), constrain(pos_BS, "BS"), constrain(length_B, "B"))
 
 
 def append(
@@ -79,8 +81,9 @@ def append(
   slot_BT = length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
   if valid_BT is not None:  # padding goes past the end
     slot_BT = slot_BT + jnp.where(valid_BT, 0, slots_BS.shape[1])
-  row_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-  return slots_BS.at[row_B1, slot_BT].set(new_BT.astype(slots_BS.dtype), mode="drop", unique_indices=True)
+  # a row at a time, so that rows split over a mesh stay where they are
+  write = jax.vmap(lambda slots, at, new: slots.at[at].set(new, mode="drop", unique_indices=True))
+  return write(slots_BS, jnp.broadcast_to(slot_BT, (B, T)), new_BT.astype(slots_BS.dtype))
 
 
 def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tuple[Side, Side, Cache | None]:

@@ -7,6 +7,7 @@ import jax
 
 from jaxllm.config import ModelConfig
 from jaxllm.nn.layers import Linear, weight
+from jaxllm.ops.constrain import constrain
 
 
 class FeedForward(nn.Module):
@@ -17,8 +18,8 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     cfg = self.cfg
-    inputs = [Linear(cfg, cfg.mlp_dim, name=name)(x_BTD) for name in cfg.mlp.inputs]
+    inputs = [constrain(Linear(cfg, cfg.mlp_dim, name=name)(x_BTD), "BTF") for name in cfg.mlp.inputs]
     p = {name: weight(self, name, shape, init) for name, (shape, init) in cfg.mlp.params().items()}
     # the backward pass recomputes the activation: that is faster than to store and read what its derivative needs
     hidden_BTF = jax.checkpoint(cfg.mlp)(p, *inputs)
-    return Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF)
+    return constrain(Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF), "BTD")

@@ -16,6 +16,7 @@ from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Cache, Context, Shared, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
+from jaxllm.ops.constrain import constrain
 from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position import Position
 from jaxllm.position.base import Params
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
       x_BTD = position.embed(x_BTD, q_side.pos, shared.of(cfg, position)[1])
     if cfg.embed_norm:
       x_BTD = Norm(cfg.norm, name="embed_norm")(x_BTD)
-    x_BTD = x_BTD.astype(cfg.dtype)
+    x_BTD = constrain(x_BTD.astype(cfg.dtype), "BTD")
     if self.scan:
       if cache is not None:
         raise ConfigError(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.leaf import Matrix
+from jaxllm.ops.constrain import constrain
 from jaxllm.ops.einsum import einsum
 
 
@@ -45,6 +46,7 @@ class Head:
   def __call__(self, x: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], computed in their type and accumulated in float32."""
     logits = einsum("...D,DV->...V", x, self.w.astype(x.dtype))
+    logits = constrain(logits, ("B" + "-" * x.ndim)[: x.ndim - 1] + "V")
     if self.bias is not None:
       logits += jnp.expand_dims(self.bias, range(x.ndim - 1))
     if self.vocab_size is not None:

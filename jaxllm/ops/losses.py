@@ -14,23 +14,27 @@ def cross_entropy(
   """-log softmax(head(hidden))[label] in nats, and whether the label is the most likely token: float32 and bool [B, T].
 
   Logits are float32 and exist for `chunk` tokens at a time, forward and backward: 32k tokens of a 152k vocabulary at once
-  would be 20 GB.
+  would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they are.
   """
-  D = hidden_BTD.shape[-1]
-  hidden_CD, labels_C = hidden_BTD.reshape(-1, D), labels_BT.reshape(-1)
-  count = labels_C.shape[0]
-  if count <= chunk:
-    nll, correct = _score(hidden_CD, head, labels_C)
-  else:
-    pad = -count % chunk
-    hidden = jnp.pad(hidden_CD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
-    labels = jnp.pad(labels_C, (0, pad)).reshape(-1, chunk)
-    score = jax.checkpoint(lambda hl: _score(hl[0], head, hl[1]))
-    nll, correct = jax.tree.map(lambda x: x.reshape(-1)[:count], jax.lax.map(score, (hidden, labels)))
-  return nll.reshape(labels_BT.shape), correct.reshape(labels_BT.shape)
+  B, T = labels_BT.shape
+  if labels_BT.size <= chunk:
+    return _score(hidden_BTD, head, labels_BT)
+  count = -(-T // max(1, chunk // B))
+  t = -(-T // count)
+
+  def tiles(x):  # [B, T, ...] -> [count, B, t, ...]
+    x = jnp.pad(x, [(0, 0), (0, count * t - T)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, count, t, *x.shape[2:]), 1, 0)
+
+  score = jax.checkpoint(lambda hl: _score(hl[0], head, hl[1]))
+  scores = jax.lax.map(score, (tiles(hidden_BTD), tiles(labels_BT)))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T], scores)
 
 
-def _score(hidden_CD, head, labels_C):
-  logits_CV = head(hidden_CD)
-  label_logit = jnp.take_along_axis(logits_CV, labels_C[:, None], axis=-1)[:, 0]
-  return jax.nn.logsumexp(logits_CV, axis=-1) - label_logit, jnp.argmax(logits_CV, axis=-1) == labels_C
+def _score(hidden_BTD, head, labels_BT):
+  logits_CV = head(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+  labels_C = labels_BT.reshape(-1)
+  label_logit_C = jnp.take_along_axis(logits_CV, labels_C[:, None], axis=-1)[:, 0]
+  nll_C = jax.nn.logsumexp(logits_CV, axis=-1) - label_logit_C
+  correct_C = jnp.argmax(logits_CV, axis=-1) == labels_C
+  return nll_C.reshape(labels_BT.shape), correct_C.reshape(labels_BT.shape)

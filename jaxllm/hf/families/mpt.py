@@ -17,8 +17,16 @@ CLIP = Kind("a finite number of at least 0, 0 for none", lambda x: NUMBER.fits(x
 NO_MODEL = ("learned_pos_emb", "init_device", "init_config", "norm_type", "verbose", "fc_type", "ffn_config")
 NO_MODEL += ("attn_impl", "attn_pdrop", "attn_uses_sequence_id")
 """learned_pos_emb has no effect beside ALiBi; the others say how the authors' code makes or computes a model."""
-OF_ANY_CONFIG = ("architectures", "dtype", "is_encoder_decoder")
-"""attn_config is a config too."""
+OF_ANY_CONFIG = (
+  "architectures",
+  "dtype",
+  "torch_dtype",
+  "is_encoder_decoder",
+  "add_cross_attention",
+  "pruned_heads",
+)
+OF_ANY_CONFIG += ("tie_word_embeddings",)
+"""transformers writes attn_config as a config of its own, with what all of them have."""
 QKV = Blocks(lambda cfg: [cfg.embed_dim] * 3)
 
 

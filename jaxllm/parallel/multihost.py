@@ -1,0 +1,133 @@
+"""Several processes that run the same program on one mesh."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+
+import jax
+
+from jaxllm.errors import ConfigError, JaxllmError
+
+VARIABLES = {
+  "coordinator": "JAX_COORDINATOR_ADDRESS",
+  "processes": "JAX_NUM_PROCESSES",
+  "index": "JAX_PROCESS_ID",
+}
+"""The environment variable that stands in for each argument of `initialize`."""
+
+
+class MultihostError(JaxllmError):
+  """The processes of a run did not find each other."""
+
+  exit_code = 1
+
+
+def initialize(
+  coordinator: str | None = None,
+  processes: int | None = None,
+  index: int | None = None,
+  *,
+  timeout: int = 120,
+) -> bool:
+  """Join the other processes of the run, before anything else touches a device; True if there are others to join.
+
+  coordinator: "host:port" of process 0, which opens that port.  processes: how many there are.  index: which this is, from 0.
+  What is not given is read from the environment (VARIABLES); with none of them set this process runs alone: nothing is done.
+  On machines that tell by themselves (Cloud TPU, Slurm, Open MPI) coordinator "auto" asks them for all three.
+
+  Afterwards `jax.devices()`, and so `make_mesh`, are those of all processes, and each runs the same program: `shard` and
+  `shard_batch` take arrays that every process holds whole and read the parts of its own devices.  A process that dies takes the
+  others with it once its heartbeat is missed.
+
+  timeout: seconds to wait for the others.  Then JAX aborts the process (SIGABRT), a line on stderr having said why.  Raises
+  ConfigError for an argument that is missing or cannot be, or after a device was used; MultihostError where nothing answers at
+  the coordinator's address, or its port is taken.
+  """
+  given = dict(coordinator=coordinator, processes=processes, index=index)
+  given = {name: os.environ.get(VARIABLES[name]) if value is None else value for name, value in given.items()}
+  if given["coordinator"] == "auto":
+    address, count, number = None, None, None
+  elif all(value is None for value in given.values()):
+    return False
+  else:
+    address, count, number = _checked(**given)
+    if count == 1:
+      return False
+    _check_address(address, number, timeout)
+  who = "this process" if number is None else f"process {number} of {count}"
+  late = threading.Timer(
+    0.9 * timeout, _say, [f"{who} has waited {0.9 * timeout:.0f} s for the others and will stop"]
+  )
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(address, count, number, initialization_timeout=timeout)
+  except (RuntimeError, ValueError) as error:
+    raise ConfigError(f"multihost.initialize: {error}") from error
+  finally:
+    late.cancel()
+  return True
+
+
+def _checked(coordinator: object, processes: object, index: object) -> tuple[str, int, int]:
+  values = dict(coordinator=coordinator, processes=processes, index=index)
+  if missing := [f"{name} (or {VARIABLES[name]})" for name, value in values.items() if value is None]:
+    raise ConfigError(
+      f"multihost.initialize: found no {', '.join(missing)}, expected coordinator, processes and index, or none of them"
+    )
+  host, _, port = str(coordinator).rpartition(":")
+  if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    raise ConfigError(
+      f"multihost.initialize: found coordinator = {coordinator!r}, expected host:port, as in 10.0.0.1:1234"
+    )
+  count, number = _integer("processes", processes), _integer("index", index)
+  if count < 1:
+    raise ConfigError(f"multihost.initialize: found processes = {count}, expected at least 1")
+  if not 0 <= number < count:
+    raise ConfigError(
+      f"multihost.initialize: found index = {number}, expected 0 to {count - 1}, as there are {count} processes"
+    )
+  return str(coordinator), count, number
+
+
+def _integer(name: str, value: object) -> int:
+  try:
+    return int(str(value))
+  except ValueError:
+    raise ConfigError(f"multihost.initialize: found {name} = {value!r}, expected an integer") from None
+
+
+def _check_address(coordinator: str, index: int, timeout: float) -> None:
+  """Where JAX would abort the process: a coordinator that does not answer in time, or (in process 0) a port that is taken."""
+  host, _, port = coordinator.rpartition(":")
+  deadline = time.monotonic() + timeout
+  while True:
+    try:
+      if index == 0:
+        with socket.create_server(("", int(port))):
+          return
+      with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+        return
+    except OSError as error:
+      if index == 0:
+        raise MultihostError(
+          f"multihost: process 0 cannot open the port of {coordinator}: {error}; choose another"
+        ) from error
+      if time.monotonic() > deadline:
+        raise MultihostError(
+          f"multihost: process {index} found nothing at {coordinator} for {timeout} s ({error}); check that process 0 runs "
+          "there and that the port can be reached"
+        ) from error
+    time.sleep(0.1)
+
+
+def _say(message: str) -> None:
+  print(
+    f"multihost: {message}; check that all processes run, each with its own index",
+    file=sys.stderr,
+    flush=True,
+  )

@@ -1,0 +1,225 @@
+"""Which dimension of each parameter lies over which mesh axis, as data; and parameters laid out by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm import tree
+from jaxllm.config import ModelConfig
+from jaxllm.errors import ConfigError
+from jaxllm.leaf import Matrix
+from jaxllm.parallel.mesh import spell
+
+Spec = tuple[str | tuple[str, ...] | None, ...]
+Rules = Sequence[tuple[str, Spec]]
+
+_LAYER = r"(layers|blocks)/\d+/"
+PARAMETERS = (
+  ("embed", "VD"),
+  ("head", "DV"),
+  ("head_bias", "V"),
+  (r"(embed|final)_norm/(scale|bias)", "-"),
+  (r"positions/\d+/\w+", "-"),
+  (_LAYER + r"attn/q/w", "DN"),
+  (_LAYER + r"attn/q/bias", "N"),
+  (_LAYER + r"attn/[kv]/w", "DK"),
+  (_LAYER + r"attn/[kv]/bias", "K"),
+  (_LAYER + r"attn/o/w", "ND"),
+  (_LAYER + r"attn/[qk]_norm/(scale|bias)", "-"),
+  (_LAYER + r"attn/sinks", "-"),
+  (_LAYER + r"mlp/(gate|up)/w", "DF"),
+  (_LAYER + r"mlp/(gate|up)/bias", "F"),
+  (_LAYER + r"mlp/down/w", "FD"),
+  (_LAYER + r"mlp/alpha_[pn]", "-"),
+  (_LAYER + r"(attn/o|mlp/down)/bias", "-"),
+  (_LAYER + r"(attn|mlp)(_post)?_norm/(scale|bias)", "-"),
+)
+"""The last dimensions of every parameter, by letter: N and K are columns of heads, "-" what no rule set of RULES splits.
+
+Vectors as wide as the model stay whole, as do what positions and heads learn: they are small, and every device reads them.
+"""
+
+
+def _rules(**axes: str) -> Rules:
+  """The rule set that splits the dimensions of these letters."""
+  return tuple((path, tuple(axes.get(letter) for letter in letters)) for path, letters in PARAMETERS)
+
+
+_TENSOR = dict.fromkeys("VNKF", "tensor")
+RULES: dict[str, Rules] = {
+  "data": _rules(),
+  "fsdp": _rules(D="fsdp"),
+  "tensor": _rules(**_TENSOR),
+  "fsdp_tensor": _rules(D="fsdp", **_TENSOR),
+}
+"""Rule sets by name: (regular expression of a path, mesh axis or None of each of its last dimensions), the first match counts.
+
+data: every device has all parameters.  fsdp: the model's width is split, and gathered where it is used.  tensor: heads, the
+MLP's hidden width and the vocabulary are split, which takes two sums over the axis a layer.  fsdp_tensor: both.
+Source: Rajbhandari et al. (2019), ZeRO, stage 3; Shoeybi et al. (2019), Megatron-LM, section 3.
+"""
+
+
+_NAMES = dict(D="embed_dim", N="num_heads x head_dim", K="num_kv_heads x head_dim", F="mlp_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where one parameter lies: its logical shape with any padding, and its PartitionSpec over the logical dimensions."""
+
+  shape: tuple[int, ...]
+  spec: PartitionSpec
+
+
+def place(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> Place:
+  """Where the parameter of a '/'-joined path and a logical shape lies.
+
+  A spec is aligned to the right end of the shape, so stacked layers have one dimension more.  The vocabulary is padded to a
+  multiple of its axes, and k and v stay whole on axes that do not divide num_kv_heads (which takes cfg).  Raises ConfigError
+  for an axis that the mesh lacks, and for any other dimension that its axes do not divide: with cfg, heads are never cut.
+  """
+  spec, ndim = tree.first_match(rules, path), len(shape)
+  if len(spec) > ndim:
+    raise ConfigError(
+      f"{path}: found the shape {tuple(shape)}, expected {len(spec)} dimensions at least, as the rule has {spec}"
+    )
+  known = next((letters for pattern, letters in PARAMETERS if re.fullmatch(pattern, path)), "")
+  letters = known.rjust(ndim, "-")[-ndim:]
+  entries, padded = [None] * (ndim - len(spec)) + list(spec), list(shape)
+  for i, entry in enumerate(entries):
+    if entry is None:
+      continue
+    axes = (entry,) if isinstance(entry, str) else entry
+    if missing := [axis for axis in axes if axis not in mesh.shape]:
+      raise ConfigError(
+        f"{path}: the rules split dimension {i} over {missing[0]!r}, which the mesh {spell(mesh)} does not have; "
+        f"add {missing[0]}=1 to it, or take other rules"
+      )
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if letters[i] == "V":
+      size = shape[i] if cfg is None else cfg.vocab_size
+      padded[i] = math.ceil(size / shards) * shards
+    elif letters[i] == "K" and cfg is not None and cfg.num_kv_heads % shards:
+      entries[i] = None
+    else:
+      of_heads = letters[i] == "N" and cfg is not None
+      size, name = (
+        (cfg.num_heads, "num_heads") if of_heads else (shape[i], _NAMES.get(letters[i], "the size"))
+      )
+      if size % shards:
+        hint = "; given cfg, k and v stay whole instead" if letters[i] == "K" else ""
+        raise ConfigError(f"{path}: dimension {i}, {_indivisible(name, size, axes, shards)}{hint}")
+  return Place(tuple(padded), _spec(entries))
+
+
+def layout(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> dict[str, Any]:
+  """The tree of params (arrays or abstract values) with a jax.ShapeDtypeStruct for each: its padded shape, and its sharding.
+
+  Both are of the array as it is stored: a `leaf.Matrix` holds those of its value.  Errors are those of `place`.
+  """
+
+  def laid_out(path: str, leaf: Any) -> Any:
+    at = place(path, leaf.shape, mesh, rules, cfg)
+    shape, spec = at.shape, at.spec
+    if isinstance(leaf, Matrix):
+      shape, spec = (
+        _stored(leaf, shape),
+        _spec(_stored(leaf, tuple(spec) + (None,) * (len(shape) - len(spec)))),
+      )
+    struct = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    return dataclasses.replace(leaf, value=struct) if isinstance(leaf, Matrix) else struct
+
+  return tree.unflatten({path: laid_out(path, leaf) for path, leaf in tree.flatten(params).items()})
+
+
+def shardings(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> dict[str, Any]:
+  """The tree of params (arrays or abstract values) with a NamedSharding for each array, for jax.jit and jax.device_put."""
+  return jax.tree.map(lambda struct: struct.sharding, layout(params, mesh, rules, cfg))
+
+
+def shard(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> dict[str, Any]:
+  """The parameters on the mesh: NumPy or JAX arrays in, whole in every process, and arrays laid out by the rules out.
+
+  The vocabulary's padding is 0, and never read: the model cuts its logits to cfg.vocab_size.  With cfg, what was padded for
+  another mesh is cut first.  Errors are those of `place`.
+  """
+  return jax.tree.map(_put, params, layout(params, mesh, rules, cfg))
+
+
+def unpad(params: Any, cfg: ModelConfig) -> dict[str, Any]:
+  """The parameters with the vocabulary cut back to cfg.vocab_size, as a checkpoint holds them."""
+
+  def cut(path: str, leaf: Any) -> Any:
+    letters = dict(embed="VD", head="DV", head_bias="V").get(path)
+    if letters is None or leaf.shape[letters.index("V")] == cfg.vocab_size:
+      return leaf
+    axis = letters.index("V")
+    if not isinstance(leaf, Matrix):
+      return leaf[(slice(None),) * axis + (slice(cfg.vocab_size),)]
+    axis = _stored(leaf, (0, 1)).index(axis)
+    return dataclasses.replace(leaf, value=leaf.value[(slice(None),) * axis + (slice(cfg.vocab_size),)])
+
+  return tree.unflatten({path: cut(path, leaf) for path, leaf in tree.flatten(params).items()})
+
+
+def bytes_per_device(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> int:
+  """sum over parameters of itemsize * prod(padded shape) / prod(sizes of the mesh axes in its spec): what each device holds."""
+  total = 0
+  for path, leaf in tree.flatten(params).items():
+    at = place(path, leaf.shape, mesh, rules, cfg)
+    axes = [axis for entry in at.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    total += np.dtype(leaf.dtype).itemsize * math.prod(at.shape) // shards
+  return total
+
+
+def _put(x: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+  """x on target's mesh in target's shape: what is past the end of x is 0."""
+  if isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
+    if x.shape != target.shape:
+      x = x[tuple(map(slice, target.shape))]
+      x = jax.numpy.pad(x, [(0, n - have) for n, have in zip(target.shape, x.shape, strict=True)])
+    return jax.device_put(x, target.sharding)
+  host = np.asarray(x)
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    piece = host[index]  # shorter where the index reaches into the padding
+    want = tuple(len(range(*part.indices(n))) for part, n in zip(index, target.shape, strict=True))
+    if piece.shape == want:
+      return piece
+    full = np.zeros(want, host.dtype)
+    full[tuple(map(slice, piece.shape))] = piece
+    return full
+
+  return jax.make_array_from_callback(target.shape, target.sharding, read)
+
+
+def _stored(leaf: Matrix, dims: tuple) -> tuple:
+  """The dimensions of the value that holds a matrix, from those of the matrix."""
+  return dims if leaf.stored == "io" else (*dims[:-2], dims[-1], dims[-2])
+
+
+def _spec(entries: Sequence[Any]) -> PartitionSpec:
+  """Without the None at its end, so that equal layouts have equal specs."""
+  entries = list(entries)
+  while entries and entries[-1] is None:
+    entries.pop()
+  return PartitionSpec(*entries)
+
+
+def _indivisible(name: str, size: int, axes: Sequence[str], shards: int) -> str:
+  near = max(1, math.floor(size / shards + 0.5)) * shards
+  most = next(n for n in range(min(size, shards), 0, -1) if size % n == 0)
+  over = " x ".join(axes)
+  return (
+    f"found {name} = {size} over {over} = {shards}, which does not divide it; the nearest {name} that it divides is {near}, "
+    f"and {over} = {most} divides {size}"
+  )
