@@ -7,15 +7,15 @@ Weights come from NumPy by the name of the tensor, so that the same model can be
 
 import dataclasses
 import functools
-import re
+import json
 import zlib
 
-import jax
 import numpy as np
+from safetensors.numpy import save_file
 
+from jaxllm.hf import match
 from jaxllm.hf.families import FAMILIES, read_config
-from jaxllm.nn import Transformer
-from jaxllm.tree import flatten, unflatten
+from jaxllm.tree import unflatten
 
 T = 600
 SCALE = 0.75
@@ -134,23 +134,11 @@ def build(plain, seed=0):
   return Model(family, cfg, tensors, from_tensors(family, cfg, tensors))
 
 
-def expanded(family, cfg):
-  """The keys of a model, one a tensor, with the number of the layer in their names."""
-  for key in family.keys(cfg):
-    for i in range(cfg.num_layers) if "{i}" in key.theirs else [0]:
-      yield dataclasses.replace(
-        key, theirs=key.theirs.format(i=i), ours=tuple(path.format(i=i) for path in key.ours)
-      )
-
-
 def shapes(family, cfg):
   """(name, path of the first parameter, shape) of all tensors of the files."""
-  one = dataclasses.replace(cfg, num_layers=1, layers=cfg.layers[:1])  # of which all layers have the shapes
-  init = lambda key: Transformer(one).init(key, np.zeros((1, 1), np.int32))["params"]
-  ours = flatten(jax.eval_shape(init, jax.random.key(0)))
-  for key in expanded(family, cfg):
-    first = [re.sub(r"^layers/\d+/", "layers/0/", path) for path in key.ours]
-    parts = [np.zeros(ours[path].shape, np.int8) for path in first]
+  ours = match.expected_shapes(cfg)
+  for key in match.all_keys(family, cfg):
+    parts = [np.zeros(ours[path], np.int8) for path in key.ours]
     parts = [part.T for part in parts] if key.stored == "oi" else parts
     yield key.theirs, key.ours[0], key.layout.join(parts, cfg, key.axis).shape
 
@@ -172,11 +160,18 @@ def draw(name, path, cfg, shape, seed):
 def from_tensors(family, cfg, tensors):
   """Parameters, each an array of its own, from tensors by name."""
   flat = {}
-  for key in expanded(family, cfg):
+  for key in match.all_keys(family, cfg):
     parts = key.layout.split(np.asarray(tensors[key.theirs]), cfg, key.axis)
     for path, part in zip(key.ours, parts, strict=True):
       flat[path] = np.ascontiguousarray(part.T if key.stored == "oi" else part)
   return unflatten(flat)
+
+
+def write(directory, row):
+  """A model directory of a row, written without transformers."""
+  (directory / "config.json").write_text(json.dumps(settings(row)))
+  save_file(built(row).tensors, directory / "model.safetensors")
+  return directory
 
 
 def tokens(seed=0, shape=(1, T)):
