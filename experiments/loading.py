@@ -49,25 +49,35 @@ HEADER = (
   "peak / bar",
 )
 DEVICES = 8
+FLAGS = flags.FlagValues()
 
-flags.DEFINE_string("model", None, "directory of a checkpoint; default: a random Llama")
+flags.DEFINE_string("model", None, "directory of a checkpoint; default: a random Llama", flag_values=FLAGS)
 flags.DEFINE_enum(
-  "size", "1b", list(SIZES), "of the random Llama: 1.1 billion parameters, or a tenth of a million"
+  "size", "1b", list(SIZES), "of the random Llama: 1.1 billion parameters, or 150 thousand", flag_values=FLAGS
 )
 flags.DEFINE_string(
-  "dtypes", "float32,bfloat16", f"types of the random Llama: all, or any of {', '.join(DTYPES)}"
+  "dtypes",
+  "float32,bfloat16",
+  f"types of the random Llama: all, or any of {', '.join(DTYPES)}",
+  flag_values=FLAGS,
 )
 flags.DEFINE_string(
   "meshes",
   "none fsdp=8 tensor=8",
   f"meshes of {DEVICES} virtual devices on a CPU, with spaces between; none: one device",
+  flag_values=FLAGS,
 )
-flags.DEFINE_integer("rounds", 3, "readings of each side")
+flags.DEFINE_integer("rounds", 3, "readings of each side", flag_values=FLAGS)
 flags.DEFINE_string(
-  "work", None, "where the random Llama is written (4.4 GB in float32); default: the system's place for such"
+  "work",
+  None,
+  "where the random Llama is written (4.4 GB in float32); default: the system's place for such",
+  flag_values=FLAGS,
 )
-flags.DEFINE_string("out", None, "directory for results.jsonl and results.csv; default: print the table only")
-flags.DEFINE_bool("smoke", False, "the tiny Llama in float32, one round, two meshes")
+flags.DEFINE_string(
+  "out", None, "directory for results.jsonl and results.csv; default: print the table only", flag_values=FLAGS
+)
+flags.DEFINE_bool("smoke", False, "the tiny Llama in float32, one round, two meshes", flag_values=FLAGS)
 
 
 def check(f) -> None:
@@ -254,4 +264,4 @@ def row(model: str, dtype: str, mesh: str, metric: str, value: float | None) -> 
 
 
 if __name__ == "__main__":
-  run_app(main, check=check)
+  run_app(main, check=check, values=FLAGS)

@@ -23,7 +23,7 @@ def find(path_or_repo: str | os.PathLike, weights: bool = True) -> Path:
   Only safetensors (weights=False: not even those), JSON and tokenizer files are fetched.  Raises CheckpointError for what is
   neither, and for a repository that the Hub does not show or that cannot be fetched; each says what to do.
   """
-  path = Path(path_or_repo)
+  path = Path(path_or_repo).expanduser()
   if path.is_dir():
     return path
   repository = REPOSITORY.fullmatch(str(path_or_repo))

@@ -15,7 +15,8 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.hf.settings import BASE, COUNT, FLAG, NUMBER, POSITIVE, REQUIRED, TEXT, Kind, Settings, list_of
-from jaxllm.position import POSITIONS, Position, Rope
+from jaxllm.position import POSITIONS, Alibi, NoPE, Position, Rope
+from jaxllm.position.absolute import Learned
 from jaxllm.position.rope import DynamicNtkRope, PiRope, YarnRope, base_power
 from jaxllm.position.scalings import Llama3Rope, LongRope, ProportionalRope
 
@@ -219,8 +220,10 @@ def expressible(
   query.  Raises ConfigError, by name, for what it has nothing for.
   """
   name = next((name for name, cls in POSITIONS.items() if cls is type(position)), type(position).__name__)
-  if not isinstance(position, Rope):
+  if isinstance(position, NoPE | Alibi | Learned):
     return position
+  if not isinstance(position, Rope):
+    raise ConfigError(f"{name}: transformers has no such position method in these families")
   if position.layout != "half":
     raise ConfigError(
       f"{name}: found layout {position.layout!r}, expected half: transformers turns halves in these families"
@@ -229,9 +232,7 @@ def expressible(
   if isinstance(position, LongRope):
     fixed = position.short_factor == position.long_factor
   elif not fixed and type(position) is not DynamicNtkRope:
-    raise ConfigError(
-      f"{name}: transformers has no such position method; train or save the model with another"
-    )
+    raise ConfigError(f"{name}: transformers has no such position method; save the model with another")
   if not fixed and not pinned:
     raise ConfigError(
       f"{name}: found frequencies by the length of each query, expected ones that transformers has too: it takes those of one "

@@ -55,7 +55,7 @@ def explain(view: np.ndarray, dtype: np.dtype) -> str:
   count, first = 0, None
   overflows = None
   with np.errstate(all="ignore"):
-    for row in range(len(view)) if view.ndim else (...,):
+    for row in range(len(view)) if view.ndim > 1 else (...,):  # little memory
       values = view[row].astype(np.float64)
       bad = ~np.isfinite(values)
       if not bad.any() and overflows is None:

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.hf import match
 from jaxllm.hf.family import Blocks, Family, Grouped, Key
-from jaxllm.hf.match import Source, expected_shapes
+from jaxllm.hf.match import Source
 from jaxllm.leaf import dense
 
 PLAIN = dict(
@@ -27,6 +29,7 @@ FIELDS |= dict(
   num_key_value_heads="num_kv_heads", intermediate_size="mlp_dim", tie_word_embeddings="tie_embeddings"
 )
 BIASES = ("q", "k", "v", "o")
+TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def config(plain=PLAIN):
@@ -115,7 +118,7 @@ def params(cfg, dtype=np.float32, seed=0):
   """Random parameters, NumPy, [in, out]."""
   rng = np.random.default_rng(seed)
   draw = lambda shape: (0.2 * rng.standard_normal(shape)).astype(dtype)
-  return tree.unflatten({path: draw(shape) for path, shape in expected_shapes(cfg).items()})
+  return tree.unflatten({path: draw(shape) for path, shape in match.expected_shapes(cfg).items()})
 
 
 def tensors(layout, cfg, weights):

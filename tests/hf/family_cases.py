@@ -7,6 +7,7 @@ Weights come from NumPy by the name of the tensor, so that the same model can be
 
 import dataclasses
 import functools
+import re
 import zlib
 
 import jax
@@ -144,10 +145,12 @@ def expanded(family, cfg):
 
 def shapes(family, cfg):
   """(name, path of the first parameter, shape) of all tensors of the files."""
-  init = lambda key: Transformer(cfg).init(key, np.zeros((1, 1), np.int32))["params"]
+  one = dataclasses.replace(cfg, num_layers=1, layers=cfg.layers[:1])  # of which all layers have the shapes
+  init = lambda key: Transformer(one).init(key, np.zeros((1, 1), np.int32))["params"]
   ours = flatten(jax.eval_shape(init, jax.random.key(0)))
   for key in expanded(family, cfg):
-    parts = [np.zeros(ours[path].shape, np.int8) for path in key.ours]
+    first = [re.sub(r"^layers/\d+/", "layers/0/", path) for path in key.ours]
+    parts = [np.zeros(ours[path].shape, np.int8) for path in first]
     parts = [part.T for part in parts] if key.stored == "oi" else parts
     yield key.theirs, key.ours[0], key.layout.join(parts, cfg, key.axis).shape
 

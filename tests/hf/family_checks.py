@@ -14,7 +14,7 @@ from jaxllm.nn import Context, Transformer, init_cache
 from jaxllm.nn.transformer import Block
 from jaxllm.tree import flatten
 
-CHUNK = 8
+CHUNK = 32
 
 
 @functools.cache
@@ -76,12 +76,12 @@ def logits(row, ids, params=None, **changes):
   return np.asarray(program("forward", cfg)(params, ids, tables(cfg, row, ids.shape[1])))
 
 
-def decoded(cfg, params, ids, rope, single=8, capacity=None):
-  """Logits [B, T, V] through the cache, by one program: chunks of eight, then `single` tokens one at a time."""
+def decoded(cfg, params, ids, rope, capacity=None, single=4):
+  """Logits [B, T, V] through the cache, by one program for chunks of up to 32 tokens: the last `single` are alone."""
   B, length = ids.shape
-  step, cache, out = program("step", cfg), init_cache(cfg, B, capacity or length + CHUNK), []
-  chunks = (length - single) // CHUNK
-  for n in [CHUNK] * chunks + [1] * (length - CHUNK * chunks):
+  step, cache, out = program("step", cfg), init_cache(cfg, B, capacity or length), []
+  full, rest = divmod(length - single, CHUNK)
+  for n in [CHUNK] * full + [rest] * (rest > 0) + [1] * single:
     done = sum(x.shape[1] for x in out)
     chunk = np.zeros((B, CHUNK), np.int32)
     chunk[:, :n] = ids[:, done : done + n]

@@ -17,7 +17,7 @@ from jaxllm.hf import byte_tokenizer
 from jaxllm.leaf import Matrix
 from jaxllm.nn import Transformer
 
-LAYOUTS = ("llama, tied", "phi3", "gpt_neox", "bloom", "mpt", "gpt2")
+LAYOUTS = ("llama, tied", "phi3", "bloom", "gpt2")
 """Rows of one kind of weight layout each; the others wait for the full counts."""
 IDS = np.arange(1, 25, dtype=np.int32)[None] * 7 % 199
 

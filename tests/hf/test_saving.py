@@ -13,6 +13,7 @@ from checkpoint_case import (
   BIASES,
   LAYOUTS,
   PLAIN,
+  TYPES,
   assert_equal_trees,
   config,
   family,
@@ -23,11 +24,10 @@ from checkpoint_case import (
 )
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from test_loading import TYPES
 
 from jaxllm import parallel, tree
 from jaxllm.errors import CheckpointError
-from jaxllm.hf import loading, match, saving
+from jaxllm.hf import loading, saving
 from jaxllm.hf.files import Checkpoint, read_header
 from jaxllm.hf.tokenizer import byte_tokenizer
 from jaxllm.leaf import Matrix
@@ -118,8 +118,6 @@ def test_an_interrupted_save_leaves_the_old_model_the_new_one_or_none(tmp_path, 
   """Stopped at each call of the system that changes the disk, as a kill would stop it: nothing after it is done."""
   plain = PLAIN | {"num_hidden_layers": 1}
   cfg = config(plain)
-  for module in (saving, match):  # the same at each stop
-    monkeypatch.setattr(module, "expected_shapes", functools.cache(match.expected_shapes))
   load = functools.partial(load_again, plain=plain)
   old, new = params(cfg), params(cfg, seed=1)
   calls = {"left": None}

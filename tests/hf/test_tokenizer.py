@@ -121,6 +121,17 @@ def test_a_tokenizer_of_others(words):
   assert ours.decode(np.array([3, 4])) == "hello world"
 
 
+def test_where_tokens_end_in_the_text(words):
+  """In characters; a token that is no part of the text ends at its beginning."""
+  assert load_tokenizer(words).encode_ends("hello  world") == ([1, 3, 4], [0, 5, 12])
+  assert byte_tokenizer().encode_ends("aé\U0001f600") == (
+    list("aé\U0001f600".encode()),
+    [1, 2, 2, 3, 3, 3, 3],
+  )
+  encoding = backend().encode("aé\U0001f600")
+  assert byte_tokenizer().encode_ends("aé\U0001f600") == (encoding.ids, [end for _, end in encoding.offsets])
+
+
 def test_saved_files_are_the_same(words, tmp_path):
   contents = load_tokenizer(words).contents()
   assert contents == {
