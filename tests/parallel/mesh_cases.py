@@ -102,11 +102,14 @@ def params(cfg, matrix=False):
       return np.float32(0.3) * x
     return x * np.float32(1.5 * shape[0] ** -0.5)
 
-  flat = {path: draw(path, leaf.shape) for path, leaf in flatten(abstract(cfg)).items()}
-  if matrix:
-    stored = lambda path, x: Matrix(np.ascontiguousarray(x.T)) if path == "head" or path.endswith("/w") else x
-    flat = {path: stored(path, x) for path, x in flat.items()}
-  return unflatten(flat)
+  drawn = unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(abstract(cfg)).items()})
+  return as_loaded(drawn) if matrix else drawn
+
+
+def as_loaded(params):
+  """Parameters with the head and the matrices of layers held as [out, in]."""
+  stored = lambda path, x: Matrix(np.ascontiguousarray(x.T)) if path == "head" or path.endswith("/w") else x
+  return unflatten({path: stored(path, x) for path, x in flatten(params).items()})
 
 
 @functools.cache
