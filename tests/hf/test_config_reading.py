@@ -95,7 +95,13 @@ def test_missing_settings_have_the_defaults_of_transformers(row):
       continue
     try:
       wanted = read_config(expected)[1]
+      refused = (row, name) == (
+        "phi3",
+        "original_max_position_embeddings",
+      )  # 4096, whatever the RoPE's object says
     except ConfigError:  # the default does not go with the rest
+      refused = True
+    if refused:
       with pytest.raises(ConfigError):
         read_config(rest)
       continue
@@ -316,7 +322,7 @@ BAD_ELSEWHERE = [
   ),
   (
     "phi3",
-    dict(original_max_position_embeddings=32),
+    dict(original_max_position_embeddings=32, rope_parameters=LISTS),
     "original_max_position_embeddings: found 64, expected 32",
   ),
   (
