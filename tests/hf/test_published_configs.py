@@ -161,6 +161,13 @@ GPT2 = dict(
   **dict(summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True, bos_token_id=50256),
   **dict(eos_token_id=50256, task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}),
 )
+SMOLLM2 = LLAMA2 | dict(
+  **dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9
+  ),
+  **dict(num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000, tie_word_embeddings=True),
+  **{"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "eos_token_id": 0},
+)
 # settings, position and window of the first layer, and other fields
 PUBLISHED = {
   "Llama 2 7B": (LLAMA2, Rope(original_length=4096), None, dict(dtype="float16", eos_ids=(2,))),
@@ -176,6 +183,7 @@ PUBLISHED = {
     None,
     {},
   ),
+  "SmolLM2 135M": (SMOLLM2, Rope(100000, original_length=8192), None, dict(head_dim=64, eos_ids=(0,))),
   "Mistral 7B": (MISTRAL, Rope(original_length=32768), 4096, dict(dtype="bfloat16")),
   "Gemma 2B": (GEMMA, Rope(original_length=8192), None, dict(embed_scale=2048**0.5, tie_embeddings=True)),
   "Gemma 3 1B": (
