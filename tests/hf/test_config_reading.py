@@ -65,7 +65,7 @@ def test_the_first_family_that_has_the_model():
 
 @each_row
 def test_the_config_that_transformers_writes(row):
-  theirs = pytest.importorskip("theirs", exc_type=ImportError)
+  theirs = pytest.importorskip("theirs")
   config = theirs.config(settings(row))
   for plain in (theirs.written(config), config.to_dict()):
     assert read_config(plain)[1] == built(row).cfg
@@ -74,7 +74,7 @@ def test_the_config_that_transformers_writes(row):
 @each_family
 def test_a_fresh_config_of_transformers(name):
   """With the sizes of the class, and every attribute it has."""
-  theirs = pytest.importorskip("theirs", exc_type=ImportError)
+  theirs = pytest.importorskip("theirs")
   config = theirs.transformers.AutoConfig.for_model(name)
   family, cfg = read_config(theirs.written(config))
   assert family.model_type == name and cfg.vocab_size == config.vocab_size
@@ -84,7 +84,7 @@ def test_a_fresh_config_of_transformers(name):
 @each_row
 def test_missing_settings_have_the_defaults_of_transformers(row):
   """Each left out in turn: what transformers writes for the rest has the missing one at its default."""
-  theirs = pytest.importorskip("theirs", exc_type=ImportError)
+  theirs = pytest.importorskip("theirs")
   plain, count = settings(row), 0
   full = theirs.config(plain).to_dict()
   for name in sorted(full.keys() - SIZES - IGNORED):

@@ -75,7 +75,7 @@ def test_fixed_frequencies_are_written(name):
 @pytest.mark.parametrize("name", [*FIXED, *BY_LENGTH])
 def test_transformers_computes_these_frequencies(name):
   """From our config.json; to a few units in the last place of a float32."""
-  theirs = pytest.importorskip("theirs", exc_type=ImportError)
+  theirs = pytest.importorskip("theirs")
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
   cfg = with_position(name)
@@ -199,7 +199,7 @@ def test_the_family_that_has_it(changes, family):
 
 def test_reciprocals_come_back():
   """A logit_scale that is no reciprocal is written to the last bit but one."""
-  for scale in np.random.default_rng(0).uniform(0.01, 10, 500):
+  for scale in np.random.default_rng(0).uniform(0.01, 10, 100):
     cfg = dataclasses.replace(CFG, logit_scale=float(scale))
     found = read_config(write_config(cfg, "granite")[1])[1]
     assert found.logit_scale == pytest.approx(scale, rel=3e-16)
@@ -214,7 +214,7 @@ def test_shares_of_a_head_come_back():
 
 def test_what_is_written_says_all_that_transformers_would_guess():
   """Ids beyond a small vocabulary, another family's number of heads: no default is left to the class."""
-  theirs = pytest.importorskip("theirs", exc_type=ImportError)
+  theirs = pytest.importorskip("theirs")
   for row in ROWS:
     _, plain = write_config(built(row).cfg, row.split(",")[0], pinned=True)
     config = theirs.config(plain)

@@ -20,4 +20,6 @@ def write(cfg: ModelConfig) -> dict:
   return relative.write(cfg, KIND)
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", read, write, relative.keys, eos=2, unused=relative.ROTARY)
+# max_sequence_length is a note that old files carry
+SHARED = dict(eos=2, unused=relative.ROTARY, ignored=("max_sequence_length",))
+LLAMA = Family("llama", "LlamaForCausalLM", read, write, relative.keys, **SHARED)
