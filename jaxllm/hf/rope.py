@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ class Type:
 
 STRETCH = object()
 LENGTH, PART = "original_max_position_embeddings", "partial_rotary_factor"
+OURS = {"base": "rope_theta", "original_length": LENGTH, "proportion": PART}
+"""The fields that have another name than their keys."""
 
 
 def _list(pairs: int) -> Kind:
@@ -163,8 +166,9 @@ def read_group(s: Settings, group: Settings, head: Head, nested: bool = False) -
   try:
     rope = kind.cls(**fields)
     rope.frequencies(2 * pairs, 1)
-  except ConfigError as error:  # its fields have the names of the keys
-    raise ConfigError(f"{s.source}: {group.path}: {error}") from None
+  except ConfigError as error:
+    by_key = lambda match: f"{group.path}.{OURS.get(match[1], match[1])}:"
+    raise ConfigError(f"{s.source}: " + re.sub(r"^\w+\.(\w+):", by_key, str(error))) from None
   return rope
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -36,6 +37,7 @@ LONGROPE = dict(
   rope_type="longrope", short_factor=SHORT, long_factor=LONG, partial_rotary_factor=0.45, **BASE
 )
 FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWS = dict(use_sliding_window=True, sliding_window=90, max_window_layers=1)
 NEOX = dict(vocab_size=199, hidden_size=72, intermediate_size=100, num_hidden_layers=3, num_attention_heads=3)
 NEOX |= dict(
   max_position_embeddings=256, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.25, **BASE)
@@ -53,10 +55,10 @@ ROWS = {
   "llama, tied": dict(rope_parameters=YARN, tie_word_embeddings=True, **LLAMA | dict(num_key_value_heads=6)),
   "mistral": dict(rope_parameters=BASE, sliding_window=90, **LLAMA),
   "ministral3": dict(rope_parameters=YARN | {"llama_4_scaling_beta": 0.3}, **LLAMA),
-  "qwen2": dict(
-    rope_parameters=BASE, use_sliding_window=True, sliding_window=90, max_window_layers=1, **LLAMA
+  "qwen2": dict(rope_parameters=BASE, **WINDOWS, **LLAMA),
+  "qwen3": dict(
+    rope_parameters=YARN, attention_bias=True, layer_types=[SLIDING, FULL, FULL], **WINDOWS, **LLAMA
   ),
-  "qwen3": dict(rope_parameters=YARN, attention_bias=True, **LLAMA),
   "gemma": dict(rope_parameters=BASE, **LLAMA | dict(num_key_value_heads=1)),
   "gemma2": dict(rope_parameters=BASE, attn_logit_softcapping=3.0, final_logit_softcapping=10.0, **GEMMA2),
   "gemma3_text": dict(
@@ -92,6 +94,9 @@ ROWS = {
 }
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
+GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
+KEPT = np.linspace(0, T - 1, 16).astype(int)
+"""The positions whose logits are kept there."""
 LOOSE = {"mpt": 5e-5}
 """Rows whose reference is itself further off: its ALiBi is of absolute positions, hundreds in float32."""
 

@@ -1,7 +1,6 @@
 """Properties of every row, as functions of its model: logits, decoding, gradients, hidden states."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +104,3 @@ def by_name(row, grads):
     parts = [part.T for part in parts] if key.stored == "oi" else parts
     out[key.theirs] = key.layout.join(parts, model.cfg, key.axis)
   return out
-
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
-KEPT = np.linspace(0, T - 1, 16).astype(int)
-"""The positions whose logits are kept."""

@@ -9,17 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from family_cases import LOOSE, PINNED, ROWS, build, built, core_of, settings, tokens, write
-from family_checks import (
-  GOLDEN,
-  KEPT,
-  by_name,
-  decoded,
-  first_bad_layer,
-  logits,
-  program,
-  tables,
-)
+from family_cases import GOLDEN, KEPT, LOOSE, PINNED, ROWS, build, built, core_of, settings, tokens, write
+from family_checks import by_name, decoded, first_bad_layer, logits, program, tables
 from model_checks import relative_error
 
 from jaxllm import hf

@@ -34,14 +34,14 @@ def model(row):
   return built.cfg, functools.partial(as_loaded, built.params)
 
 
-def marks(row, rules):
-  return [pytest.mark.slow] if (row, rules) != ("gemma3_text", "fsdp_tensor") else [pytest.mark.core]
+def marks(*row):
+  return [pytest.mark.core if row == ("gemma3_text", "tensor", "data=2,tensor=4") else pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
   ("row", "rules", "axes"),
   [
-    pytest.param(row, *mesh, marks=marks(row, mesh[0]), id=f"{row}-{mesh[0]}-{mesh[1]}")
+    pytest.param(row, *mesh, marks=marks(row, *mesh), id=f"{row}-{mesh[0]}-{mesh[1]}")
     for row in ROWS
     for mesh in MESHES
   ],

@@ -9,10 +9,9 @@ from jaxllm import parallel
 DEFAULT = (
   ("odd llama", "fsdp_tensor", "fsdp=2,tensor=4"),
   ("odd llama", "data", "data=8"),
-  ("gemma2", "tensor", "data=2,tensor=4"),
   ("every other parameter", "fsdp", "fsdp=8"),
 )
-"""Each rule set, and models unlike each other; all models on all meshes are the full counts."""
+"""Models unlike each other, with a family's row on a tensor axis; all models on all meshes are the full counts."""
 
 
 def marks(*row):
