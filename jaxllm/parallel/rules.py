@@ -85,15 +85,15 @@ def place(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules, cfg: ModelC
   A spec is aligned to the right end of the shape, so stacked layers have one dimension more.  The vocabulary is padded to a
   multiple of its axes, and k and v stay whole on axes that do not divide num_kv_heads (which takes cfg).  Raises ConfigError
   for an axis that the mesh lacks, and for any other dimension that its axes do not divide: with cfg, heads are never cut.
+  With cfg, what of the vocabulary is past cfg.vocab_size is padding of another mesh, and not in the shape.
   """
   spec, ndim = tree.first_match(rules, path), len(shape)
   if len(spec) > ndim:
     raise ConfigError(
       f"{path}: found the shape {tuple(shape)}, expected {len(spec)} dimensions at least, as the rule has {spec}"
     )
-  known = next((letters for pattern, letters in PARAMETERS if re.fullmatch(pattern, path)), "")
-  letters = known.rjust(ndim, "-")[-ndim:]
-  entries, padded = [None] * (ndim - len(spec)) + list(spec), list(shape)
+  letters, padded = _letters(path, ndim), _unpadded(path, shape, cfg)
+  entries = [None] * (ndim - len(spec)) + list(spec)
   for i, entry in enumerate(entries):
     if entry is None:
       continue
@@ -105,15 +105,13 @@ def place(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules, cfg: ModelC
       )
     shards = math.prod(mesh.shape[axis] for axis in axes)
     if letters[i] == "V":
-      size = shape[i] if cfg is None else cfg.vocab_size
-      padded[i] = math.ceil(size / shards) * shards
+      padded[i] = math.ceil(padded[i] / shards) * shards
     elif letters[i] == "K" and cfg is not None and cfg.num_kv_heads % shards:
       entries[i] = None
     else:
       of_heads = letters[i] == "N" and cfg is not None
-      size, name = (
-        (cfg.num_heads, "num_heads") if of_heads else (shape[i], _NAMES.get(letters[i], "the size"))
-      )
+      size = cfg.num_heads if of_heads else shape[i]
+      name = "num_heads" if of_heads else _NAMES.get(letters[i], "the size")
       if size % shards:
         hint = "; given cfg, k and v stay whole instead" if letters[i] == "K" else ""
         raise ConfigError(f"{path}: dimension {i}, {_indivisible(name, size, axes, shards)}{hint}")
@@ -130,10 +128,8 @@ def layout(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None
     at = place(path, leaf.shape, mesh, rules, cfg)
     shape, spec = at.shape, at.spec
     if isinstance(leaf, Matrix):
-      shape, spec = (
-        _stored(leaf, shape),
-        _spec(_stored(leaf, tuple(spec) + (None,) * (len(shape) - len(spec)))),
-      )
+      entries = tuple(spec) + (None,) * (len(shape) - len(spec))
+      shape, spec = _stored(leaf, shape), _spec(_stored(leaf, entries))
     struct = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
     return dataclasses.replace(leaf, value=struct) if isinstance(leaf, Matrix) else struct
 
@@ -148,8 +144,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = N
 def shard(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> dict[str, Any]:
   """The parameters on the mesh: NumPy or JAX arrays in, whole in every process, and arrays laid out by the rules out.
 
-  The vocabulary's padding is 0, and never read: the model cuts its logits to cfg.vocab_size.  With cfg, what was padded for
-  another mesh is cut first.  Errors are those of `place`.
+  The vocabulary's padding is 0, and never read: the model cuts its logits to cfg.vocab_size.  Errors are those of `place`.
   """
   return jax.tree.map(_put, params, layout(params, mesh, rules, cfg))
 
@@ -158,14 +153,12 @@ def unpad(params: Any, cfg: ModelConfig) -> dict[str, Any]:
   """The parameters with the vocabulary cut back to cfg.vocab_size, as a checkpoint holds them."""
 
   def cut(path: str, leaf: Any) -> Any:
-    letters = dict(embed="VD", head="DV", head_bias="V").get(path)
-    if letters is None or leaf.shape[letters.index("V")] == cfg.vocab_size:
+    shape = tuple(_unpadded(path, leaf.shape, cfg))
+    if shape == tuple(leaf.shape):
       return leaf
-    axis = letters.index("V")
-    if not isinstance(leaf, Matrix):
-      return leaf[(slice(None),) * axis + (slice(cfg.vocab_size),)]
-    axis = _stored(leaf, (0, 1)).index(axis)
-    return dataclasses.replace(leaf, value=leaf.value[(slice(None),) * axis + (slice(cfg.vocab_size),)])
+    if isinstance(leaf, Matrix):
+      return dataclasses.replace(leaf, value=leaf.value[tuple(map(slice, _stored(leaf, shape)))])
+    return leaf[tuple(map(slice, shape))]
 
   return tree.unflatten({path: cut(path, leaf) for path, leaf in tree.flatten(params).items()})
 
@@ -200,6 +193,27 @@ def _put(x: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
     return full
 
   return jax.make_array_from_callback(target.shape, target.sharding, read)
+
+
+def _letters(path: str, ndim: int) -> str:
+  """The letter of each dimension of a parameter, "-" for those that have none."""
+  known = next((letters for pattern, letters in PARAMETERS if re.fullmatch(pattern, path)), "")
+  return known[len(known) - ndim :] if len(known) > ndim else known.rjust(ndim, "-")
+
+
+def _unpadded(path: str, shape: Sequence[int], cfg: ModelConfig | None) -> list[int]:
+  """The shape of a parameter without padding of the vocabulary, where cfg says how large that is."""
+  if cfg is None:
+    return list(shape)
+  sizes = [
+    cfg.vocab_size if letter == "V" else n
+    for n, letter in zip(shape, _letters(path, len(shape)), strict=True)
+  ]
+  if any(size > n for size, n in zip(sizes, shape, strict=True)):
+    raise ConfigError(
+      f"{path}: found the shape {tuple(shape)}, expected {tuple(sizes)}, as vocab_size is {cfg.vocab_size}"
+    )
+  return sizes
 
 
 def _stored(leaf: Matrix, dims: tuple) -> tuple:

@@ -4,6 +4,7 @@ Two layers, and widths and heads that the meshes divide: small, as every program
 clips are active within twelve tokens, and head_dim is not embed_dim / num_heads.
 """
 
+import dataclasses
 import functools
 import zlib
 
@@ -73,7 +74,13 @@ CASES = {
     **dict(mlp=ClampedGlu(), attention_sinks=True, biases=("q", "k", "v", "o", "gate", "up", "down")),
   ),
 }
-MATRIX = ("llama", "phi3", "gemma2")
+CASES |= {
+  "odd llama": dataclasses.replace(CASES["llama"], vocab_size=61, num_kv_heads=2),
+  "odd gemma2": dataclasses.replace(CASES["gemma2"], vocab_size=61, num_kv_heads=1),
+  "odd groups": model(vocab_size=61, num_heads=12, num_kv_heads=3, biases=("head", "k")),
+}
+"""The last three have key heads and a vocabulary that a tensor axis of four does not divide: k and v whole, padding."""
+MATRIX = ("llama", "phi3", "gemma2", "odd llama")
 """Whose matrices are held as [out, in], as those of a checkpoint are."""
 
 
@@ -95,11 +102,14 @@ def params(cfg, matrix=False):
       return np.float32(0.3) * x
     return x * np.float32(1.5 * shape[0] ** -0.5)
 
-  flat = {path: draw(path, leaf.shape) for path, leaf in flatten(abstract(cfg)).items()}
-  if matrix:
-    stored = lambda path, x: Matrix(np.ascontiguousarray(x.T)) if path == "head" or path.endswith("/w") else x
-    flat = {path: stored(path, x) for path, x in flat.items()}
-  return unflatten(flat)
+  drawn = unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(abstract(cfg)).items()})
+  return as_loaded(drawn) if matrix else drawn
+
+
+def as_loaded(params):
+  """Parameters with the head and the matrices of layers held as [out, in]."""
+  stored = lambda path, x: Matrix(np.ascontiguousarray(x.T)) if path == "head" or path.endswith("/w") else x
+  return unflatten({path: stored(path, x) for path, x in flatten(params).items()})
 
 
 @functools.cache

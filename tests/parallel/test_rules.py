@@ -185,7 +185,15 @@ def test_the_vocabulary_is_padded_and_cut(given):
       )
       assert again["embed"].shape == (32, 32)
       again = parallel.shard(placed, make_mesh("fsdp=8"), RULES["fsdp"], cfg)
-      np.testing.assert_array_equal(again["embed"], placed["embed"])
+      np.testing.assert_array_equal(again["embed"], weights["embed"])
+
+
+def test_a_vocabulary_smaller_than_the_configs():
+  """Rows that are not there are no padding."""
+  with pytest.raises(
+    ConfigError, match=r"embed: found the shape \(64, 32\), expected \(80, 32\), as vocab_size is 80"
+  ):
+    parallel.shard(params(model()), make_mesh("tensor=4"), RULES["tensor"], model(vocab_size=80))
 
 
 @pytest.mark.parametrize(("rules", "axes"), MESHES)
