@@ -42,6 +42,7 @@ class Checkpoint:
     attention: str = "auto",
     mesh: str | None = None,
     rules: str | None = None,
+    rope_precision: str = "exact",
   ) -> Checkpoint:
     """The checkpoint of a directory or a repository; every error of settings, and none of weights, is raised here."""
     made = None if mesh is None else parallel.make_mesh(mesh)
@@ -50,7 +51,7 @@ class Checkpoint:
       raise ConfigError(f"--rules={rules}: not known{near}; expected one of {', '.join(parallel.RULES)}")
     if made is not None and rules is None:
       rules = parallel.default_rules(made)
-    opened = loading.open_checkpoint(model, dtype)
+    opened = loading.open_checkpoint(model, dtype, rope_precision)
     if made is not None:
       for path, shape in match.expected_shapes(opened.cfg).items():
         parallel.place(path, shape, made, parallel.RULES[rules], opened.cfg)

@@ -71,6 +71,13 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
   "attention", "auto", choices.CORES, "attention core; auto: by device, method and length", flag_values=FLAGS
 )
+flags.DEFINE_enum(
+  "rope_precision",
+  "exact",
+  ["exact", "hf"],
+  "angles: exact, or the float32 ones of transformers",
+  flag_values=FLAGS,
+)
 flags.DEFINE_string(
   "out",
   None,
@@ -124,7 +131,7 @@ def main(f) -> int:
   from jaxllm.study.stop import StopFlag
   from jaxllm.train import data
 
-  checkpoint = Checkpoint.open(f.model, f.dtype, f.attention, f.mesh, f.rules)
+  checkpoint = Checkpoint.open(f.model, f.dtype, f.attention, f.mesh, f.rules, f.rope_precision)
   window, stride = lengths(f, checkpoint.trained_length)
   checkpoint.cfg.check_length(window, "--window")
   method_on(checkpoint, f.method, f.factor, f.train_length, window)  # refused before the text is read

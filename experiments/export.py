@@ -130,6 +130,7 @@ def compare(run: Path, cfg, params, train_length: int, f) -> int:
   from jaxllm.evaluate.windows import cut_windows
 
   trained, own = load(run, f.scheme, f.seed)
+  trained = dataclasses.replace(trained, dtype="float32")  # as transformers computes
   length = round(f.times * train_length)
   windows = cut_windows(validation(run), length, length, f.windows)
   factors = {name: f.times if methods.METHODS[name].stretches else None for name in CHECKED}
@@ -182,7 +183,8 @@ def perplexities(cfg, params, windows, tables) -> list[float]:
   from jaxllm.nn import Transformer
 
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tables)
-  nats, _ = score_windows(Transformer(cfg), params, windows, stacked)
+  with jax.default_matmul_precision("highest"):
+    nats, _ = score_windows(Transformer(cfg), params, windows, stacked)
   return [math.exp(np.mean(one, dtype=np.float64)) for one in np.asarray(nats)]
 
 

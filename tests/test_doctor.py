@@ -1,13 +1,25 @@
 """jaxllm.doctor: what it finds on a machine, what it says of a checkpoint, and how it exits."""
 
+import dataclasses
+import json
 import re
+import shutil
+import signal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from absl.testing import flagsaver
 
-from jaxllm import doctor
+from jaxllm import doctor, hf
+from jaxllm.activation import Glu
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.nn import init_cache
+from jaxllm.nn import Transformer, init_cache
+from jaxllm.norm import RMSNorm
 from jaxllm.position import Rope
+from jaxllm.study import run_app
+from jaxllm.wiring import Sandwich
 
 CFG = ModelConfig(
   vocab_size=64,
@@ -98,3 +110,112 @@ def test_the_machine_of_this_test():
   assert re.search(r"devices: 8 x cpu \(cpu\)", text)
   for name in doctor.NEEDED:
     assert re.search(rf"\b{name} \d", text), name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """A directory with a window on each second layer, tied, in bfloat16."""
+  root = tmp_path_factory.mktemp("doctor") / "model"
+  cfg = dataclasses.replace(
+    CFG,
+    vocab_size=300,
+    num_layers=4,
+    layers=(Layer(Rope(original_length=32), 16), Layer(Rope(original_length=32))),
+    norm=RMSNorm(scale="1+w"),
+    mlp=Glu("gelu_tanh"),
+    wiring=Sandwich(),
+    embed_scale=32**0.5,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    tie_embeddings=True,
+    context_length=64,
+  )
+  shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+  params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, jnp.bfloat16), shapes)
+  hf.save(root, cfg, params, hf.byte_tokenizer())
+  return root
+
+
+def call(*args):
+  """The exit code of doctor with these flags."""
+  handler, saved = signal.getsignal(signal.SIGTERM), flagsaver.save_flag_values(doctor.FLAGS)
+  try:
+    with pytest.raises(SystemExit) as e:
+      run_app(doctor.main, doctor.check, argv=["doctor", *args], values=doctor.FLAGS)
+  finally:
+    flagsaver.restore_flag_values(saved, doctor.FLAGS)
+    signal.signal(signal.SIGTERM, handler)
+  return e.value.code
+
+
+@pytest.mark.core
+def test_what_a_checkpoint_is(checkpoint, monkeypatch, capfd):
+  monkeypatch.setattr(doctor, "accelerators", lambda: {})
+  assert call(f"--model={checkpoint}") == 0
+  out = capfd.readouterr().out
+  header = json.loads((checkpoint / "config.json").read_text())
+  with open(checkpoint / "model.safetensors", "rb") as file:
+    tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+  sizes = [
+    t["data_offsets"][1] - t["data_offsets"][0] for name, t in tensors.items() if name != "__metadata__"
+  ]
+  for words in (
+    f"family {header['model_type']}, {sum(sizes) // 2:,} parameters, {doctor.gib(sum(sizes))} bfloat16",
+    "head tied to the embedding",
+    "layers 0, 2: rope (base 10000.0, layout half, original_length 64), the 16 nearest keys",
+    "layers 1, 3: rope (base 10000.0, layout half, original_length 64), all keys",
+    "attention soft cap 50",
+    "logit soft cap 30",
+    "bfloat16 compute",
+    f"{doctor.gib(sum(sizes))} of weights + {doctor.gib(2 * 4 * 2 * 8 * 64 * 2 + 4 * 64 + 4)} for a cache of 64 tokens",
+    "tokenizer: 256 ids, 44 rows of the embedding without one",
+    "unused: none",
+    "ignored: ",
+  ):
+    assert words in out, words
+
+
+def test_settings_and_tensors_that_change_nothing_are_named(checkpoint, tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(doctor, "accelerators", lambda: {})
+  model = shutil.copytree(checkpoint, tmp_path / "model")
+  plain = json.loads((model / "config.json").read_text()) | {"initializer_range": 0.02}
+  (model / "config.json").write_text(json.dumps(plain))
+  assert call(f"--model={model}", "--context=8") == 0
+  out = capfd.readouterr().out
+  assert "initializer_range" in out.split("ignored: ")[1].splitlines()[0]
+  assert "for a cache of 8 tokens" in out
+
+
+@pytest.mark.parametrize(
+  ("change", "code", "named"),
+  [
+    ({"rope_type_of_mine": 3}, 2, ["rope_type_of_mine"]),
+    ({"num_hidden_layers": 5}, 65, ["num_hidden_layers", "missing"]),
+  ],
+)
+def test_what_cannot_be_loaded_says_why(checkpoint, tmp_path, capfd, change, code, named):
+  model = shutil.copytree(checkpoint, tmp_path / "model")
+  plain = json.loads((model / "config.json").read_text())
+  plain = {
+    name: value for name, value in plain.items() if name != "layer_types" or "num_hidden_layers" not in change
+  }
+  (model / "config.json").write_text(json.dumps(plain | change))
+  assert call(f"--model={model}") == code
+  error = capfd.readouterr().err
+  for words in named:
+    assert words in error, error
+
+
+def test_a_fall_back_ends_with_1(monkeypatch, capfd):
+  monkeypatch.setattr(doctor, "accelerators", lambda: {"NVIDIA GPU": 1})
+  assert call() == 1
+  assert "AND JAX RUNS ON THE CPU" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("args", "named"),
+  [(["--context=0"], "--context=0"), (["--context=5"], "without --model"), (["--modell=x"], "--model")],
+)
+def test_bad_flags(capfd, args, named):
+  assert call(*args) == 2
+  assert named in capfd.readouterr().err

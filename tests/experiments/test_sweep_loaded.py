@@ -10,7 +10,7 @@ import pytest
 import sweep_case
 
 from experiments.checkpoint import scheme_of
-from experiments.extrapolation import evaluate, settings, variants
+from experiments.extrapolation import evaluate, report, settings, variants
 from experiments.extrapolation.models import Models
 from jaxllm.config import Layer
 from jaxllm.errors import ConfigError
@@ -82,7 +82,7 @@ def alone(cfg, params, tokens):
   [
     pytest.param("windows with the same RoPE", marks=pytest.mark.core),
     pytest.param("stretched already", marks=pytest.mark.slow),
-    "by the length of each query",
+    pytest.param("by the length of each query", marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if "other" in name or "without" in name),
   ],
 )
@@ -182,8 +182,9 @@ def checkpoint(tmp_path_factory):
 SHORT = ("--methods=none,yarn", "--lengths=16,32", "--windows=3", "--metrics=bpb_last,accuracy")
 
 
-def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd):
+def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd, monkeypatch):
   """Windows that do not divide over it included."""
+  monkeypatch.setattr(report.plots, "lines", lambda *args, **kwargs: None)
   base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", *SHORT, "--methods=none", "--lengths=16")
   found = []
   for name, mesh in (("one", ()), ("mesh", ("--mesh=fsdp=2,tensor=4",))):
