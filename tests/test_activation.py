@@ -208,7 +208,7 @@ def test_a_gated_layer_of_two_thirds_has_the_parameters_of_a_plain_one():
 
   def count(mlp, mlp_dim):
     layer = FeedForward(ModelConfig(embed_dim=768, mlp_dim=mlp_dim, mlp=mlp, **size))
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), np.zeros((1, 768), np.float32))
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), np.zeros((1, 1, 768), np.float32))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
   assert equal_parameters_width(3072) == glu_width(768, multiple_of=1) == 2048
