@@ -57,7 +57,11 @@ def second_norm_of_a_sandwich_before_the_branch(monkeypatch):
 
 @bug(check_oracle, "parallel_two_norms")
 def parallel_branches_one_after_the_other(monkeypatch):
-  monkeypatch.setattr(wiring.ParallelTwoNorms, "__call__", wiring.Pre.__call__)
+  def call(self, x, norm, attention, feed_forward):
+    h = x + attention(norm("attn_norm", x))
+    return h + feed_forward(norm("mlp_norm", h))
+
+  monkeypatch.setattr(wiring.ParallelTwoNorms, "__call__", call)
 
 
 @bug(check_oracle, "deepnorm")

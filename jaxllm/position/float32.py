@@ -62,7 +62,7 @@ def _proportional(rope: ProportionalRope, rotary_dim: int, seq_len: int | None) 
 
 
 def _dynamic(rope: DynamicNtkRope, rotary_dim: int, seq_len: int | None) -> Frequencies:
-  factor, L0, exponent = rope.factor, rope.original_length, rotary_dim / (rotary_dim - 2)
+  factor, L0, exponent = rope.factor, rope.original_length, rotary_dim / max(rotary_dim - 2, 1)
   if seq_len is None or seq_len <= L0:  # from the start, in Python's floats
     base = rope.base * ((factor * L0 / L0) - (factor - 1)) ** exponent
   else:  # within a call, where the length is a tensor

@@ -17,6 +17,7 @@ from jaxllm.activation import Xielu
 from jaxllm.nn import Context, Transformer
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.position import POSITIONS
+from jaxllm.position.absolute import Learned
 from jaxllm.position.phase import cos_sin, words
 from jaxllm.position.tables import make_table
 from jaxllm.tree import flatten
@@ -95,29 +96,37 @@ LEAVES = dict(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_leaves_of_half_types_compute_as_the_same_numbers_in_float32(dtype):
-  """Bit for bit, operation by operation: nothing is added up in the type of a leaf."""
-  cfg = dataclasses.replace(MODELS["rope"], **LEAVES, dtype=dtype)
-  logits = lambda p: Transformer(cfg).apply({"params": p}, tokens(), Context(pos=positions()))[0]
-  for half in HALF:
-    held = jax.tree.map(lambda x, half=half: jnp.asarray(x, half), params(cfg))
-    kinds = {path.split("/")[-1] for path in flatten(held)}
-    assert kinds == {
-      "embed",
-      "table",
-      "w",
-      "bias",
-      "scale",
-      "sinks",
-      "alpha_p",
-      "alpha_n",
-      "head",
-      "head_bias",
-    }
-    found = logits(held)
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, logits(jax.tree.map(lambda x: x.astype(jnp.float32), held)))
+MOVES = {"gather", "transpose", "reshape", "broadcast_in_dim", "slice", "squeeze", "copy", "select_n"}
+
+
+def computed_in(cfg, kind):
+  """The operations of a float32 model, other than casts and moves, that have an operand of the type of its leaves."""
+  held = jax.tree.map(lambda x: jnp.asarray(x, kind), params(cfg))
+  run = lambda p: Transformer(cfg).apply({"params": p}, tokens(), Context(pos=positions()))[0]
+  found = set()
+  for equation in equations(jax.make_jaxpr(run)(held).jaxpr):
+    is_program = any(
+      hasattr(x, "eqns") or hasattr(x, "jaxpr") for x in jax.tree.leaves(list(equation.params.values()))
+    )
+    if not is_program and any(getattr(x.aval, "dtype", None) == kind for x in equation.invars):
+      found.add(equation.primitive.name)
+  return found - MOVES - {"convert_element_type"}
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_nothing_is_computed_in_the_type_of_a_leaf(half):
+  """Every kind of leaf is cast before it is used, so a checkpoint in a half type computes as the same numbers in float32."""
+  cfg = dataclasses.replace(MODELS["rope"], **LEAVES)
+  kinds = {path.split("/")[-1] for path in flatten(params(cfg))}
+  assert kinds == {"embed", "table", "w", "bias", "scale", "sinks", "alpha_p", "alpha_n", "head", "head_bias"}
+  assert not computed_in(cfg, half)
+
+
+def test_a_sum_in_the_type_of_a_leaf_shows_in_the_trace(monkeypatch):
+  """The negative control: positions added to embeddings as they are."""
+  embed = lambda self, x, pos, p: x + (p["table"][pos] + p["table"][pos]).astype(x.dtype)
+  monkeypatch.setattr(Learned, "embed", embed)
+  assert computed_in(dataclasses.replace(MODELS["rope"], **LEAVES), jnp.bfloat16) == {"add"}
 
 
 @pytest.mark.core
