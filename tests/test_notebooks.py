@@ -67,3 +67,41 @@ def test_uses_only_flags_that_the_script_defines(path):
     defined = set(re.findall(r"^ +--(\w+)", shown.stdout, re.MULTILINE))
     used = re.findall(r"--(\w+)", arguments)
     assert used and set(used) <= defined
+
+
+def test_a_checkpoint_is_stretched_from_the_first_cell_to_the_figure(tmp_path):
+  """The notebook as it is, but for the values of its form: a tiny checkpoint here, and lengths to match."""
+  nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+  sys.path.insert(0, str(ROOT / "tests" / "experiments"))
+  try:
+    import loaded_case
+  finally:
+    sys.path.pop(0)
+  model = loaded_case.save(tmp_path / "model", loaded_case.config(num_layers=1))
+  (tmp_path / "text.txt").write_text(loaded_case.text(20))
+  form = {
+    "MODEL": str(model),
+    "METHODS": "none,yarn",
+    "LENGTHS": "16,32",
+    "WINDOWS": 2,
+    "TEXT": str(tmp_path / "text.txt"),
+  }
+  notebook = nbformat.read(ROOT / "colab" / "how_far_does_my_checkpoint_stretch.ipynb", as_version=4)
+  for cell in notebook.cells:
+    for name, value in form.items():
+      cell.source = re.sub(
+        rf"^{name} = .*$", lambda _, n=name, v=value: f"{n} = {v!r}", cell.source, flags=re.MULTILINE
+      )
+  assert all(f"{name} = {value!r}" in notebook.cells[3].source for name, value in form.items())
+  last = notebook.cells[6]
+  last.source = last.source.replace('clone / "runs" / "colab"', f"pathlib.Path({str(tmp_path)!r}) / 'runs'")
+  nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+  printed = json.dumps(notebook.cells)
+  assert "THERE IS NO TPU OR GPU" in printed and "family llama" in printed
+  (figure,) = [o for o in notebook.cells[-1].outputs if "image/png" in o.get("data", {})]
+  assert len(figure["data"]["image/png"]) > 10_000
+  rows = (tmp_path / "runs" / "model" / "results.jsonl").read_text().splitlines()
+  assert {(json.loads(row)["method"], json.loads(row)["status"]) for row in rows} == {
+    ("none", "ok"),
+    ("yarn", "ok"),
+  }

@@ -7,8 +7,8 @@ import io
 from pathlib import Path
 
 from experiments.extrapolation.evaluate import in_length_windows
-from jaxllm.evaluate.trigram import Trigram
-from jaxllm.evaluate.windows import bits_per_byte
+from experiments.extrapolation.models import Models
+from experiments.extrapolation.settings import Settings
 from jaxllm.study import files, interval, methods, plots
 from jaxllm.study.findings import METRICS, NO_DIFFERENCE, compare
 from jaxllm.study.report import series, table
@@ -19,25 +19,29 @@ PAIRS = (*((name, "none") for name in ("pi", *NTK)), *(("yarn", name) for name i
 HEADINGS = {
   "bpb_last": "Bits per byte on the last block",
   "bpb": "Bits per byte on the whole window",
-  "accuracy": "Next-byte accuracy on natural text",
-  "accuracy_repeated": "Next-byte accuracy on one block repeated",
+  "accuracy": "Next-{token} accuracy on natural text",
+  "accuracy_repeated": "Next-{token} accuracy on one block repeated",
+  "perplexity": "Perplexity of a {token} on the whole window",
 }
 
 
-def write(out: Path, settings, config: dict, all_rows: list[dict], corpus) -> int:
+def write(out: Path, settings: Settings, config: dict, all_rows: list[dict], models: Models) -> int:
   """Write every result file into `out` and show the main table; the exit code of the run."""
   rows = [row for row in all_rows if row["metric"] not in methods.DETAILS]
   curve, windows, in_length = ([row for row in all_rows if row["metric"] == name] for name in methods.DETAILS)
   files.write_results(out, rows)
   files.write_text(out / "positions.csv", _sheet(curve, "position"))
   files.write_text(out / "windows.csv", _sheet(windows, "window"))
-  labelled = _labelled(rows, settings)
-  figures = _plots(out, settings, labelled, _labelled(curve, settings))
-  learnt = _in_length(in_length, settings, *_trigram(settings, corpus))
-  findings = _findings(rows, windows, settings)
-  files.write_text(out / "report.md", _markdown(settings, config, rows, labelled, learnt, findings, figures))
-  main = next(m for m in methods.METRICS if m in settings.metrics)
-  table(_applicable(labelled), main).show(f"{HEADINGS[main]} (trained at {settings.train_length} bytes)")
+  labelled = _labelled(rows, settings, models)
+  figures = _plots(out, settings, models, labelled, _labelled(curve, settings, models))
+  learnt = _in_length(in_length, settings, models)
+  findings = _findings(rows, windows, settings, models)
+  files.write_text(
+    out / "report.md", _markdown(settings, models, config, rows, labelled, learnt, findings, figures)
+  )
+  main = next(m for m in methods.TOKEN_METRICS if m in settings.metrics)
+  title = f"{_heading(main, models)} (trained at {settings.train_length} {models.unit})"
+  table(_applicable(labelled), main).show(title)
   print(learnt)
   print(f"Results, figures and report: {out}")
   failed = [row for row in all_rows if row["status"] == "failed"]
@@ -47,12 +51,14 @@ def write(out: Path, settings, config: dict, all_rows: list[dict], corpus) -> in
   return 1 if failed else 0
 
 
-def _labelled(rows: list[dict], settings) -> list[dict]:
-  """Rows as tables and figures name them: a factor only where it was a choice, and steps where schemes differ in them."""
-  steps = {scheme: settings.steps_of(scheme) for scheme in settings.schemes}
-  names = {s: f"{s} ({n} steps)" if len(set(steps.values())) > 1 else s for s, n in steps.items()}
+def _heading(metric: str, models: Models) -> str:
+  return HEADINGS[metric].format(token=models.unit.removesuffix("s"))
+
+
+def _labelled(rows: list[dict], settings: Settings, models: Models) -> list[dict]:
+  """Rows as tables and figures name them: a factor only where it was a choice, and schemes by the names of the models."""
   factor = {} if settings.factors is not None else {"factor": None}
-  return [{**row, **factor, "scheme": names[row["scheme"]]} for row in rows]
+  return [{**row, **factor, "scheme": models.name(row["scheme"])} for row in rows]
 
 
 def _applicable(rows: list[dict]) -> list[dict]:
@@ -81,7 +87,7 @@ def _sheet(details: list[dict], place: str) -> str:
   return out.getvalue()
 
 
-def _plots(out: Path, settings, rows: list[dict], curve: list[dict]) -> list[str]:
+def _plots(out: Path, settings: Settings, models: Models, rows: list[dict], curve: list[dict]) -> list[str]:
   """Write the figures that the metrics allow; their names."""
   rows, curve = _applicable(rows), _applicable(curve)
   written = []
@@ -91,14 +97,20 @@ def _plots(out: Path, settings, rows: list[dict], curve: list[dict]) -> list[str
     ("accuracy_repeated_vs_length.png", "accuracy_repeated"),
   ):
     if metric in settings.metrics:
-      xlabel = f"test length in bytes (trained at {settings.train_length})"
-      plots.lines(out / name, _panels(rows, metric), xlabel, HEADINGS[metric], HEADINGS[metric])
+      xlabel = f"test length in {models.unit} (trained at {settings.train_length})"
+      heading = _heading(metric, models)
+      plots.lines(out / name, _panels(rows, metric), xlabel, heading, heading)
       written.append(name)
   # a position takes the place of the length, so that the same series code serves
   by_position = _panels([{**row, "length": row["position"]} for row in curve], methods.BY_POSITION)
-  title = f"Bits per byte by position, windows of {max(settings.lengths)} bytes"
+  title = f"Bits per byte by position, windows of {max(settings.lengths)} {models.unit}"
   plots.lines(
-    out / "bpb_vs_position.png", by_position, "position in bytes", "bits per byte", title, xlog2=False
+    out / "bpb_vs_position.png",
+    by_position,
+    f"position in {models.unit}",
+    "bits per byte",
+    title,
+    xlog2=False,
   )
   return [*written, "bpb_vs_position.png"]
 
@@ -120,27 +132,16 @@ def _panels(rows: list[dict], metric: str) -> dict:
   return {name: series(panel, metric) for name, panel in panels.items() if panel}
 
 
-def _trigram(settings, corpus) -> tuple[float, int]:
-  """Bits per byte of the trigram model on the windows that the models are measured on within their length; their number."""
-  windows = in_length_windows(corpus.validation, settings.train_length)
-  return bits_per_byte(Trigram(corpus.train).nats(windows)), len(windows)
+def _in_length(rows: list[dict], settings: Settings, models: Models) -> str:
+  """What the models reach at the training length."""
+  values = {
+    scheme: [row["value"] for row in rows if row["scheme"] == scheme and row["status"] == "ok"]
+    for scheme in settings.schemes
+  }
+  return models.learnt(values, in_length_windows(models, settings.train_length)[0])
 
 
-def _in_length(rows: list[dict], settings, baseline: float, windows: int) -> str:
-  """What the models reach at the training length, beside the trigram model."""
-  found = []
-  for scheme in settings.schemes:
-    values = [row["value"] for row in rows if row["scheme"] == scheme and row["status"] == "ok"]
-    reached = f"{interval.mean(values):.3f}" if values else "failed"
-    some = "" if len(values) in (0, settings.seeds) else f"; {len(values)} of {settings.seeds} seeds"
-    found.append(f"{scheme} {reached} ({settings.steps_of(scheme)} steps{some})")
-  return (
-    f"Bits per byte at the training length of {settings.train_length}, on {windows} windows: {', '.join(found)}; "
-    f"interpolated trigram model {baseline:.3f}."
-  )
-
-
-def _findings(rows: list[dict], windows: list[dict], settings) -> list[str]:
+def _findings(rows: list[dict], windows: list[dict], settings: Settings, models: Models) -> list[str]:
   """Comparisons computed from the rows, on the loss of the last block."""
   train, lengths, asked = settings.train_length, settings.lengths, set(settings.methods)
   if "bpb_last" not in settings.metrics or settings.factors is not None or max(lengths) <= train:
@@ -148,12 +149,10 @@ def _findings(rows: list[dict], windows: list[dict], settings) -> list[str]:
   at = 8 * train if 8 * train in lengths else max(lengths)
   sentences = []
   for scheme in settings.schemes:
-    applies = {name for name in asked if not methods.not_applicable(scheme, name)}
+    applies = {name for name in asked if not methods.not_applicable(models.schemes[scheme], name)}
     for a, b in PAIRS:
       if applies.issuperset((a, b)):
-        sentence = compare(
-          rows, "bpb_last", at, {"scheme": scheme, "method": a}, {"scheme": scheme, "method": b}
-        )
+        sentence = compare(rows, "bpb_last", at, _columns(scheme, a), _columns(scheme, b))
         sentences.append(sentence + _paired(windows, scheme, at, a, b))
     if train in lengths and applies.issuperset(("rerope", "none")):
       sentences.append(_across(rows, scheme, "rerope", at, train))
@@ -161,6 +160,11 @@ def _findings(rows: list[dict], windows: list[dict], settings) -> list[str]:
     if "none" in applies and train in lengths:
       sentences.append(_across(rows, scheme, "none", max(lengths), train))
   return sentences
+
+
+def _columns(scheme: str, method: str) -> dict[str, str]:
+  """What chooses the rows of a method; a loaded model is the only one, and has no name."""
+  return {"method": method} if scheme == methods.LOADED else {"scheme": scheme, "method": method}
 
 
 def _paired(windows: list[dict], scheme: str, length: int, a: str, b: str) -> str:
@@ -190,15 +194,16 @@ def _across(rows: list[dict], scheme: str, method: str, length: int, train: int)
   """A method at a long length against the model as trained at its own length, over the seeds that have both."""
   here = _values(rows, scheme, method, length)
   there = _values(rows, scheme, "none", train)
-  name = f"`{scheme} {method}` at length {length}"
+  model, trained = (" ".join(_columns(scheme, name).values()) for name in (method, "none"))
+  name = f"`{model}` at length {length}"
   seeds = sorted(here.keys() & there.keys())
   if not seeds:
-    return f"{name} and `{scheme} none` at length {train} cannot be compared: a value is missing."
+    return f"{name} and `{trained}` at length {train} cannot be compared: a value is missing."
   a, b = (interval.mean([values[seed] for seed in seeds]) for values in (here, there))
   words, unit = METRICS["bpb_last"]
   word = "equals" if abs(a - b) <= NO_DIFFERENCE else "is above" if a > b else "is below"
   return (
-    f"The {words} of {name} {word} that of `{scheme} none` at the training length {train} ({a:.3f} against {b:.3f}{unit}"
+    f"The {words} of {name} {word} that of `{trained}` at the training length {train} ({a:.3f} against {b:.3f}{unit}"
     f"{_left_out(here, there)})."
   )
 
@@ -217,14 +222,15 @@ def _best(rows: list[dict], scheme: str, applies: set[str], length: int) -> str 
   seeds = set.intersection(*(set(values) for values in found.values())) if found else set()
   if len(found) < 2:
     return None
+  model = "the model" if scheme == methods.LOADED else f"`{scheme}`"
   if not seeds:
-    return f"At length {length}, the methods of `{scheme}` have no seed in common, and so none is the best."
+    return f"At length {length}, the methods of {model} have no seed in common, and so none is the best."
   means = {name: interval.mean([values[seed] for seed in seeds]) for name, values in found.items()}
   first, second = sorted(means, key=means.get)[:2]
   close = means[second] - means[first] <= NO_DIFFERENCE
   without = f", leaving out {', '.join(absent)}, which failed" if absent else ""
   return (
-    f"At length {length}, the lowest loss on the last block of `{scheme}` is that of `{first}` "
+    f"At length {length}, the lowest loss on the last block of {model} is that of `{first}` "
     f"({means[first]:.3f} bits per byte), {'level with' if close else 'before'} `{second}` ({means[second]:.3f})"
     f"{without}{_left_out(*found.values())}."
   )
@@ -240,37 +246,40 @@ def _values(rows: list[dict], scheme: str, method: str, length: int) -> dict[int
 
 
 def _markdown(
-  settings, config: dict, rows, labelled, learnt: str, findings: list[str], figures: list[str]
+  settings: Settings,
+  models: Models,
+  config: dict,
+  rows,
+  labelled,
+  learnt: str,
+  findings: list[str],
+  figures: list[str],
 ) -> str:
-  evaluation, corpus = config["evaluation"], config["corpus"]
+  evaluation, unit = config["evaluation"], models.unit
   parts = ["# Length extrapolation: train short, test long", ""]
   parts += [learnt, ""]
   if findings:
     parts += ["## Findings", "", *(f"- {sentence}" for sentence in findings), ""]
   for metric in settings.metrics:
-    parts += [f"## {HEADINGS[metric]}", "", table(_applicable(labelled), metric, 3).markdown()]
+    parts += [f"## {_heading(metric, models)}", "", table(_applicable(labelled), metric, 3).markdown()]
   shown = {(row["scheme"], row["method"]) for row in _applicable(rows)}
   skipped = {key: row["reason"] for row in rows if (key := (row["scheme"], row["method"])) not in shown}
   if skipped:
     reasons: dict[str, list[str]] = {}
     for (scheme, method), reason in skipped.items():
-      reasons.setdefault(f"{scheme}: {reason}", []).append(method)
+      where = reason if scheme == methods.LOADED else f"on {scheme}: {reason}"
+      reasons.setdefault(where, []).append(method)
     parts += ["Not applicable, and so not in the tables:", ""]
-    parts += [f"- {', '.join(names)} on {reason}" for reason, names in reasons.items()] + [""]
+    parts += [f"- {', '.join(names)} {where}" for where, names in reasons.items()] + [""]
   parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures] + [
     "",
     "## How it was measured",
     "",
   ]
   parts += [
-    f"- Text: {corpus['source']}, {corpus['files']} files, {corpus['bytes']} bytes, {corpus['split']} "
-    f"({corpus['train_bytes']} for training, {corpus['validation_bytes']} for validation), SHA-256 {corpus['sha256'][:16]}.",
-    f"- Training: {', '.join(f'{s} {settings.steps_of(s)} steps' for s in settings.schemes)} of {settings.batch_size} x "
-    f"{settings.train_length} bytes; {settings.seeds} seed(s); {config['settings']['dtype']} compute, float32 parameters.",
-    f"- Model: {settings.num_layers} layers, width {settings.embed_dim}, {settings.num_heads} heads, SwiGLU of "
-    f"{settings.mlp_dim}, RMSNorm, {config['devices'][0]} with jax {config['libraries']['jax']}, Python {config['python']}.",
-    f"- Windows: {evaluation['windows']}, their ends {evaluation['stride']} bytes apart and the same for every length, so the "
-    f"last block of {evaluation['last_block']} bytes is the same text with more or less before it.",
+    *models.lines(config),
+    f"- Windows: {evaluation['windows']}, their ends {evaluation['stride']} {unit} apart and the same for every length, so the "
+    f"last block of {evaluation['last_block']} {unit} is the same text with more or less before it.",
     "- The repeated text is each window's last block over and over; both accuracies count every position of the window.",
     "- `_logn`: queries times max(1, log of position + 1 to the base of the training length), at test time only.  `none`: as "
     "trained.  Factors: " + _factors(settings) + f"  dynamic_ntk: {evaluation['dynamic_ntk']}.",
@@ -280,7 +289,7 @@ def _markdown(
   return "\n".join(parts)
 
 
-def _factors(settings) -> str:
+def _factors(settings: Settings) -> str:
   if settings.factors is None:
     return "length / train_length, so methods are switched on beyond the training length only."
   return (

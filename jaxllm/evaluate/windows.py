@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.nn.transformer import Transformer, head
+from jaxllm.ops.constrain import batch_shards
 from jaxllm.ops.losses import cross_entropy
 from jaxllm.position.tables import PositionTables
 
@@ -44,8 +45,12 @@ def score_windows(
   model: Transformer, params, windows: jax.Array, tables: PositionTables
 ) -> tuple[jax.Array, jax.Array]:
   """(loss in nats float32, hit bool), each [M, W, T], of windows [W, T + 1] under M tables stacked on a first axis."""
-  W, T = windows.shape[0], windows.shape[1] - 1
-  at_once = math.gcd(W, max(1, TOKENS_AT_ONCE // T))
+  count, T = windows.shape[0], windows.shape[1] - 1
+  shards = batch_shards()
+  if spare := -count % shards:  # the last one again, so that every device of a mesh has its part
+    windows = jnp.pad(windows, ((0, spare), (0, 0)), mode="edge")
+  W = windows.shape[0]
+  at_once = shards * math.gcd(W // shards, max(1, TOKENS_AT_ONCE // T))
 
   def one_table(tokens, table):
     hidden_BTD, _ = model.apply({"params": params}, tokens[:, :-1], rope=table, logits=None)
@@ -55,9 +60,10 @@ def score_windows(
     return jax.vmap(functools.partial(one_table, tokens))(tables)
 
   scores = jax.lax.map(one_batch, windows.reshape(W // at_once, at_once, T + 1))  # [W / b, M, b, T]
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).reshape(-1, W, T), scores)
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).reshape(-1, W, T)[:, :count], scores)
 
 
-def bits_per_byte(nats: np.ndarray) -> float:
-  """Mean loss in bits, summed in float64."""
-  return float(np.mean(nats, dtype=np.float64) / math.log(2))
+def bits_per_byte(nats: np.ndarray, sizes: np.ndarray | None = None) -> float:
+  """Losses in bits, summed in float64, over the bytes that the tokens stand for: `sizes` of them, or one each."""
+  count = nats.size if sizes is None else int(np.sum(sizes, dtype=np.int64))
+  return float(np.sum(nats, dtype=np.float64) / count / math.log(2))

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.hf.settings import BASE, COUNT, FLAG, NUMBER, POSITIVE, REQUIRED, TEXT, Kind, Settings, list_of
-from jaxllm.position import POSITIONS, Position, Rope
+from jaxllm.position import POSITIONS, Alibi, NoPE, Position, Rope
+from jaxllm.position.absolute import Learned
 from jaxllm.position.rope import DynamicNtkRope, PiRope, YarnRope, base_power
 from jaxllm.position.scalings import Llama3Rope, LongRope, ProportionalRope
 
@@ -36,6 +38,8 @@ class Type:
 
 STRETCH = object()
 LENGTH, PART = "original_max_position_embeddings", "partial_rotary_factor"
+OURS = {"base": "rope_theta", "original_length": LENGTH, "proportion": PART}
+"""The fields that have another name than their keys."""
 
 
 def _list(pairs: int) -> Kind:
@@ -162,8 +166,9 @@ def read_group(s: Settings, group: Settings, head: Head, nested: bool = False) -
   try:
     rope = kind.cls(**fields)
     rope.frequencies(2 * pairs, 1)
-  except ConfigError as error:  # its fields have the names of the keys
-    raise ConfigError(f"{s.source}: {group.path}: {error}") from None
+  except ConfigError as error:
+    by_key = lambda match: f"{group.path}.{OURS.get(match[1], match[1])}:"
+    raise ConfigError(f"{s.source}: " + re.sub(r"^\w+\.(\w+):", by_key, str(error))) from None
   return rope
 
 
@@ -219,8 +224,10 @@ def expressible(
   query.  Raises ConfigError, by name, for what it has nothing for.
   """
   name = next((name for name, cls in POSITIONS.items() if cls is type(position)), type(position).__name__)
-  if not isinstance(position, Rope):
+  if isinstance(position, NoPE | Alibi | Learned):
     return position
+  if not isinstance(position, Rope):
+    raise ConfigError(f"{name}: transformers has no such position method in these families")
   if position.layout != "half":
     raise ConfigError(
       f"{name}: found layout {position.layout!r}, expected half: transformers turns halves in these families"
@@ -229,9 +236,7 @@ def expressible(
   if isinstance(position, LongRope):
     fixed = position.short_factor == position.long_factor
   elif not fixed and type(position) is not DynamicNtkRope:
-    raise ConfigError(
-      f"{name}: transformers has no such position method; train or save the model with another"
-    )
+    raise ConfigError(f"{name}: transformers has no such position method; save the model with another")
   if not fixed and not pinned:
     raise ConfigError(
       f"{name}: found frequencies by the length of each query, expected ones that transformers has too: it takes those of one "

@@ -34,6 +34,12 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, letters, sizes))
 
 
+def batch_shards() -> int:
+  """Into how many parts the mesh in scope splits a batch; 1 without one."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes.get(axis, 1) for axis in LETTERS["B"])
+
+
 def activation_spec(shape: tuple[int, ...], letters: str, sizes: Mapping[str, int]) -> PartitionSpec:
   """How an array of `shape` lies on a mesh of these axis sizes."""
 

@@ -30,14 +30,17 @@ def run_app(
   main: Callable[[flags.FlagValues], int | None],
   check: Callable[[flags.FlagValues], None] | None = None,
   argv: list[str] | None = None,
+  values: flags.FlagValues = flags.FLAGS,
 ) -> NoReturn:
   """Parses the flags, runs `check(flags)` and `main(flags)`, and exits with the code that fits.
 
   `check` is the script's own validation: it raises ConfigError, and imports nothing heavy. `main` returns an
   exit code, or None for 0. `argv` is `sys.argv` unless given (the program's name first). `--help` and errors
   in flags are answered before either is called. On the way jax's compilation cache is turned on.
+  `values`: the script's flags, where they are not absl's global ones, so that scripts with flags of one name can be imported
+  together.
   """
-  code = _run(main, check, sys.argv if argv is None else argv)
+  code = _run(main, check, sys.argv if argv is None else argv, values)
   try:
     sys.stdout.flush()
   except OSError as e:  # a full disk or a closed pipe behind stdout: what was printed is lost
@@ -47,19 +50,19 @@ def run_app(
   sys.exit(code)
 
 
-def _run(main, check, argv) -> int:
+def _run(main, check, argv, values) -> int:
   try:
     arguments = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if any(argument in HELP for argument in arguments):
-      print(_help(main))
+      print(_help(main, values))
       return 0
-    _parse(argv)
+    _parse(argv, values)
     # Outside of a StopFlag there is nothing to save: SIGTERM ends the run as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     compile_cache.turn_on()
     if check is not None:
-      check(flags.FLAGS)
-    code = main(flags.FLAGS)
+      check(values)
+    code = main(values)
     assert code is None or isinstance(code, int), f"main returned {code!r}, not an exit code"
     return code or 0
   except JaxllmError as e:
@@ -94,27 +97,27 @@ def _io_error(e: OSError) -> int:
   return _say(f"error: {where}{e.strerror or e}; {advice}, then run the same command again", IO_ERROR)
 
 
-def _parse(argv: list[str]) -> None:
-  """Parses into `flags.FLAGS`; raises a ConfigError of one line: the flag, the value and what is allowed."""
+def _parse(argv: list[str], values: flags.FlagValues) -> None:
+  """Parses into `values`; raises a ConfigError of one line: the flag, the value and what is allowed."""
   try:
-    rest = flags.FLAGS(argv)[1:]
+    rest = values(argv)[1:]
   except flags.UnrecognizedFlagError as e:
-    near = choices.nearest(e.flagname, list(flags.FLAGS), prefix="--")
+    near = choices.nearest(e.flagname, list(values), prefix="--")
     raise ConfigError(f"there is no flag --{e.flagname}{near} (--help lists the flags)") from None
   except flags.Error as e:
-    raise ConfigError(_flag_error(str(e))) from None
+    raise ConfigError(_flag_error(str(e), values)) from None
   if rest:
     raise ConfigError(f"{rest[0]!r} is not a flag; flags are written --name=value (--help lists them)")
 
 
-def _flag_error(message: str) -> str:
+def _flag_error(message: str, values: flags.FlagValues) -> str:
   """absl's message, with what is allowed in place of the parser's own exception."""
   message = " ".join(message.split())
   match = re.match(r"flag --(\w+)=(.*?): (.*)", message)
-  if match is None or match[1] not in flags.FLAGS:
+  if match is None or match[1] not in values:
     return message
   name, value, reason = match.groups()
-  flag = flags.FLAGS[name]
+  flag = values[name]
   if value == "None":
     return f"--{name} is required: {_sentence(flag.help)}"
   if isinstance(flag, flags.EnumFlag):
@@ -129,12 +132,12 @@ def _sentence(text: str) -> str:
   return " ".join(text.split())
 
 
-def _help(main: Callable) -> str:
+def _help(main: Callable, values: flags.FlagValues) -> str:
   """The docstring of the script, its flags, and jaxllm's."""
   script = sys.modules[main.__module__]
   own = sys.argv[0] if script.__name__ == "__main__" else script.__name__  # absl's name for the main module
   lines = [(script.__doc__ or "").strip(), "", "flags (--name=value; --name or --noname for yes or no):"]
-  for module, defined in sorted(flags.FLAGS.flags_by_module_dict().items(), key=lambda item: item[0] != own):
+  for module, defined in sorted(values.flags_by_module_dict().items(), key=lambda item: item[0] != own):
     if module == own or module.split(".")[0] == "jaxllm":
       lines += [text for flag in defined for text in _flag_help(flag)]
   return "\n".join(lines)

@@ -13,12 +13,16 @@ from jaxllm.study import choices
 from jaxllm.study.cells import Group
 
 METRICS = ("bpb_last", "bpb", "accuracy", "accuracy_repeated")
+TOKEN_METRICS = (*METRICS, "perplexity")
+"""With the perplexity of a token, for models whose tokens are not bytes."""
 BY_POSITION = "bpb_position"
 """Loss by position at the longest length, for bpb_vs_position.png; `position` is the first byte of a row's bin."""
 BY_WINDOW = "bpb_window"
 """Loss of the last block of each window, for the error of differences between methods; `window` is its number."""
 IN_LENGTH = "bpb_in_length"
 """Loss at the training length on up to IN_LENGTH_WINDOWS windows: what the model has learnt, beside the trigram model."""
+LOADED = "-"
+"""The scheme of a checkpoint that was not trained here."""
 DETAILS = (BY_POSITION, BY_WINDOW, IN_LENGTH)
 """Metrics of rows that are details behind the report, and no results of their own."""
 IN_LENGTH_WINDOWS = 1000
@@ -47,32 +51,41 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-  """A way to train a model at a short length.
+  """How a model came to its positions: a way to train it at a short length, or what a loaded one was trained with.
 
   position: the entry of POSITIONS it is trained with; tested_as: the one it is tested with, where that is another; log_n:
   queries scaled by log_train_length(position + 1), from training on; hwfa: all layers but the last have a window, and the last
-  has no positions (kexue.fm/archives/9603); plain_rope: whether the methods that change RoPE can be put on the trained model.
+  has no positions (kexue.fm/archives/9603); plain_rope: whether the methods that change RoPE can be put on the model.
+  Of a loaded model, whose name is "-": lacks, in words, why they cannot; max_length, where learned positions end (None: at the
+  training length).  group_size: how many variants one program takes at once.
   """
 
+  name: str
   position: str
   tested_as: str | None = None
   log_n: bool = False
   hwfa: bool = False
   plain_rope: bool = False
+  lacks: str | None = None
+  max_length: int | None = None
+  group_size: int = GROUP_SIZE
 
 
 SCHEMES = {
-  "rope": Scheme("rope", plain_rope=True),
-  "rope_logn": Scheme("rope", log_n=True, plain_rope=True),
-  "alibi": Scheme("alibi"),
-  "nope": Scheme("nope"),
-  "sinusoidal": Scheme("sinusoidal"),
-  "learned": Scheme("learned"),
-  "t5": Scheme("t5"),
-  "xpos": Scheme("xpos"),
-  "proportional": Scheme("proportional"),
-  "inv_leaky": Scheme("inv_leaky_rerope", tested_as="rope", log_n=True),
-  "hwfa": Scheme("rope", log_n=True, hwfa=True),
+  scheme.name: scheme
+  for scheme in (
+    Scheme("rope", "rope", plain_rope=True),
+    Scheme("rope_logn", "rope", log_n=True, plain_rope=True),
+    Scheme("alibi", "alibi"),
+    Scheme("nope", "nope"),
+    Scheme("sinusoidal", "sinusoidal"),
+    Scheme("learned", "learned"),
+    Scheme("t5", "t5"),
+    Scheme("xpos", "xpos"),
+    Scheme("proportional", "proportional"),
+    Scheme("inv_leaky", "inv_leaky_rerope", tested_as="rope", log_n=True),
+    Scheme("hwfa", "rope", log_n=True, hwfa=True),
+  )
 }
 
 METHODS = {
@@ -109,7 +122,7 @@ TRAINED_WITH = {
 """RoPE methods that cannot be put on a trained RoPE model as it is, and why."""
 
 
-def choose(text: str, schemes: Sequence[str]) -> tuple[str, ...]:
+def choose(text: str, schemes: Sequence[Scheme]) -> tuple[str, ...]:
   """The methods that --methods=`text` names: a list, or "default" or "all", which are those of them that apply to a scheme.
 
   Raises ConfigError for one that is unknown, or that a model must be trained with.
@@ -125,19 +138,22 @@ def choose(text: str, schemes: Sequence[str]) -> tuple[str, ...]:
   return choices.choice_list("methods", text, tuple(METHODS))
 
 
-def not_applicable(scheme: str, method: str) -> str | None:
-  """Why a method cannot be put on a model trained with `scheme`; None if it can."""
+def not_applicable(scheme: Scheme, method: str) -> str | None:
+  """Why a method cannot be put on a model of `scheme`; None if it can."""
   m = METHODS[method]
-  if m.position is not None and not SCHEMES[scheme].plain_rope:
-    return f"{m.position} changes RoPE, and {scheme} has no layer of plain RoPE over all keys"
-  if m.log_n and SCHEMES[scheme].log_n:
-    return "the model is trained with log-n already"
+  if m.position is not None and not scheme.plain_rope:
+    lacks = scheme.lacks or f"{scheme.name} has no layer of plain RoPE over all keys"
+    return f"{m.position} changes RoPE, and {lacks}"
+  if m.log_n and scheme.log_n:
+    return f"the model {'scales its queries by position' if scheme.name == LOADED else 'is trained with log-n'} already"
   return None
 
 
-def beyond_table(scheme: str, train_length: int, length: int) -> str | None:
-  """Why a model trained with `scheme` cannot read `length` tokens at all; None if it can."""
-  if scheme == "learned" and length > train_length:
+def beyond_table(scheme: Scheme, train_length: int, length: int) -> str | None:
+  """Why a model of `scheme` cannot read `length` tokens at all; None if it can."""
+  if scheme.max_length is not None:
+    return f"learned positions end at {scheme.max_length}" if length > scheme.max_length else None
+  if scheme.position == "learned" and length > train_length:
     return f"learned positions end at the training length, {train_length}"
   return None
 
@@ -156,14 +172,14 @@ def _family(method: Method) -> str:
   return "tables" if method.tables_only else method.position
 
 
-def program_size(scheme: str, program: str) -> int:
+def program_size(scheme: Scheme, program: str) -> int:
   """How many tables a program takes at once: constant, whichever methods are asked for."""
   members = [
     name
     for name, method in METHODS.items()
     if not_applicable(scheme, name) is None and _family(method) == program.split(" ")[0]
   ]
-  return min(GROUP_SIZE, len(members))
+  return min(scheme.group_size, len(members))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +210,7 @@ def is_on(variant: Variant, factors: Sequence[float] | None, train_length: int, 
 
 
 def check_methods_matter(
-  schemes: Sequence[str],
+  schemes: Sequence[Scheme],
   methods: Sequence[str],
   factors: Sequence[float] | None,
   train_length: int,
@@ -205,9 +221,9 @@ def check_methods_matter(
   for name in methods:
     reasons = [not_applicable(scheme, name) for scheme in schemes]
     if all(reasons):
-      raise ConfigError(
-        f"--methods={name} with --schemes={','.join(schemes)}: {'; '.join(dict.fromkeys(reasons))}"
-      )
+      trained = [scheme.name for scheme in schemes if scheme.name != LOADED]
+      where = f"--schemes={','.join(trained)}" if trained else "--model"
+      raise ConfigError(f"--methods={name} with {where}: {'; '.join(dict.fromkeys(reasons))}")
     on = any(
       is_on(v, factors, train_length, longest) for v in variants([name], factors, train_length, longest)
     )
@@ -219,7 +235,7 @@ def check_methods_matter(
 
 
 def plan(
-  schemes: Sequence[str],
+  schemes: Sequence[Scheme],
   methods: Sequence[str],
   metrics: Sequence[str],
   factors: Sequence[float] | None,
@@ -235,8 +251,8 @@ def plan(
   groups = []
   for scheme in schemes:
     for seed in range(seeds):
-      in_length = _cells(scheme, seed, train_length, train_length, [Variant("none", 1.0)], [IN_LENGTH])
-      groups.append(Group(f"{scheme}/{seed}/{train_length}/in_length/0", tuple(in_length)))
+      in_length = _cells(scheme.name, seed, train_length, train_length, [Variant("none", 1.0)], [IN_LENGTH])
+      groups.append(Group(f"{scheme.name}/{seed}/{train_length}/in_length/0", tuple(in_length)))
       for length in lengths:
         programs: dict[str, list[Variant]] = {}
         for variant in variants(methods, factors, train_length, length):
@@ -249,13 +265,13 @@ def plan(
         for program, members in programs.items():
           size = program_size(scheme, program) or len(members)
           for start in range(0, len(members), size):
-            cells = _cells(scheme, seed, length, train_length, members[start : start + size], metrics)
+            cells = _cells(scheme.name, seed, length, train_length, members[start : start + size], metrics)
             if program != "none":
               details = [("window", BY_WINDOW, range(windows))] if "bpb_last" in metrics else []
               if length == max(lengths):
                 details.append(("position", BY_POSITION, range(0, length, bin_size(train_length))))
               cells += [cell for detail in details for cell in _details(cells, *detail)]
-            groups.append(Group(f"{scheme}/{seed}/{length}/{program}/{start // size}", tuple(cells)))
+            groups.append(Group(f"{scheme.name}/{seed}/{length}/{program}/{start // size}", tuple(cells)))
   return groups
 
 

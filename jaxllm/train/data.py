@@ -37,12 +37,7 @@ def load_corpus(path: str | None = None) -> Corpus:
   offset) and for a corpus without text, OSError for what cannot be read.
   """
   root, files = _stdlib() if path is None else _files(Path(path))
-  texts = {name: _read(root / name) for name in files}
-  total = sum(map(len, texts.values()))
-  if total == 0:
-    raise DataError(
-      f"{_printable(path or root)}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text"
-    )
+  texts, total = _texts(root, files, path or root)
   held_out = _held_out({name: len(text) for name, text in texts.items()}, total)
   if held_out:
     train, validation = (
@@ -51,6 +46,8 @@ def load_corpus(path: str | None = None) -> Corpus:
   else:
     text = b"\n".join(texts.values())
     cut = len(text) - max(1, len(text) // 20)
+    while text[cut] & 0xC0 == 0x80:  # within a character
+      cut -= 1
     train, validation = text[:cut], text[cut:]
   about = {
     "source": f"Python {platform.python_version()} standard library" if path is None else _printable(path),
@@ -63,6 +60,14 @@ def load_corpus(path: str | None = None) -> Corpus:
     "sha256": hashlib.sha256(train + b"\0" + validation).hexdigest(),
   }
   return Corpus(np.frombuffer(train, np.uint8), np.frombuffer(validation, np.uint8), about)
+
+
+def load_text(path: str) -> tuple[str, dict]:
+  """(all text of a file or of the files below a directory, joined by newlines, what it is); raises as `load_corpus` does."""
+  texts, total = _texts(*_files(Path(path)), path)
+  text = b"\n".join(texts.values())
+  about = {"source": _printable(path), "files": len(texts), "bytes": total}
+  return text.decode(), about | {"sha256": hashlib.sha256(text).hexdigest()}
 
 
 def check_size(corpus: Corpus, source: str, train_length: int, test_length: int, windows: int) -> None:
@@ -97,6 +102,17 @@ def _files(path: Path) -> tuple[Path, list[str]]:
     return path.parent, [path.name]
   shown = lambda name: not name.startswith(".")
   return path, _below(path, shown, shown)
+
+
+def _texts(root: Path, files: list[str], source: str | Path) -> tuple[dict[str, bytes], int]:
+  """({name: its bytes}, their sum), of which there are some."""
+  texts = {name: _read(root / name) for name in files}
+  total = sum(map(len, texts.values()))
+  if total == 0:
+    raise DataError(
+      f"{_printable(source)}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text"
+    )
+  return texts, total
 
 
 def _below(root: Path, enter: Callable[[str], bool], take: Callable[[str], bool]) -> list[str]:

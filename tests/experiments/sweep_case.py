@@ -16,6 +16,7 @@ TINY = (
   "--schemes=rope,alibi",
   "--steps=8",
   "--other_steps=4",
+  "--learning_rate=3e-2",
   "--embed_dim=16",
   "--num_layers=1",
   "--mlp_dim=24",
@@ -26,11 +27,13 @@ TINY = (
 
 def run(*args, script=length_extrapolation, check=length_extrapolation.read_settings):
   """The exit code of a script with these flags."""
-  handler = signal.getsignal(signal.SIGTERM)
+  handler, values = signal.getsignal(signal.SIGTERM), getattr(script, "FLAGS", flags.FLAGS)
+  saved = flagsaver.save_flag_values(values)
   try:
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as e:
-      run_app(script.main, check=check, argv=[script.__name__, *args])
+    with pytest.raises(SystemExit) as e:
+      run_app(script.main, check=check, argv=[script.__name__, *args], values=values)
   finally:
+    flagsaver.restore_flag_values(saved, values)
     signal.signal(signal.SIGTERM, handler)
   return e.value.code
 

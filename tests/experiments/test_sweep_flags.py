@@ -62,7 +62,14 @@ def test_a_bad_call_is_refused_at_once(tmp_path, flag, named):
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", [SCRIPT, "experiments.generate", "experiments.benchmark"])
+@pytest.mark.parametrize(
+  "module",
+  [
+    SCRIPT,
+    *(f"experiments.{name}" for name in ("generate", "benchmark", "evaluate", "export")),
+    "jaxllm.doctor",
+  ],
+)
 def test_help_needs_no_jax(module):
   code = (
     "import runpy, sys\n"
@@ -77,7 +84,7 @@ def test_help_needs_no_jax(module):
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert done.returncode == 0
   assert done.stderr == "heavy: []\n"
-  assert "--lengths" in done.stdout or "--prompt" in done.stdout
+  assert any(flag in done.stdout for flag in ("--lengths", "--prompt", "--model", "--scheme"))
 
 
 TEXTS = [

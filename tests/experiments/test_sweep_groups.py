@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import sweep_case
 
-from experiments import length_extrapolation
 from experiments.extrapolation import evaluate
+from experiments.extrapolation.models import Models
+from experiments.extrapolation.trained import Trained, model_config
+from jaxllm.evaluate import text
 from jaxllm.evaluate.windows import cut_windows
 from jaxllm.nn import Transformer
 from jaxllm.position import LogN
@@ -22,12 +24,17 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-class Untrained:
-  """Stands for `Trained`: random parameters, large enough for attention to be sharp."""
+class Untrained(Models):
+  """Random parameters, large enough for attention to be sharp."""
+
+  in_length = methods.IN_LENGTH_WINDOWS
 
   def __init__(self, settings):
-    self.configs = {s: length_extrapolation.model_config(settings, s, "float32") for s in settings.schemes}
-    self.tested = self.configs
+    self.schemes = {name: methods.SCHEMES[name] for name in settings.schemes}
+    self.configs = {
+      s: model_config(settings, how, how.position, "float32") for s, how in self.schemes.items()
+    }
+    self.tested, self.text = self.configs, text.of_bytes(TEXT)
 
   def params(self, scheme, seed):
     cfg = self.configs[scheme]
@@ -39,7 +46,12 @@ class Untrained:
 
 
 def groups_of(settings):
-  chosen = (settings.schemes, settings.methods, settings.metrics, settings.factors)
+  chosen = (
+    [methods.SCHEMES[name] for name in settings.schemes],
+    settings.methods,
+    settings.metrics,
+    settings.factors,
+  )
   return methods.plan(*chosen, settings.train_length, settings.lengths, settings.seeds, settings.windows)
 
 
@@ -48,7 +60,7 @@ def sweep(*args):
   settings = sweep_case.settings_of(*sweep_case.TINY, *args)
   trained = Untrained(settings)
   return settings, [
-    row for group in groups_of(settings) for row in evaluate.compute(settings, trained, TEXT, group)
+    row for group in groups_of(settings) for row in evaluate.compute(settings, trained, group)
   ]
 
 
@@ -158,7 +170,7 @@ def test_a_cell_is_what_the_model_alone_gives(measured, scheme, name):
 def test_the_loss_within_the_trained_length_is_that_of_the_model_as_trained(measured):
   settings, rows = measured
   trained = Untrained(settings)
-  windows = evaluate.in_length_windows(TEXT, 16)
+  windows, _ = evaluate.in_length_windows(trained, 16)
   assert len(windows) > 100
   bits, _ = score(trained.configs["rope_logn"], trained.params("rope_logn", 0), windows)
   found = values(rows, scheme="rope_logn", metric=methods.IN_LENGTH)
@@ -174,11 +186,11 @@ def test_the_curve_by_position_averages_to_the_whole_window(measured, name):
     np.testing.assert_allclose([np.mean(part)], values(measured[1], metric=metric, **cells), rtol=1e-6)
 
 
-def test_a_failed_training_fails_its_cells_each_time_and_is_tried_once(monkeypatch, tmp_path):
+def test_a_failed_training_fails_its_cells_each_time_and_is_tried_once(monkeypatch, corpus):
   from jaxllm.train.loop import DivergedError
 
-  settings, tried = sweep_case.settings_of(*sweep_case.TINY), []
-  trained = evaluate.Trained(tmp_path, *(Untrained(settings).configs,) * 2, None, TEXT, None, None)
+  settings, tried = sweep_case.settings_of(*sweep_case.TINY, f"--corpus={corpus}"), []
+  trained = Trained(settings, "float32")
 
   def train(scheme, seed):
     tried.append(scheme)
@@ -188,5 +200,5 @@ def test_a_failed_training_fails_its_cells_each_time_and_is_tried_once(monkeypat
   for group in groups_of(settings):
     if group.name.split("/")[3] != "none":
       with pytest.raises(DivergedError):
-        evaluate.compute(settings, trained, TEXT, group)
+        evaluate.compute(settings, trained, group)
   assert tried == ["rope", "alibi"]

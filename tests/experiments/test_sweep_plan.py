@@ -10,11 +10,17 @@ from jaxllm.position import POSITIONS, Rope
 from jaxllm.study import methods
 
 ALL = tuple(methods.METHODS)
+SCHEMES = methods.SCHEMES
 LENGTHS = (128, 256, 512, 1024, 2048)
 
 
-def plan(schemes=methods.SCHEMES, names=ALL, metrics=methods.METRICS, factors=None, lengths=LENGTHS, seeds=2):
-  return methods.plan(schemes, names, metrics, factors, 128, lengths, seeds, windows=3)
+def plan(schemes=tuple(SCHEMES), names=ALL, metrics=methods.METRICS, factors=None, lengths=LENGTHS, seeds=2):
+  return methods.plan(of(schemes), names, metrics, factors, 128, lengths, seeds, windows=3)
+
+
+def of(names):
+  """The schemes of these names."""
+  return [SCHEMES[name] for name in names]
 
 
 def key(cell):
@@ -34,7 +40,7 @@ def test_every_cell_is_there_once(names, factors):
   cells = [cell for group in plan(names=names, factors=factors) for cell in group.cells]
   wanted = {
     (scheme, name, factor, length, metric, seed)
-    for scheme in methods.SCHEMES
+    for scheme in SCHEMES
     for name in names
     for length in LENGTHS
     for factor in ((factors or (length / 128,)) if methods.METHODS[name].stretches else (1.0,))
@@ -60,13 +66,13 @@ def test_details_cover_every_place_of_every_method_once(metric, column, places, 
     for cell in group.cells
     if cell["metric"] == metric
   )
-  applicable = [(s, m) for s in methods.SCHEMES for m in ALL if not methods.not_applicable(s, m)]
+  applicable = [(s, m) for s in SCHEMES for m in ALL if not methods.not_applicable(SCHEMES[s], m)]
   wanted = {
     (s, m, seed, length, place)
     for s, m in applicable
     for seed in (0, 1)
     for length in lengths
-    if not methods.beyond_table(s, 128, length)
+    if not methods.beyond_table(SCHEMES[s], 128, length)
     for place in places
   }
   assert set(found) == wanted
@@ -80,7 +86,7 @@ def test_learned_positions_end_at_the_training_length():
     for name in (group.name for group in plan(schemes=("learned",), names=("none", "logn")))
   }
   assert programs == {(128, "in_length"), (128, "tables"), *((length, "none") for length in LENGTHS[1:])}
-  assert not any(methods.beyond_table(scheme, 128, 2048) for scheme in methods.SCHEMES if scheme != "learned")
+  assert not any(methods.beyond_table(how, 128, 2048) for name, how in SCHEMES.items() if name != "learned")
 
 
 def test_groups_have_their_own_names_and_at_most_the_size_of_their_program():
@@ -91,7 +97,7 @@ def test_groups_have_their_own_names_and_at_most_the_size_of_their_program():
     assert {(c["scheme"], c["seed"], c["length"]) for c in group.cells} == {(scheme, int(seed), int(length))}
     if program not in ("none", "in_length"):
       members = {(cell["method"], cell["factor"]) for cell in group.cells}
-      assert len(members) <= methods.program_size(scheme, program) <= methods.GROUP_SIZE
+      assert len(members) <= methods.program_size(SCHEMES[scheme], program) <= methods.GROUP_SIZE
 
 
 def test_a_group_depends_on_nothing_but_the_configuration():
@@ -102,8 +108,8 @@ def test_a_group_depends_on_nothing_but_the_configuration():
   assert [more[group.name] for group in fewer] == fewer
   # and how many tables a program takes does not depend on the methods asked for
   assert (
-    methods.program_size("rope", "tables")
-    == methods.program_size("rope_logn", "tables")
+    methods.program_size(SCHEMES["rope"], "tables")
+    == methods.program_size(SCHEMES["rope_logn"], "tables")
     == methods.GROUP_SIZE
   )
 
@@ -118,7 +124,8 @@ def test_methods_that_build_a_factor_in_have_a_program_a_factor():
     "self_extend x2.0": {2.0},
     "self_extend x4.0": {4.0},
   }
-  assert methods.program_size("rope", "self_extend x2.0") == 1 and methods.program_size("rope", "rerope") == 2
+  sizes = [methods.program_size(SCHEMES["rope"], program) for program in ("self_extend x2.0", "rerope")]
+  assert sizes == [1, 2]
 
 
 DEFAULT = "none logn pi ntk_old ntk ntk_logn ntk_fixed ntk_fixed_logn ntk_mixed ntk_mixed_logn dynamic_ntk"
@@ -128,8 +135,8 @@ DEFAULT += " yarn rerope rerope_logn"
 @pytest.mark.core
 def test_default_and_all():
   """The published run has the first, and `all` is every method that applies to a scheme."""
-  assert methods.choose("default", ("rope",)) == tuple(DEFAULT.split())
-  assert methods.choose("all", ("rope", "alibi")) == ALL
+  assert methods.choose("default", of(["rope"])) == tuple(DEFAULT.split())
+  assert methods.choose("all", of(["rope", "alibi"])) == ALL
   assert set(ALL) - set(DEFAULT.split()) == {
     "ntk_by_parts",
     "llama3",
@@ -138,9 +145,9 @@ def test_default_and_all():
     "streaming",
   }
   for name in ("default", "all"):
-    assert methods.choose(name, ("alibi", "nope")) == ("none", "logn")
-    assert not any("logn" in m for m in methods.choose(name, ("rope_logn",)))
-  assert methods.choose("streaming, pi", ("rope",)) == ("streaming", "pi")
+    assert methods.choose(name, of(["alibi", "nope"])) == ("none", "logn")
+    assert not any("logn" in m for m in methods.choose(name, of(["rope_logn"])))
+  assert methods.choose("streaming, pi", of(["rope"])) == ("streaming", "pi")
 
 
 def test_every_rope_method_can_be_swept_or_has_a_reason():
@@ -154,7 +161,7 @@ def test_every_rope_method_can_be_swept_or_has_a_reason():
       ConfigError,
       match=re.escape(f"--methods=yarn,{name}: {name} cannot be put on a trained model: {reason}"),
     ):
-      methods.choose(f"yarn,{name}", ("rope",))
+      methods.choose(f"yarn,{name}", of(["rope"]))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +174,7 @@ def test_every_rope_method_can_be_swept_or_has_a_reason():
   ],
 )
 def test_methods_that_do_not_apply_have_a_reason_and_a_group_without_a_program(scheme, skipped):
-  assert {name for name in ALL if methods.not_applicable(scheme, name)} == skipped
+  assert {name for name in ALL if methods.not_applicable(SCHEMES[scheme], name)} == skipped
   for group in plan(schemes=(scheme,)):
     is_none = group.name.split("/")[3] == "none"
     assert {cell["method"] in skipped for cell in group.cells} == {is_none}
@@ -199,12 +206,12 @@ def test_methods_are_off_at_the_trained_length_and_given_factors_apply_everywher
 )
 def test_a_method_that_changes_nothing_is_refused_but_for_controls(names, factors, lengths, refused):
   if refused is None:
-    methods.check_methods_matter(("rope", "alibi"), names, factors, 128, lengths)
+    methods.check_methods_matter(of(["rope", "alibi"]), names, factors, 128, lengths)
     return
   with pytest.raises(ConfigError, match=f"--methods={refused} .*changes nothing"):
-    methods.check_methods_matter(("rope", "alibi"), names, factors, 128, lengths)
+    methods.check_methods_matter(of(["rope", "alibi"]), names, factors, 128, lengths)
 
 
 def test_a_method_that_applies_to_no_scheme_is_refused():
   with pytest.raises(ConfigError, match="--methods=pi with --schemes=alibi,nope: pi changes RoPE"):
-    methods.check_methods_matter(("alibi", "nope"), ("none", "pi"), None, 128, LENGTHS)
+    methods.check_methods_matter(of(["alibi", "nope"]), ("none", "pi"), None, 128, LENGTHS)

@@ -11,8 +11,8 @@ import sweep_case
 
 from experiments import length_extrapolation
 from experiments.extrapolation import report
+from experiments.extrapolation.trained import Trained
 from jaxllm.study import methods, rows
-from jaxllm.train.data import load_corpus
 
 FIGURES = (
   "bpb_vs_length.png",
@@ -45,18 +45,17 @@ def value(cell, sign=1):
 def write(out, corpus, *args, make=value):
   """(exit code, all rows) of a report from made-up values."""
   settings = sweep_case.settings_of(*ARGS, f"--corpus={corpus}", *args)
-  text = load_corpus(str(corpus))
-  configs = {s: length_extrapolation.model_config(settings, s, "float32") for s in settings.schemes}
-  config = length_extrapolation.record(settings, configs, text, "float32")
-  chosen = (settings.schemes, settings.methods, settings.metrics, settings.factors)
+  models = Trained(settings, "float32")
+  config = length_extrapolation.record(settings, models, "float32")
+  chosen = (list(models.schemes.values()), settings.methods, settings.metrics, settings.factors)
   groups = methods.plan(*chosen, settings.train_length, settings.lengths, settings.seeds, settings.windows)
   all_rows = []
   for cell in (cell for group in groups for cell in group.cells):
-    reason = methods.not_applicable(cell["scheme"], cell["method"])
+    reason = methods.not_applicable(models.schemes[cell["scheme"]], cell["method"])
     made = rows.not_applicable(cell, reason) if reason else make(cell)
     all_rows.append(made if isinstance(made, dict) else rows.ok(cell, made))
   out.mkdir()
-  return report.write(out, settings, config, all_rows, text), all_rows
+  return report.write(out, settings, config, all_rows, models), all_rows
 
 
 def sheet(path):

@@ -39,9 +39,9 @@ def computed(monkeypatch):
   """The names of the groups that are computed, as they come."""
   names, compute = [], evaluate.compute
 
-  def counted(settings, trained, text, group):
+  def counted(settings, models, group):
     names.append(group.name)
-    return compute(settings, trained, text, group)
+    return compute(settings, models, group)
 
   monkeypatch.setattr(evaluate, "compute", counted)
   return names

@@ -11,8 +11,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "hf")]
 
 import numpy as np  # noqa: E402
 import theirs  # noqa: E402
-from family_cases import ROWS, tokens  # noqa: E402
-from family_checks import GOLDEN, KEPT  # noqa: E402
+from family_cases import GOLDEN, KEPT, ROWS, tokens  # noqa: E402
 
 rows = {row: theirs.logits(theirs.row_model(row), tokens())[0, KEPT] for row in ROWS}
 np.savez_compressed(GOLDEN, **rows)

@@ -7,14 +7,16 @@ Weights come from NumPy by the name of the tensor, so that the same model can be
 
 import dataclasses
 import functools
+import json
 import zlib
+from pathlib import Path
 
-import jax
 import numpy as np
+from safetensors.numpy import save_file
 
+from jaxllm.hf import match
 from jaxllm.hf.families import FAMILIES, read_config
-from jaxllm.nn import Transformer
-from jaxllm.tree import flatten, unflatten
+from jaxllm.tree import unflatten
 
 T = 600
 SCALE = 0.75
@@ -35,6 +37,7 @@ LONGROPE = dict(
   rope_type="longrope", short_factor=SHORT, long_factor=LONG, partial_rotary_factor=0.45, **BASE
 )
 FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWS = dict(use_sliding_window=True, sliding_window=90, max_window_layers=1)
 NEOX = dict(vocab_size=199, hidden_size=72, intermediate_size=100, num_hidden_layers=3, num_attention_heads=3)
 NEOX |= dict(
   max_position_embeddings=256, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.25, **BASE)
@@ -52,10 +55,10 @@ ROWS = {
   "llama, tied": dict(rope_parameters=YARN, tie_word_embeddings=True, **LLAMA | dict(num_key_value_heads=6)),
   "mistral": dict(rope_parameters=BASE, sliding_window=90, **LLAMA),
   "ministral3": dict(rope_parameters=YARN | {"llama_4_scaling_beta": 0.3}, **LLAMA),
-  "qwen2": dict(
-    rope_parameters=BASE, use_sliding_window=True, sliding_window=90, max_window_layers=1, **LLAMA
+  "qwen2": dict(rope_parameters=BASE, **WINDOWS, **LLAMA),
+  "qwen3": dict(
+    rope_parameters=YARN, attention_bias=True, layer_types=[SLIDING, FULL, FULL], **WINDOWS, **LLAMA
   ),
-  "qwen3": dict(rope_parameters=YARN, attention_bias=True, **LLAMA),
   "gemma": dict(rope_parameters=BASE, **LLAMA | dict(num_key_value_heads=1)),
   "gemma2": dict(rope_parameters=BASE, attn_logit_softcapping=3.0, final_logit_softcapping=10.0, **GEMMA2),
   "gemma3_text": dict(
@@ -91,6 +94,9 @@ ROWS = {
 }
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
+GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
+KEPT = np.linspace(0, T - 1, 16).astype(int)
+"""The positions whose logits are kept there."""
 LOOSE = {"mpt": 5e-5}
 """Rows whose reference is itself further off: its ALiBi is of absolute positions, hundreds in float32."""
 
@@ -133,21 +139,11 @@ def build(plain, seed=0):
   return Model(family, cfg, tensors, from_tensors(family, cfg, tensors))
 
 
-def expanded(family, cfg):
-  """The keys of a model, one a tensor, with the number of the layer in their names."""
-  for key in family.keys(cfg):
-    for i in range(cfg.num_layers) if "{i}" in key.theirs else [0]:
-      yield dataclasses.replace(
-        key, theirs=key.theirs.format(i=i), ours=tuple(path.format(i=i) for path in key.ours)
-      )
-
-
 def shapes(family, cfg):
   """(name, path of the first parameter, shape) of all tensors of the files."""
-  init = lambda key: Transformer(cfg).init(key, np.zeros((1, 1), np.int32))["params"]
-  ours = flatten(jax.eval_shape(init, jax.random.key(0)))
-  for key in expanded(family, cfg):
-    parts = [np.zeros(ours[path].shape, np.int8) for path in key.ours]
+  ours = match.expected_shapes(cfg)
+  for key in match.all_keys(family, cfg):
+    parts = [np.zeros(ours[path], np.int8) for path in key.ours]
     parts = [part.T for part in parts] if key.stored == "oi" else parts
     yield key.theirs, key.ours[0], key.layout.join(parts, cfg, key.axis).shape
 
@@ -169,11 +165,18 @@ def draw(name, path, cfg, shape, seed):
 def from_tensors(family, cfg, tensors):
   """Parameters, each an array of its own, from tensors by name."""
   flat = {}
-  for key in expanded(family, cfg):
+  for key in match.all_keys(family, cfg):
     parts = key.layout.split(np.asarray(tensors[key.theirs]), cfg, key.axis)
     for path, part in zip(key.ours, parts, strict=True):
       flat[path] = np.ascontiguousarray(part.T if key.stored == "oi" else part)
   return unflatten(flat)
+
+
+def write(directory, row):
+  """A model directory of a row, written without transformers."""
+  (directory / "config.json").write_text(json.dumps(settings(row)))
+  save_file(built(row).tensors, directory / "model.safetensors")
+  return directory
 
 
 def tokens(seed=0, shape=(1, T)):

@@ -1,20 +1,19 @@
 """Properties of every row, as functions of its model: logits, decoding, gradients, hidden states."""
 
-import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from family_cases import PINNED, T, built, expanded
+from family_cases import PINNED, T, built
 from model_checks import relative_error
 
+from jaxllm.hf import match
 from jaxllm.nn import Context, Transformer, init_cache
 from jaxllm.nn.transformer import Block
 from jaxllm.tree import flatten
 
-CHUNK = 8
+CHUNK = 32
 
 
 @functools.cache
@@ -68,20 +67,19 @@ def tables(cfg, row=None, length=T):
   return cfg.rope_tables(max_len=length)
 
 
-def logits(row, ids, params=None, **changes):
+def logits(row, ids, params=None):
   """Our float32 logits [B, T, V] of a row's model."""
   model = built(row)
-  cfg = dataclasses.replace(model.cfg, **changes)
   params = model.params if params is None else params
-  return np.asarray(program("forward", cfg)(params, ids, tables(cfg, row, ids.shape[1])))
+  return np.asarray(program("forward", model.cfg)(params, ids, tables(model.cfg, row, ids.shape[1])))
 
 
-def decoded(cfg, params, ids, rope, single=8, capacity=None):
-  """Logits [B, T, V] through the cache, by one program: chunks of eight, then `single` tokens one at a time."""
+def decoded(cfg, params, ids, rope, capacity=None, single=4):
+  """Logits [B, T, V] through the cache, by one program for chunks of up to 32 tokens: the last `single` are alone."""
   B, length = ids.shape
-  step, cache, out = program("step", cfg), init_cache(cfg, B, capacity or length + CHUNK), []
-  chunks = (length - single) // CHUNK
-  for n in [CHUNK] * chunks + [1] * (length - CHUNK * chunks):
+  step, cache, out = program("step", cfg), init_cache(cfg, B, capacity or length), []
+  full, rest = divmod(length - single, CHUNK)
+  for n in [CHUNK] * full + [rest] * (rest > 0) + [1] * single:
     done = sum(x.shape[1] for x in out)
     chunk = np.zeros((B, CHUNK), np.int32)
     chunk[:, :n] = ids[:, done : done + n]
@@ -101,13 +99,8 @@ def first_bad_layer(found, expected, tolerance=1e-4):
 def by_name(row, grads):
   """Gradients by the names of the files, in the layouts of the files."""
   model, flat, out = built(row), flatten(grads), {}
-  for key in expanded(model.family, model.cfg):
+  for key in match.all_keys(model.family, model.cfg):
     parts = [np.asarray(flat[path]) for path in key.ours]
     parts = [part.T for part in parts] if key.stored == "oi" else parts
     out[key.theirs] = key.layout.join(parts, model.cfg, key.axis)
   return out
-
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
-KEPT = np.linspace(0, T - 1, 16).astype(int)
-"""The positions whose logits are kept."""

@@ -1,5 +1,6 @@
 """transformers' side of a row: its config, its model with the row's weights, its logits, gradients and hidden states."""
 
+import copy
 import functools
 import json
 
@@ -16,7 +17,8 @@ IN_MEMORY = {"gpt_neox": ("embed_out.weight", "lm_head.weight")}
 
 
 def config(plain):
-  """transformers' config of the settings."""
+  """transformers' config of the settings, of which it changes the objects it is given."""
+  plain = copy.deepcopy(dict(plain))
   fields = {name: value for name, value in plain.items() if name != "model_type"}
   return transformers.AutoConfig.for_model(plain["model_type"], attn_implementation="eager", **fields)
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxllm.study import plots, report, rows
 from jaxllm.study.findings import compare
-from jaxllm.study.interval import T_95, half_width, mean
+from jaxllm.study.interval import T_95, half_width, mean, ratio
 
 
 def cell(method, length, seed=0, scheme="rope", factor=None, metric="bpb_last"):
@@ -34,6 +35,20 @@ def test_the_interval_of_a_known_sample():
   assert half_width([1.0, 1.0]) == 0
   wide = list(range(36))  # 35 degrees of freedom: the quantile of 30, the next smaller one there is
   assert half_width(wide) == pytest.approx(2.042 * scipy.stats.sem(wide))
+
+
+def test_the_interval_of_a_ratio_is_the_delta_methods():
+  """r = mean y / mean x: the variance of r is g' S g / n with the gradient g of the ratio and the covariance S of (y, x)."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(50, 150, 40).astype(float)
+  y = 2.5 * x + rng.normal(0, 20, 40)
+  r, half = ratio(y, x)
+  gradient = np.array([1 / x.mean(), -y.mean() / x.mean() ** 2])
+  error = np.sqrt(gradient @ np.cov(y, x) @ gradient / 40)
+  assert r == pytest.approx(y.sum() / x.sum(), rel=1e-14)
+  assert half == pytest.approx(T_95[30] * error, rel=1e-12)
+  assert ratio([3.0, 5.0, 9.0], [2.0] * 3)[1] == pytest.approx(half_width([1.5, 2.5, 4.5]), rel=1e-14)
+  assert ratio([3.0], [2.0]) == (1.5, math.inf)
 
 
 def test_a_table_of_one_seed_with_what_is_missing():

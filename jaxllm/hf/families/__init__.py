@@ -126,7 +126,7 @@ def write_config(
       plain = one.write(wanted) | _common(one, wanted)
       found = read_config(plain, f"what would be written for {one.model_type}")[1]
     except ConfigError as error:
-      reasons[one.model_type] = (len(dataclasses.fields(cfg)), str(error))
+      reasons[one.model_type] = (2, str(error))  # of a thing the family has not
       continue
     if not (lines := differences(wanted, found)):
       return one, plain
@@ -195,6 +195,7 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
     norm=plain_norm(cfg.norm),
     qk_norm=qk_norm,
     attention_scale=None if usual else cfg.attention_scale,
+    logit_scale=1 / (1 / cfg.logit_scale),  # as it comes back from its reciprocal
     biases=tuple(sorted(cfg.biases)),
     context_length=None,
     attention=Plain(),

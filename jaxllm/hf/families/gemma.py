@@ -131,7 +131,8 @@ def keys2(cfg: ModelConfig) -> list[Key]:
 
 SHARED_ROW = dict(tied=True, eos=1, unused=relative.ROTARY)
 GEMMA = Family("gemma", "GemmaForCausalLM", read1, write1, relative.keys, **SHARED_ROW)
-GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read2, write2, keys2, **SHARED_ROW)
+SIZE = ("sliding_window_size",)  # an early name that transformers does not read
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read2, write2, keys2, ignored=SIZE, **SHARED_ROW)
 GEMMA3 = Family(
   "gemma3_text", "Gemma3ForCausalLM", read3, write3, keys2, ignored=("_sliding_window_pattern",), **SHARED_ROW
 )

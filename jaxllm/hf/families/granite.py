@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from jaxllm.config import ModelConfig
 from jaxllm.hf.families import relative
@@ -28,15 +27,8 @@ def write(cfg: ModelConfig) -> dict:
     "attention_multiplier": cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
     "embedding_multiplier": cfg.embed_scale,
     "residual_multiplier": getattr(cfg.wiring, "branch_scale", 1.0),
-    "logits_scaling": reciprocal(cfg.logit_scale),
+    "logits_scaling": 1 / cfg.logit_scale,
   }
-
-
-def reciprocal(x: float) -> float:
-  """The number whose reciprocal is x, to the last bit where there is one: 1 / (1 / x) can be a neighbour of x."""
-  near = 1 / x
-  around = (near, math.nextafter(near, 0), math.nextafter(near, math.inf))
-  return next((one for one in around if 1 / one == x), near)
 
 
 GRANITE = Family("granite", "GraniteForCausalLM", read, write, relative.keys, eos=2)

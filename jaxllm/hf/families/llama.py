@@ -12,6 +12,7 @@ KIND = relative.Relative(attention_bias=True, mlp_bias=True, divides=True)
 
 def read(s: Settings) -> ModelConfig:
   """Every layer alike."""
+  s.settle("rope_interleaved", False, why="transformers turns halves in this family")
   return relative.read(s, KIND)
 
 
@@ -20,4 +21,8 @@ def write(cfg: ModelConfig) -> dict:
   return relative.write(cfg, KIND)
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", read, write, relative.keys, eos=2, unused=relative.ROTARY)
+NOTES = ("max_sequence_length", "is_llama_config")
+"""What some files say and transformers does not read."""
+LLAMA = Family(
+  "llama", "LlamaForCausalLM", read, write, relative.keys, eos=2, unused=relative.ROTARY, ignored=NOTES
+)

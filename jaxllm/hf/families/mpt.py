@@ -9,13 +9,24 @@ from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.hf.families.relative import attention_scale
 from jaxllm.hf.family import Blocks, Family, Key, linear, norm
-from jaxllm.hf.settings import COUNT, DEPTH, NUMBER, POSITIVE, Kind, Settings
+from jaxllm.hf.settings import COUNT, DEPTH, IGNORED, NUMBER, POSITIVE, Kind, Settings
 from jaxllm.norm import LayerNorm
 from jaxllm.position import Alibi
 
 CLIP = Kind("a finite number of at least 0, 0 for none", lambda x: NUMBER.fits(x) and x >= 0)
-IGNORED = ("learned_pos_emb", "init_device", "init_config", "norm_type", "verbose", "fc_type", "ffn_config")
-"""learned_pos_emb has no effect beside ALiBi; the others say how the authors' code makes a model."""
+NO_MODEL = ("learned_pos_emb", "init_device", "init_config", "norm_type", "verbose", "fc_type", "ffn_config")
+NO_MODEL += ("attn_impl", "attn_pdrop", "attn_uses_sequence_id")
+"""learned_pos_emb has no effect beside ALiBi; the others say how the authors' code makes or computes a model."""
+OF_ANY_CONFIG = (
+  "architectures",
+  "dtype",
+  "torch_dtype",
+  "is_encoder_decoder",
+  "add_cross_attention",
+  "pruned_heads",
+)
+OF_ANY_CONFIG += ("tie_word_embeddings",)
+"""transformers writes attn_config as a config of its own, with what all of them have."""
 QKV = Blocks(lambda cfg: [cfg.embed_dim] * 3)
 
 
@@ -41,7 +52,7 @@ def read(s: Settings) -> ModelConfig:
   for name, value in only.items():
     attention.settle(name, value, why="transformers' MPT has no other")
   scale, clip = attention.take("softmax_scale", POSITIVE, None), attention.take("clip_qkv", CLIP, None)
-  attention.finish(("attn_impl", "attn_pdrop", "attn_uses_sequence_id", "model_type", "transformers_version"))
+  attention.finish(IGNORED | {*NO_MODEL, *OF_ANY_CONFIG})
   cfg = ModelConfig(
     vocab_size=s.take("vocab_size", COUNT),
     embed_dim=D,
@@ -97,4 +108,4 @@ def keys(cfg: ModelConfig) -> list[Key]:
   ]
 
 
-MPT = Family("mpt", "MptForCausalLM", read, write, keys, tied=True, prefix="transformer.", ignored=IGNORED)
+MPT = Family("mpt", "MptForCausalLM", read, write, keys, tied=True, prefix="transformer.", ignored=NO_MODEL)

@@ -45,4 +45,5 @@ def write(cfg: ModelConfig) -> dict:
   return plain | {"use_sliding_window": plain["sliding_window"] is not None}
 
 
-SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", read, write, relative.keys, tied=True, eos=128001)
+ROW = dict(tied=True, eos=128001, ignored=("max_window_layers",))  # which no window follows
+SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", read, write, relative.keys, **ROW)

@@ -1,0 +1,224 @@
+"""A Hugging Face checkpoint as (ModelConfig, parameters): from mapped files straight into the arrays of the model."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm import tree
+from jaxllm.config import DTYPES, ModelConfig
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.hf import families, files, hub, scan
+from jaxllm.hf.family import Family, Key
+from jaxllm.hf.match import Source, match
+from jaxllm.hf.settings import TOKENS, Settings
+from jaxllm.leaf import Matrix
+from jaxllm.parallel.mesh import default_rules
+from jaxllm.parallel.rules import RULES, Rules, layout
+
+THREADS = 8
+"""At most; NumPy copies without holding the interpreter's lock, and two or three threads take all the memory can give."""
+
+_log = logging.getLogger(__name__)
+
+
+def load(
+  path_or_repo: str | os.PathLike,
+  dtype: str = "auto",
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+  rope_precision: str = "exact",
+) -> tuple[ModelConfig, dict[str, Any]]:
+  """(cfg, params) of a checkpoint: a directory, or "owner/name" (and @revision) of the Hugging Face Hub.
+
+  dtype: "auto" keeps each parameter in the type it is stored in, and computes in the type config.json names, or else in that of
+  the files; "float32", "bfloat16" or "float16" is both.  mesh, rules: every shard is read straight onto its device; rules are
+  by default those of `parallel.RULES` that use all axes of the mesh.  rope_precision: see `ModelConfig`.
+
+  Matrices stay [out, in] as `leaf.Matrix` where `matrix_layout` says so.  Raises CheckpointError for files that are damaged,
+  that do not fit config.json, or with values that are NaN or infinite; ConfigError for what no model here can be.
+  """
+  opened = open_checkpoint(path_or_repo, dtype, rope_precision)
+  return opened.cfg, opened.params(mesh, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A checkpoint whose settings and headers are read, and whose weights are not.
+
+  cast: the type that parameters get, None: each its own.
+  """
+
+  checkpoint: files.Checkpoint
+  family: Family
+  cfg: ModelConfig
+  source: Source
+  cast: str | None
+
+  def params(self, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
+    """The parameters, as `load` gives them."""
+    return load_params(self.checkpoint, self.family, self.cfg, self.source, self.cast, mesh, rules)
+
+
+def open_checkpoint(
+  path_or_repo: str | os.PathLike, dtype: str = "auto", rope_precision: str = "exact"
+) -> Opened:
+  """What `load` would load, as far as settings and headers tell; raises as it does, for all but weights."""
+  if dtype not in ("auto", *DTYPES):
+    raise ConfigError(f"dtype: found {dtype!r}, expected one of auto, {', '.join(DTYPES)}")
+  directory = hub.find(path_or_repo)
+  family, cfg, source = load_config(directory)
+  checkpoint = files.Checkpoint(directory)
+  compute = dtype if dtype != "auto" else _compute_type(cfg, source, checkpoint)
+  cfg = dataclasses.replace(cfg, dtype=compute, rope_precision=rope_precision)
+  return Opened(checkpoint, family, cfg, source, None if dtype == "auto" else dtype)
+
+
+def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:
+  """The family and the config of a model directory, with the eos ids of its generation_config.json, and what was read."""
+  if not os.path.lexists(directory / files.CONFIG):
+    raise CheckpointError(
+      f"{directory}: no {files.CONFIG}; give the directory that a model was saved to (a save that was interrupted leaves none)"
+    )
+  path = files.plain_file(directory, files.CONFIG)
+  plain = files.read_json(path, ConfigError)
+  read = lambda plain: families.read_config(plain, str(path))
+  family, cfg = read(plain)
+  if "auto_map" in plain:
+    _log.warning(
+      "%s: names code of its own (auto_map), which is never run: the model is the family %s",
+      path,
+      family.model_type,
+    )
+  if os.path.lexists(directory / files.GENERATION_CONFIG):
+    generation = files.plain_file(directory, files.GENERATION_CONFIG)
+    found = Settings(files.read_json(generation, ConfigError), str(generation)).take(
+      "eos_token_id", TOKENS, None
+    )
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if ids := [one for one in ids if 0 <= one < cfg.vocab_size]:
+      cfg = dataclasses.replace(cfg, eos_ids=tuple(ids))
+  return family, cfg, Source(str(path), plain, lambda plain: read(plain)[1])
+
+
+def load_params(
+  checkpoint: files.Checkpoint,
+  family: Family,
+  cfg: ModelConfig,
+  source: Source,
+  dtype: str | None = None,
+  mesh: Mesh | None = None,
+  rules: Rules | None = None,
+) -> dict[str, Any]:
+  """The parameters of a model of `cfg`, in the type `dtype` (None: each in the type of its tensor); as `load` says."""
+  found, shapes = match(checkpoint, family, cfg, source)
+  platform = jax.devices()[0].platform if mesh is None else mesh.devices.flat[0].platform
+  targets = {}
+  for key, stored in found:
+    kind = stored.dtype if dtype is None else np.dtype(dtype)
+    keep = key.stored == "oi" and matrix_layout(platform, kind.name, cfg.dtype)[0] == "oi"
+    for path in key.ours:
+      struct = jax.ShapeDtypeStruct(shapes[path][::-1] if keep else shapes[path], kind)
+      targets[path] = Matrix(struct, "oi") if keep else struct
+  if mesh is not None:
+    rules = RULES[default_rules(mesh)] if rules is None else rules
+    targets = tree.flatten(layout(tree.unflatten(targets), mesh, rules, cfg))
+
+  def read(item: tuple[Key, files.Stored]) -> list[tuple[str, Any]]:
+    key, stored = item
+    tensor = checkpoint.view(stored.name)
+    parts = key.layout.split(tensor, cfg, key.axis)
+    leaves = []
+    for path, part in zip(key.ours, parts, strict=True):
+      io = part.T if key.stored == "oi" else part
+      assert io.shape == shapes[path], f"{family.model_type}: {path} is {io.shape} of {stored}"
+      matrix = isinstance(targets[path], Matrix)
+      struct = targets[path].value if matrix else targets[path]
+      value = _place(part if matrix else io, struct, tensor, stored)
+      leaves.append((path, Matrix(value, "oi") if matrix else value))
+    return leaves
+
+  with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
+    flat = dict(leaf for leaves in threads.map(read, found) for leaf in leaves)
+  params = tree.unflatten({path: flat[path] for path in shapes})
+  tree.check_same(tree.unflatten(targets), params, str(checkpoint.directory))
+  _log.info("%s", _report(checkpoint, family, cfg, params, platform))
+  return params
+
+
+def matrix_layout(platform: str, dtype: str, compute: str) -> tuple[Literal["oi", "io"], str]:
+  """How the matrices of files, [out, in], are held, and why: "oi" as they are, "io" transposed, one at a time.
+
+  dtype: of the parameters; compute: cfg.dtype.
+  """
+  if platform != "cpu":
+    return "oi", f"the compiler lays products out for the {platform} as it likes"
+  if dtype == compute == "float32":
+    return "oi", "this CPU multiplies float32 as fast in either layout"
+  return "io", f"a CPU multiplies {compute} fast as [in, out] only"
+
+
+def _place(
+  view: np.ndarray, struct: jax.ShapeDtypeStruct, tensor: np.ndarray, stored: files.Stored
+) -> jax.Array:
+  """The array of `struct` with the values of `view`, which is the tensor or a part of it; past the end of the view it is 0."""
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
+    part, finite = scan.copy(view[index], struct.dtype)
+    if not finite:
+      raise CheckpointError(
+        f"{stored}: {scan.explain(tensor, struct.dtype)}; fetch the file again, or mend the tensor"
+      )
+    shape = tuple(len(range(*along.indices(size))) for along, size in zip(index, struct.shape, strict=True))
+    return (
+      part
+      if part.shape == shape
+      else np.pad(part, [(0, n - m) for n, m in zip(shape, part.shape, strict=True)])
+    )
+
+  if struct.sharding is None:
+    return jax.device_put(read((slice(None),) * view.ndim)).block_until_ready()
+  parts: dict[str, np.ndarray] = {}  # devices that hold the same part read it once
+
+  def part_of(index: tuple[slice, ...]) -> np.ndarray:
+    if str(index) not in parts:
+      parts[str(index)] = read(index)
+    return parts[str(index)]
+
+  return jax.make_array_from_callback(struct.shape, struct.sharding, part_of).block_until_ready()
+
+
+def _compute_type(cfg: ModelConfig, source: Source, checkpoint: files.Checkpoint) -> str:
+  """The type that config.json names, or else the one that most of the files' bytes are in."""
+  if any(source.plain.get(name) is not None for name in ("dtype", "torch_dtype")):
+    return cfg.dtype
+  sizes = dict.fromkeys(DTYPES, 0)
+  for stored in checkpoint.tensors.values():
+    if stored.dtype.name in sizes:
+      sizes[stored.dtype.name] += stored.stop - stored.start
+  return max(sizes, key=sizes.get)
+
+
+def _report(
+  checkpoint: files.Checkpoint, family: Family, cfg: ModelConfig, params: dict[str, Any], platform: str
+) -> str:
+  """What was loaded, in a line: how much of what, in which types, and how matrices are held and why."""
+  leaves = list(tree.flatten(params).values())
+  types: dict[str, int] = {}
+  for leaf in leaves:
+    types[leaf.dtype.name] = types.get(leaf.dtype.name, 0) + leaf.size
+  most = max(types, key=types.get)
+  how, why = matrix_layout(platform, most, cfg.dtype)
+  return (
+    f"{checkpoint.directory}: {family.model_type} of {sum(types.values()):,} parameters ("
+    + ", ".join(f"{count:,} {name}" for name, count in types.items())
+    + f"), computed in {cfg.dtype}; matrices are held {'[out, in], as in the files' if how == 'oi' else '[in, out]'}: {why}"
+  )

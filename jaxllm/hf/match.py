@@ -1,0 +1,207 @@
+"""Which tensor of the files holds which parameters of a model, and all that does not fit in one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import tree
+from jaxllm.config import ModelConfig
+from jaxllm.errors import CheckpointError, JaxllmError
+from jaxllm.hf.family import Family, Key
+from jaxllm.hf.files import Checkpoint, Stored, shown
+from jaxllm.hf.scan import INFINITIES
+from jaxllm.nn import Transformer
+
+Shapes = Mapping[str, tuple[int, ...]]
+_ROWS = 256  # compared at once: little memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A config.json for messages: where it is, its settings, and what makes a ModelConfig of such settings."""
+
+  path: str
+  plain: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  read: Callable[[dict[str, Any]], ModelConfig] | None = None
+
+
+def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """{path: logical shape} of the parameters of `Transformer(cfg)`, from `jax.eval_shape` of its initialisation.
+
+  Layers of one kind have equal parameters, so a model with one of each kind is enough, however deep it is.
+  """
+  kinds = tuple(dict.fromkeys(cfg.layers))
+  small = Transformer(dataclasses.replace(cfg, layers=kinds, num_layers=len(kinds)))
+  tokens_BT = jnp.zeros((1, 1), jnp.int32)
+  params = dict(jax.eval_shape(small.init, jax.random.key(0), tokens_BT)["params"])
+  layers = params.pop("layers")
+  params["layers"] = {str(i): layers[str(kinds.index(cfg.layer(i)))] for i in range(cfg.num_layers)}
+  return {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
+
+
+def all_keys(family: Family, cfg: ModelConfig) -> list[Key]:
+  """The family's keys, those with {i} once a layer."""
+  keys = []
+  for key in family.keys(cfg):
+    for i in range(cfg.num_layers) if "{i}" in key.theirs else ("",):
+      name = lambda text, i=i: text.replace("{i}", str(i))
+      keys.append(dataclasses.replace(key, theirs=name(key.theirs), ours=tuple(map(name, key.ours))))
+  return keys
+
+
+def stored_shape(key: Key, shapes: Shapes) -> tuple[int, ...]:
+  """The shape of the tensor that holds parameters of these logical shapes."""
+  parts = [shapes[path][::-1] if key.stored == "oi" else shapes[path] for path in key.ours]
+  shape = list(parts[0])
+  shape[key.axis] = sum(part[key.axis] for part in parts)
+  return tuple(shape)
+
+
+def match(
+  checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Source
+) -> list[tuple[Key, Stored]]:
+  """Every key of the model, and the tensor of the files that is it.
+
+  Raises CheckpointError with all tensors that are missing, not expected, or of another shape or type than config.json implies,
+  and for a head beside a tied embedding that is not equal to it.
+  """
+  layers = _count_layers(checkpoint, family, cfg)
+  if cfg.num_layers > max(2 * layers, 1000):  # no list of what is missing
+    raise CheckpointError(f"{source.path}: says {cfg.num_layers:,} layers, but the files hold {layers}")
+  shapes, keys = expected_shapes(cfg), all_keys(family, cfg)
+  assert sorted(path for key in keys for path in key.ours) == sorted(shapes), f"keys of {family.model_type}"
+  heads = _head_keys(family, cfg)
+  names = _names(checkpoint, family, {key.theirs for key in keys + heads})
+  changed = _Changed(source)
+  found, problems = [], []
+  for key in keys:
+    want = stored_shape(key, shapes)
+    if key.theirs not in names:
+      problems.append(f"missing: {key.theirs} {list(want)}")
+      continue
+    stored = checkpoint.tensors[names.pop(key.theirs)]
+    found.append((key, stored))
+    if stored.shape != want:
+      problems.append(f"shape: {stored} is {list(stored.shape)}, expected {list(want)}{changed.shape(key)}")
+    elif stored.dtype not in INFINITIES:
+      problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, INFINITIES))}")
+  tied = [names.pop(key.theirs) for key in heads if key.theirs in names]
+  if not problems:  # else the embedding may be what is missing
+    problems += _differing_heads(checkpoint, found, tied, source)
+  for name in _unexpected(names, family):
+    stored = checkpoint.tensors[names[name]]
+    problems.append(f"unexpected: {stored} {list(stored.shape)}")
+  if problems:
+    hint = ""
+    if layers != cfg.num_layers:
+      hint = f" (the files hold {layers} layers, expected {cfg.num_layers}{changed.layers()})"
+    raise CheckpointError(
+      f"{checkpoint.directory}: the tensors do not fit {source.path}{hint}; mend it, or fetch the files again\n  "
+      + shown(problems)
+    )
+  return found, shapes
+
+
+class _Changed:
+  """The model with one setting of config.json changed at a time: what a shape depends on, of any family."""
+
+  def __init__(self, source: Source):
+    self._read, self._plain = source.read, dict(source.plain)
+
+  @functools.cached_property
+  def _models(self) -> list[tuple[str, ModelConfig]]:
+    """("key = value" as it is, the model where it is another) for every whole number; the model as it is comes first."""
+    models = [("", self._model({}))]
+    for key, number in self._plain.items():
+      if type(number) is int and number > 0:
+        tried = (self._model({key: other}) for other in (2 * number, number // 2, number + 1))
+        models.append((f"{key} = {number}", next(filter(None, tried), models[0][1])))
+    return models
+
+  def _model(self, changes: dict[str, int]) -> ModelConfig | None:
+    try:
+      return self._read(self._plain | changes)
+    except JaxllmError:
+      return None
+
+  @functools.cached_property
+  def _shapes(self) -> list[Shapes]:
+    return [expected_shapes(cfg) for _, cfg in self._models]
+
+  def layers(self) -> str:
+    """ " (key = value)": what the number of layers depends on; nothing where that is not known."""
+    return self._dependent(lambda i: self._models[i][1].num_layers)
+
+  def shape(self, key: Key) -> str:
+    """ " (key = value, ...)": what the shape of a tensor depends on."""
+    # another model may lack a parameter
+    return self._dependent(
+      lambda i: all(p in self._shapes[i] for p in key.ours) and stored_shape(key, self._shapes[i])
+    )
+
+  def _dependent(self, quantity: Callable[[int], Any]) -> str:
+    if self._read is None:
+      return ""
+    keys = [text for i, (text, _) in enumerate(self._models) if quantity(i) != quantity(0)]
+    return f" ({', '.join(keys)})" if keys else ""
+
+
+def _names(checkpoint: Checkpoint, family: Family, known: Collection[str]) -> dict[str, str]:
+  """{name as in the family's keys: name in the files}; they differ where the files are of the model without its head."""
+  prefix = family.prefix
+  bare = prefix and not any(name.startswith(prefix) for name in checkpoint.tensors)
+  return {prefix + name if bare and name not in known else name: name for name in checkpoint.tensors}
+
+
+def _unexpected(names: Mapping[str, str], family: Family) -> list[str]:
+  unused = [re.compile(pattern) for pattern in family.unused]
+  forms = lambda name: (name, name.removeprefix(family.prefix))
+  return [name for name in names if not any(p.fullmatch(form) for p in unused for form in forms(name))]
+
+
+def _count_layers(checkpoint: Checkpoint, family: Family, cfg: ModelConfig) -> int:
+  """How many layers the files have tensors of."""
+  starts = {key.theirs.partition("{i}")[0] for key in family.keys(cfg) if "{i}" in key.theirs}
+  starts |= {start.removeprefix(family.prefix) for start in starts}
+  number = re.compile(f"(?:{'|'.join(map(re.escape, starts))})([0-9]+)[.]")
+  return len({found[1] for name in checkpoint.tensors if (found := number.match(name))})
+
+
+def _head_keys(family: Family, cfg: ModelConfig) -> list[Key]:
+  """What the family calls the head of a model whose embedding is not its head too; nothing where cfg's is not."""
+  if not cfg.tie_embeddings:
+    return []
+  own = {key.theirs for key in family.keys(cfg)}
+  return [key for key in family.keys(dataclasses.replace(cfg, tie_embeddings=False)) if key.theirs not in own]
+
+
+def _differing_heads(
+  checkpoint: Checkpoint, found: list[tuple[Key, Stored]], heads: list[str], source: Source
+) -> Iterator[str]:
+  """A line for each tensor that should be the embedding once more and is not."""
+  (embed,) = (stored for key, stored in found if key.ours == ("embed",))
+  for name in heads:
+    head = checkpoint.tensors[name]
+    if (head.shape, head.dtype) != (embed.shape, embed.dtype):
+      problem = f"is {head.dtype} {list(head.shape)}, and {embed} {embed.dtype} {list(embed.shape)}"
+    else:
+      # the bits: a NaN that both have is for the scan of the values
+      a, b = (checkpoint.view(each.name).view(INFINITIES[embed.dtype][0]) for each in (head, embed))
+      parts = (slice(start, start + _ROWS) for start in range(0, len(a), _ROWS))
+      rows = next((part for part in parts if not np.array_equal(a[part], b[part])), None)
+      if rows is None:
+        continue
+      row = rows.start + int((a[rows] != b[rows]).any(axis=1).argmax())
+      problem = f"is not {embed}: they differ first in row {row}"
+    yield (
+      f"tied: {head} {problem}, but the model of {source.path} has one matrix for both; "
+      "set tie_word_embeddings to false, or remove the tensor"
+    )

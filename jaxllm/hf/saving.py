@@ -1,0 +1,257 @@
+"""A model as a directory that transformers opens: config.json, safetensors, tokenizer files; whole, or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxllm import tree
+from jaxllm.config import ModelConfig
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.hf import families, files, scan
+from jaxllm.hf.family import Family, Key
+from jaxllm.hf.match import all_keys, expected_shapes, stored_shape
+from jaxllm.hf.tokenizer import FILES, Tokenizer
+from jaxllm.leaf import Matrix, dense
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""As large as the files of transformers were for years; every reader takes it."""
+_SHARD = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?")
+_NAMES = {dtype: name for name, dtype in files.DTYPES.items()}
+_VOCABULARY = {"embed": 0, "head": 1, "head_bias": 0}
+"""The axis of the vocabulary, which may be padded for a mesh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A tensor to be written; `read` gives its values, in memory of their own."""
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    """Its bytes in the file."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save(
+  path: str | os.PathLike,
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer | None = None,
+  *,
+  family: str | None = None,
+  pinned: bool = False,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes the directory `path`, which `load` and transformers read as the same model, bit for bit.
+
+  config.json has the settings in force, those of RoPE included; family, pinned: see `families.write_config`.  Tensors keep
+  their types, a padded vocabulary is cut, and files hold up to max_shard_bytes.  All is written under other names first;
+  config.json, without which nothing reads the directory, is taken away before the rest is renamed, and comes last.  So a save
+  that is interrupted leaves what was there, or nothing that loads.  Of several processes all call it, and the first one writes.
+
+  Raises ConfigError for a model that transformers does not have, CheckpointError for parameters that are not cfg's or are NaN
+  or infinite, TokenizerError for more tokens than embeddings, OSError where the disk refuses.
+  """
+  row, plain = families.write_config(cfg, family=family, pinned=pinned)
+  if max_shard_bytes < 1:
+    raise ConfigError(f"max_shard_bytes: found {max_shard_bytes}, expected at least 1")
+  if tokenizer is not None:
+    tokenizer.check_fits(cfg.vocab_size, "the model")
+  save_tensors(path, row, plain, cfg, params, tokenizer, max_shard_bytes)
+
+
+def save_tensors(
+  path: str | os.PathLike,
+  family: Family,
+  plain: Mapping[str, Any],
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """`save` with the family and the config.json given."""
+  shards = _shards(_entries(all_keys(family, cfg), cfg, params), max_shard_bytes)
+  texts = tokenizer.contents() if tokenizer is not None else {}
+  stale = FILES if tokenizer is not None else ()
+  if cfg.eos_ids:
+    ids = list(cfg.eos_ids)
+    texts[files.GENERATION_CONFIG] = _json({"eos_token_id": ids[0] if len(ids) == 1 else ids})
+  if len(shards) > 1:
+    total = sum(entry.nbytes for entries in shards.values() for entry in entries)
+    where = {entry.name: name for name, entries in shards.items() for entry in entries}
+    texts[files.INDEX] = _json({"metadata": {"total_size": total}, "weight_map": where})
+  texts[files.CONFIG] = _json(plain)
+  if jax.process_index():  # the first process needs the shards of all
+    for entries in shards.values():
+      for entry in entries:
+        entry.read()
+  else:
+    _write(Path(path), shards, texts, stale)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"saved {path}")
+
+
+def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -> list[Entry]:
+  """The tensors of the parameters, once these are the model's."""
+  flat, shapes = tree.flatten(params), expected_shapes(cfg)
+  if "blocks" in params:
+    raise CheckpointError(
+      "params: found stacked layers, expected layers/<i>/...; give tree.unstack_layers(params)"
+    )
+  odd = [f"{path}: {type(leaf).__name__}" for path, leaf in flat.items() if not _is_float_array(leaf)]
+  if odd:
+    raise CheckpointError(
+      f"params: not arrays of {', '.join(map(str, scan.INFINITIES))}\n  {files.shown(odd)}"
+    )
+  wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+  found = {path: jax.ShapeDtypeStruct(_cut(path, leaf.shape, cfg), leaf.dtype) for path, leaf in flat.items()}
+  tree.check_same(wanted, found, "params", dtypes=False)
+  entries = []
+  for key in keys:
+    leaves = [flat[path] for path in key.ours]
+    kinds = {np.dtype(leaf.dtype) for leaf in leaves}
+    if len(kinds) > 1:
+      raise CheckpointError(
+        f"params: {', '.join(key.ours)} are {', '.join(sorted(map(str, kinds)))}, expected one type, as they are one tensor, "
+        f"{key.theirs}"
+      )
+    read = lambda key=key, leaves=leaves: _tensor(key, leaves, cfg)
+    entries.append(Entry(key.theirs, *kinds, stored_shape(key, shapes), read))
+  return entries
+
+
+def _is_float_array(leaf: Any) -> bool:
+  """Whether it is an array or a Matrix of a type that checkpoints have; quantized leaves are not."""
+  value = leaf.value if isinstance(leaf, Matrix) else leaf
+  return isinstance(value, (jax.Array, np.ndarray)) and np.dtype(leaf.dtype) in scan.INFINITIES
+
+
+def _cut(path: str, shape: tuple[int, ...], cfg: ModelConfig) -> tuple[int, ...]:
+  """The shape without the padding of a vocabulary."""
+  axis = _VOCABULARY.get(path)
+  return tuple(min(size, cfg.vocab_size) if i == axis else size for i, size in enumerate(shape))
+
+
+def _tensor(key: Key, leaves: Sequence[Any], cfg: ModelConfig) -> np.ndarray:
+  """The values of one tensor of the files."""
+  parts = []
+  for path, leaf in zip(key.ours, leaves, strict=True):
+    matrix = _host(leaf)[tuple(map(slice, _cut(path, leaf.shape, cfg)))]
+    part, finite = scan.copy(matrix.T if key.stored == "oi" else matrix, np.dtype(leaf.dtype))
+    if not finite:
+      raise CheckpointError(
+        f"params: {path}: {scan.explain(matrix, matrix.dtype)}; such a checkpoint could not be loaded again"
+      )
+    parts.append(part)
+  return np.ascontiguousarray(key.layout.join(parts, cfg, key.axis))
+
+
+def _host(leaf: Any) -> np.ndarray:
+  """The logical array in the memory of this process; a view of it where it is there already."""
+  value = leaf.value if isinstance(leaf, Matrix) else leaf
+  if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    value = multihost_utils.process_allgather(value, tiled=True)
+  return dense(
+    dataclasses.replace(leaf, value=np.asarray(value)) if isinstance(leaf, Matrix) else np.asarray(value)
+  )
+
+
+def _shards(entries: Sequence[Entry], most: int) -> dict[str, list[Entry]]:
+  """{file name: its tensors}: as many to a file as fit; inside a file wider types first, as they are written."""
+  shards: list[list[Entry]] = [[]]
+  room = most
+  for entry in entries:
+    if shards[-1] and entry.nbytes > room:
+      shards.append([])
+      room = most
+    shards[-1].append(entry)
+    room -= entry.nbytes
+  ordered = [sorted(shard, key=lambda entry: (-entry.dtype.itemsize, entry.name)) for shard in shards]
+  if len(ordered) == 1:
+    return {files.SINGLE: ordered[0]}
+  return {f"model-{i:05}-of-{len(ordered):05}.safetensors": shard for i, shard in enumerate(ordered, 1)}
+
+
+def _write(
+  directory: Path, shards: Mapping[str, Sequence[Entry]], texts: Mapping[str, bytes], stale: Sequence[str]
+) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  names = [*shards, *texts]
+  try:
+    for name, entries in shards.items():
+      _write_file(_temporary(directory, name), _safetensors(entries))
+    for name, data in texts.items():
+      _write_file(_temporary(directory, name), [data])
+    (directory / files.CONFIG).unlink(missing_ok=True)
+    _sync(directory)
+    for old in directory.iterdir():
+      if old.name not in names and (
+        _SHARD.fullmatch(old.name) or old.name in (*stale, files.GENERATION_CONFIG)
+      ):
+        old.unlink()
+    for name in names:  # config.json is the last
+      os.replace(_temporary(directory, name), directory / name)
+      if name == names[-2]:
+        _sync(directory)
+    _sync(directory)
+  except BaseException:
+    for name in names:
+      _temporary(directory, name).unlink(missing_ok=True)
+    raise
+
+
+def _temporary(directory: Path, name: str) -> Path:
+  return directory / f".{name}.tmp"
+
+
+def _safetensors(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+  """The pieces of a safetensors file, whose data begins at a multiple of 64 bytes."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+  place = 0
+  for entry in entries:
+    offsets = [place, place + entry.nbytes]
+    header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+    place += entry.nbytes
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-(len(text) + 8) % scan.ALIGNMENT)
+  yield len(text).to_bytes(8, "little") + text
+  for entry in entries:
+    x = entry.read()
+    assert (x.shape, x.dtype) == (entry.shape, entry.dtype), f"{entry.name}: {x.dtype} {x.shape}"
+    yield x.reshape(-1).view(np.uint8).data
+
+
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+  with open(path, "wb") as file:
+    for piece in pieces:
+      file.write(piece)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+  """Waits until the names in it are on disk."""
+  fd = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+def _json(plain: Mapping[str, Any]) -> bytes:
+  return (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode()

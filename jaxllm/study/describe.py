@@ -1,0 +1,84 @@
+"""What is in force in a model, in words: positions, windows, caps, precision and attention cores."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from jaxllm.config import ModelConfig
+
+
+def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
+  """A line for each thing that not every decoder has; with `length`, the attention cores of a pass over so many tokens."""
+  heads = f"{cfg.num_heads} heads" + (
+    f" ({cfg.num_kv_heads} of keys and values)" if cfg.num_kv_heads != cfg.num_heads else ""
+  )
+  lines = [
+    f"model: {cfg.num_layers} layers, width {cfg.embed_dim}, {heads} of {cfg.head_dim}, hidden width {cfg.mlp_dim}, vocabulary "
+    f"{cfg.vocab_size}, head {'tied to the embedding' if cfg.tie_embeddings else 'of its own'}"
+  ]
+  lines += [f"positions: {line}" for line in position_lines(cfg)]
+  if cfg.query_scale is not None:
+    lines.append(f"queries by position: {fields(cfg.query_scale)}")
+  numbers = {
+    "attention scale": (getattr(cfg, "attention_scale", None), None),
+    "attention soft cap": (cfg.attention_softcap, None),
+    "logit scale": (getattr(cfg, "logit_scale", 1.0), 1.0),
+    "logit soft cap": (cfg.logit_softcap, None),
+    "embedding scale": (cfg.embed_scale, 1.0),
+    "q, k and v clipped to": (cfg.clip_qkv, None),
+  }
+  scales = [f"{name} {value:.9g}" for name, (value, usual) in numbers.items() if value != usual]
+  if scales:
+    lines.append(f"scales and caps: {', '.join(scales)}")
+  angles = getattr(cfg, "rope_precision", "exact")
+  lines.append(f"precision: {cfg.dtype} compute; angles {angles}")
+  if served := getattr(cfg, "context_length", None):
+    lines.append(f"context: {served} tokens, by its settings")
+  if length is not None:
+    from jaxllm.nn.cores import core_report
+
+    lines.append(f"attention of {length} tokens: {core_report(cfg, length, seq_len=length)}")
+  return lines
+
+
+def position_lines(cfg: ModelConfig) -> list[str]:
+  """The layers of each kind, with their position method, its fields and the keys they see."""
+  places: dict[Any, list[int]] = {}
+  for i in range(cfg.num_layers):
+    places.setdefault(cfg.layer(i), []).append(i)
+  lines = []
+  for layer, found in places.items():
+    which = "all layers" if len(places) == 1 else f"layers {runs(found)}"
+    keys = "all keys" if layer.window is None else f"the {layer.window} nearest keys"
+    lines.append(f"{which}: {fields(layer.position)}, {keys}")
+  return lines
+
+
+def fields(value: Any) -> str:
+  """A method by its name and its fields, those that are None left out: "yarn (base 10000.0, layout half, factor 8.0)"."""
+  from jaxllm.position import POSITIONS
+
+  name = next((name for name, cls in POSITIONS.items() if cls is type(value)), type(value).__name__)
+  given = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+  shown = ", ".join(f"{field} {_short(item)}" for field, item in given.items() if item is not None)
+  return f"{name} ({shown})" if shown else name
+
+
+def runs(numbers: list[int]) -> str:
+  """Ascending numbers with stretches as ranges: 0-4, 6-10."""
+  found: list[list[int]] = []
+  for number in numbers:
+    if found and number == found[-1][-1] + 1:
+      found[-1].append(number)
+    else:
+      found.append([number])
+  return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
+
+
+def _short(item: Any) -> str:
+  """Lists of factors are as long as a head: their ends tell them apart."""
+  if isinstance(item, tuple) and len(item) > 4:
+    return f"{item[0]:g} to {item[-1]:g} ({len(item)} numbers)"
+  return str(item)

@@ -1,0 +1,217 @@
+"""experiments.evaluate: the numbers of transformers on the same windows, intervals, resuming, and what is refused."""
+
+import functools
+import itertools
+import json
+import math
+import re
+
+import loaded_case
+import numpy as np
+import pytest
+import sweep_case
+
+from experiments import evaluate
+from jaxllm.evaluate import strided
+from jaxllm.study import interval, progress
+
+WINDOW, STRIDE = 24, 10
+
+
+def call(*args):
+  return sweep_case.run(*args, script=evaluate, check=evaluate.check)
+
+
+def rows(out):
+  return {row["metric"]: row for row in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """(a directory whose tokens are parts of words, a text of UTF-8 as a file)."""
+  root = tmp_path_factory.mktemp("evaluate")
+  size = loaded_case.word_tokenizer(root / "model")
+  cfg = loaded_case.config(vocab_size=size)
+  loaded_case.hf.save(root / "model", cfg, loaded_case.params(cfg, seed=2))  # it has some hits
+  (root / "text.txt").write_text(loaded_case.text(20))
+  return root / "model", root / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+  """The output of a whole run, and its flags."""
+  out = tmp_path_factory.mktemp("evaluate") / "out"
+  args = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", f"--window={WINDOW}", f"--stride={STRIDE}")
+  args += ("--method=yarn", "--factor=2", "--batch_size=5")
+  assert call(*args, f"--out={out}") == 0
+  return out, args
+
+
+def in_transformers(directory, text):
+  """(losses, hits, ids) of each token but the first, by windows that a loop lays over the text, each begun with <s>."""
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  config = transformers.AutoConfig.from_pretrained(directory)
+  config.max_position_embeddings = 2 * loaded_case.LENGTH
+  config.rope_parameters = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": loaded_case.LENGTH,
+  }
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, config=config, dtype=torch.float32, attn_implementation="eager"
+  )
+  ids = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))(text)[
+    "input_ids"
+  ]
+  places, windows, scored, end = [], [], 1, WINDOW
+  while scored < len(ids):
+    end = min(end, len(ids) - 1)
+    places += [(len(windows), WINDOW - (end - token) - 1) for token in range(scored, end + 1)]
+    windows.append([ids[0], *ids[end - WINDOW + 1 : end]])
+    scored, end = end + 1, end + STRIDE
+  with torch.no_grad():
+    log_p = model(torch.tensor(windows)).logits.double().log_softmax(-1).numpy()
+  log_p = np.array([log_p[place] for place in places])
+  labels = np.array(ids[1:])
+  return -log_p[np.arange(len(labels)), labels], log_p.argmax(-1) == labels, np.array(ids)
+
+
+@pytest.mark.core
+def test_the_numbers_are_those_of_transformers_on_the_same_windows(checkpoint, finished):
+  directory, path = checkpoint
+  found, text = rows(finished[0]), path.read_text()
+  nats, hits, ids = in_transformers(directory, text)
+  assert len(nats) == len(ids) - 1 == found["perplexity"]["tokens"]
+  assert found["bpb"]["bytes"] == len(text.encode())  # <s> is the one token that is not scored, and no text
+  wanted = {
+    "perplexity": math.exp(nats.mean()),
+    "bpb": nats.sum() / math.log(2) / len(text.encode()),
+    "accuracy": hits.mean(),
+  }
+  for metric, value in wanted.items():
+    assert found[metric]["value"] == pytest.approx(value, rel=1e-5), metric
+  # and the interval is that of 50 stretches
+  edges = strided.block_edges(len(ids), 50)
+  sums = [math.fsum(nats[a - 1 : b - 1]) for a, b in itertools.pairwise(edges)]
+  mean, half = interval.ratio(sums, np.diff(edges).tolist())
+  assert found["perplexity"]["low"] == pytest.approx(math.exp(mean - half), rel=1e-5)
+  assert found["perplexity"]["high"] == pytest.approx(math.exp(mean + half), rel=1e-5)
+  for row in found.values():
+    assert row["low"] < row["value"] < row["high"] and row["value"] > 0
+    assert (row["scheme"], row["method"], row["factor"], row["length"]) == ("-", "yarn", 2.0, WINDOW)
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(finished, tmp_path, monkeypatch, capfd):
+  out, args = finished
+  score, seen = strided.score_windows, []
+
+  def stops(*call):
+    if len(seen) == 7:
+      raise KeyboardInterrupt
+    seen.append(call)
+    return score(*call)
+
+  monkeypatch.setattr(strided, "score_windows", stops)
+  assert call(*args, f"--out={tmp_path / 'out'}") == 75
+  assert not (tmp_path / "out" / "results.jsonl").exists()
+  monkeypatch.setattr(strided, "score_windows", score)
+  monkeypatch.setattr(progress, "Progress", functools.partial(progress.Progress, every=0.0))
+  capfd.readouterr()
+  assert call(*args, f"--out={tmp_path / 'out'}") == 0
+  shown = capfd.readouterr()
+  assert shown.err.startswith("windows: 40/")  # seven calls of five windows were done, the eighth is the next
+  assert re.search(r"windows: 45/\d+ .* tokens/s  .* left", shown.err)
+  for name in ("results.jsonl", "results.csv"):
+    assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
+  assert "perplexity" in shown.out and "95 %" in shown.out and "yarn (base 10000.0" in shown.out
+
+
+def test_another_text_is_another_run(finished, checkpoint, tmp_path, capfd):
+  text = tmp_path / "text.txt"
+  text.write_text(checkpoint[1].read_text() + "more")
+  assert call(*finished[1], f"--text={text}", f"--out={finished[0]}") == 2
+  assert "text.sha256" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_no_number_fails_and_says_so(finished, tmp_path, monkeypatch, capfd):
+  score = strided.score_windows
+  monkeypatch.setattr(strided, "score_windows", lambda *call: [x * np.nan for x in score(*call)])
+  assert call(*finished[1], f"--out={tmp_path / 'out'}") == 1
+  assert {row["status"] for row in rows(tmp_path / "out").values()} == {"failed"}
+  assert "the value is nan" in capfd.readouterr().out
+
+
+def test_smoke_scores_the_beginning(checkpoint, tmp_path, capfd):
+  out = tmp_path / "out"
+  assert (
+    call(f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", "--smoke", "--metrics=bpb", f"--out={out}")
+    == 0
+  )
+  assert list(rows(out)) == ["bpb"] and rows(out)["bpb"]["tokens"] == evaluate.SMOKE_TOKENS - 1
+  assert "stride 32; each begins with token" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("args", "code", "named"),
+  [
+    pytest.param(["--window=8", "--stride=9"], 2, ["--stride=9", "--window=8"], marks=pytest.mark.core),
+    (["--window=0"], 2, ["--window=0", "at least 1"]),
+    (["--metrics=ppl"], 2, ["--metrics=ppl", "'ppl'", "perplexity"]),
+    (["--factor=2"], 2, ["--factor=2.0", "--method=none", "takes no factor"]),
+    (["--method=yarn", "--window=16"], 2, ["--method=yarn", "changes nothing", "trained at 16"]),
+    (["--rules=tensor"], 2, ["--rules=tensor", "--mesh"]),
+    (["--mesh=tensor=3"], 2, ["tensor=3", "8"]),
+    (["--mesh=fsdp=8", "--rules=tensr"], 2, ["--rules=tensr", "did you mean tensor"]),
+    (["--model=no/such/place/here"], 65, ["no/such/place/here"]),
+    (["--text=no/such/text"], 2, ["--text=no/such/text"]),
+  ],
+)
+def test_what_is_refused(checkpoint, tmp_path, capfd, args, code, named):
+  base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", f"--out={tmp_path / 'out'}")
+  assert call(*base, *args) == code
+  error = capfd.readouterr().err
+  assert error.startswith("error: ") and "Traceback" not in error
+  for words in named:
+    assert words in error, error
+  assert not (tmp_path / "out").exists()
+
+
+def test_texts_and_ids_that_cannot_be_scored_are_bad_data(checkpoint, tmp_path, capfd):
+  directory, _ = checkpoint
+  for content, words in ((b"", "0 bytes"), (b"a\xff", "not UTF-8"), (b"x", None)):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    code = call(f"--model={directory}", f"--text={path}", f"--out={tmp_path / 'out'}", "--window=8")
+    error = capfd.readouterr().err
+    assert (code, error) == (0, error) if words is None else (code == 65 and words in error), error
+  small = tmp_path / "small"
+  size = loaded_case.word_tokenizer(small)
+  cfg = loaded_case.config(vocab_size=size - 5)
+  loaded_case.hf.save(small, cfg, loaded_case.params(cfg))
+  (tmp_path / "text.txt").write_text(loaded_case.text())
+  assert call(f"--model={small}", f"--text={tmp_path / 'text.txt'}") == 65
+  assert f"{size - 5} rows" in capfd.readouterr().err
+
+
+def test_a_window_beyond_learned_positions_is_refused_before_the_text_is_read(tmp_path, capfd, monkeypatch):
+  from experiments.checkpoint import Checkpoint
+  from jaxllm.activation import Mlp
+  from jaxllm.config import Layer
+  from jaxllm.norm import LayerNorm
+  from jaxllm.position import Learned
+
+  cfg = loaded_case.config(
+    layers=(Layer(Learned(32)),),
+    norm=LayerNorm(),
+    mlp=Mlp("gelu_tanh"),
+    mlp_dim=128,
+    biases=("q", "k", "v", "o", "up", "down"),
+    tie_embeddings=True,
+    context_length=32,
+  )
+  loaded_case.save(tmp_path / "gpt2", cfg)
+  monkeypatch.setattr(Checkpoint, "text", lambda *_: pytest.fail("the text was read"))
+  (tmp_path / "text.txt").write_text("text")
+  assert call(f"--model={tmp_path / 'gpt2'}", f"--text={tmp_path / 'text.txt'}", "--window=33") == 2
+  assert "--window: found 33, expected at most max_length = 32" in capfd.readouterr().err

@@ -1,0 +1,315 @@
+"""Files to parameters: every weight layout, type and mesh, and nothing that does not fit."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from checkpoint_case import (
+  BIASES,
+  LAYOUTS,
+  PLAIN,
+  TYPES,
+  assert_equal_trees,
+  config,
+  family,
+  source,
+  write,
+)
+
+from jaxllm import parallel, tree
+from jaxllm.config import Layer
+from jaxllm.errors import CheckpointError
+from jaxllm.hf import loading, match, scan
+from jaxllm.hf.files import Checkpoint
+from jaxllm.leaf import Matrix
+from jaxllm.nn import Transformer
+from jaxllm.position import POSITIONS, NoPE
+
+
+def load(directory, cfg, layout="separate", plain=PLAIN, **kwargs):
+  return loading.load_params(
+    Checkpoint(directory), family(LAYOUTS[layout]), cfg, source(directory, plain), **kwargs
+  )
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(tmp_path, layout, shards):
+  cfg, weights, _ = write(tmp_path, layout, PLAIN | {"biases": BIASES}, shards=shards)
+  found = load(tmp_path, cfg, layout)
+  assert_equal_trees(found, weights)
+  # what the files have as [out, in] is used so, and what they have as [in, out] too
+  flat = tree.flatten(found)
+  assert isinstance(flat["head"], Matrix)
+  assert isinstance(flat["layers/1/mlp/down/w"], Matrix) == (layout != "conv")
+  assert not isinstance(flat["embed"], Matrix)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_stay_as_stored(tmp_path, name):
+  """On a CPU matrices stay [out, in] where all is float32, and are transposed where not."""
+  cfg, weights, _ = write(tmp_path, plain=PLAIN | {"dtype": name}, dtype=TYPES[name])
+  found = load(tmp_path, cfg)
+  assert_equal_trees(found, weights)
+  assert isinstance(found["head"], Matrix) == (name == "float32")
+
+
+@pytest.mark.parametrize(
+  "stored, wanted", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")]
+)
+def test_types_that_are_cast(tmp_path, stored, wanted):
+  cfg, weights, _ = write(tmp_path, dtype=TYPES[stored])
+  found = load(tmp_path, dataclasses.replace(cfg, dtype=wanted), dtype=wanted)
+  assert_equal_trees(found, jax.tree.map(lambda x: x.astype(TYPES[wanted]), weights))
+
+
+def test_the_layout_is_chosen_by_platform_and_types():
+  how = lambda *args: loading.matrix_layout(*args)[0]
+  assert [how("cpu", a, b) for a in ("float32", "bfloat16") for b in ("float32", "bfloat16")] == [
+    "oi",
+    "io",
+    "io",
+    "io",
+  ]
+  assert {how(platform, "bfloat16", "bfloat16") for platform in ("gpu", "tpu")} == {"oi"}
+
+
+@pytest.mark.parametrize("rules", ["data", "fsdp", "tensor", "fsdp_tensor", None])
+def test_on_a_mesh_without_a_full_copy(tmp_path, rules, monkeypatch):
+  """Equal to the tree that is loaded whole and laid out after; each copy is of a shard's part."""
+  plain = PLAIN | dict(vocab_size=62, num_key_value_heads=4, biases=BIASES)
+  cfg, _, _ = write(tmp_path, "blocks", plain)
+  mesh = parallel.make_mesh("data=2,fsdp=2,tensor=2")
+  given = None if rules is None else parallel.RULES[rules]
+  expected = parallel.shard(load(tmp_path, cfg, "blocks"), mesh, given or parallel.RULES["fsdp_tensor"], cfg)
+  copied = []
+  copy = scan.copy
+  monkeypatch.setattr(scan, "copy", lambda view, dtype: copied.append(view.nbytes) or copy(view, dtype))
+  found = load(tmp_path, cfg, "blocks", mesh=mesh, rules=given)
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for (path, mine), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    assert mine.sharding == theirs.sharding, path
+    np.testing.assert_array_equal(mine, theirs)
+  split = {"data": 1, "fsdp": 2, "tensor": 2, "fsdp_tensor": 4, None: 4}[rules]
+  assert max(copied) == max(leaf.nbytes for leaf in jax.tree.leaves(expected)) / split
+  assert sum(copied) == sum(
+    leaf.nbytes for leaf in jax.tree.leaves(expected)
+  )  # devices with the same part read it once
+
+
+def test_a_vocabulary_padded_for_the_mesh(tmp_path):
+  cfg, weights, _ = write(tmp_path)
+  mesh = parallel.make_mesh("fsdp=4,tensor=2")
+  found = load(tmp_path, cfg, mesh=mesh, rules=parallel.RULES["tensor"])
+  assert found["embed"].shape == (62, 48) and found["head"].shape == (48, 62)
+  assert_equal_trees(parallel.unpad(found, cfg), weights)
+  assert not np.any(np.asarray(found["embed"])[61:])
+
+
+def edit(change):
+  """A change of the tensors of a checkpoint, as a function."""
+  return lambda stored: change(stored) and None
+
+
+def put(name, index, value):
+  """Sets one value of a tensor."""
+
+  def change(stored):
+    stored[name] = stored[name].copy()
+    stored[name][index] = value
+
+  return change
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+BAD = {
+  "missing": (lambda t: t.pop(UP), ["missing: " + UP + " [80, 48]"]),
+  "unexpected": (
+    lambda t: t.update({"model.extra": t[UP]}),
+    ["unexpected: model.extra of model.safetensors [80, 48]"],
+  ),
+  "shape of the MLP": (
+    lambda t: t.update({UP: t[UP][:72].copy()}),
+    [
+      f"shape: {UP} of model.safetensors is [72, 48], expected [80, 48] (hidden_size = 48, intermediate_size = 80)"
+    ],
+  ),
+  "shape of the vocabulary": (
+    lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:60].copy()}),
+    ["is [60, 48], expected [61, 48] (vocab_size = 61, hidden_size = 48)"],
+  ),
+  "shape of k": (
+    lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": np.zeros((64, 48), np.float32)}),
+    ["is [64, 48], expected [32, 48] (hidden_size = 48, num_key_value_heads = 2, head_dim = 16)"],
+  ),
+  "transposed": (lambda t: t.update({UP: t[UP].T.copy()}), ["is [48, 80], expected [80, 48]"]),
+  "type": (
+    lambda t: t.update({UP: t[UP].astype(np.int32)}),
+    [f"type: {UP} of model.safetensors is int32, expected float32"],
+  ),
+  "float64": (
+    lambda t: t.update({UP: t[UP].astype(np.float64)}),
+    ["is float64, expected float32, float16, bfloat16"],
+  ),
+  "a layer less": (
+    lambda t: [t.pop(name) for name in list(t) if ".2." in name],
+    [
+      "the files hold 2 layers, expected 3 (num_hidden_layers = 3)",
+      "missing: model.layers.2.mlp.up_proj.weight",
+    ],
+  ),
+  "a layer more": (
+    lambda t: t.update({name.replace(".2.", ".3."): x for name, x in t.items() if ".2." in name}),
+    [
+      "the files hold 4 layers, expected 3 (num_hidden_layers = 3)",
+      "unexpected: model.layers.3.mlp.up_proj.weight",
+    ],
+  ),
+  "nan": (
+    put(UP, (7, 5), np.nan),
+    [f"{UP} of model.safetensors: 1 value is NaN or infinite, the first at [7, 5]: nan"],
+  ),
+  "infinities": (
+    lambda t: (put(UP, np.s_[70:, 3], -np.inf)(t), put(UP, (79, 47), np.inf)(t)),
+    ["11 values are NaN or infinite, the first at [70, 3]: -inf"],
+  ),
+  "nan of a vector": (
+    put("model.norm.weight", 47, np.nan),
+    ["model.norm.weight of model.safetensors: 1 value", "at [47]: nan"],
+  ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit(tmp_path, case):
+  change, words = BAD[case]
+  cfg, _, _ = write(tmp_path, change=change)
+  with pytest.raises(CheckpointError) as e:
+    load(tmp_path, cfg)
+  for text in words:
+    assert text in str(e.value)
+
+
+def test_all_problems_in_one_message(tmp_path):
+  def change(stored):
+    del stored["model.norm.weight"]
+    stored["model.rotary.thing"] = np.ones(3, np.float32)
+    stored["model.embed_tokens.weight"] = np.ones((61, 40), np.float32)
+    stored["lm_head.weight"] = stored["lm_head.weight"].astype(np.int8)
+
+  cfg, _, _ = write(tmp_path, shards=2, change=change)
+  with pytest.raises(CheckpointError) as e:
+    load(tmp_path, cfg)
+  lines = [line.strip() for line in str(e.value).splitlines()[1:]]
+  assert [line.split(":")[0] for line in lines] == ["shape", "missing", "type", "unexpected"]
+  assert all(
+    re.search(r"of model-0000[12]-of-00002\.safetensors", line) for line in lines if "missing" not in line
+  )
+
+
+def test_tensors_without_parameters_are_left_out(tmp_path):
+  def change(stored):
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    stored["model.layers.2.self_attn.masked_bias"] = np.array(
+      -np.inf, np.float32
+    )  # no parameter, so not looked at
+
+  cfg, weights, _ = write(tmp_path, change=change)
+  assert_equal_trees(load(tmp_path, cfg), weights)
+
+
+def test_the_files_of_the_bare_model(tmp_path):
+  """Saved without its head, its names lack the prefix."""
+
+  def change(stored):
+    for name in list(stored):
+      stored[name.removeprefix("model.")] = stored.pop(name)
+    stored["layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+
+  cfg, weights, _ = write(tmp_path / "tied", plain=PLAIN | {"tie_word_embeddings": True}, change=change)
+  assert_equal_trees(load(tmp_path / "tied", cfg), weights)
+  cfg, weights, _ = write(tmp_path / "head", change=change)
+  assert_equal_trees(load(tmp_path / "head", cfg), weights)
+  cfg, _, _ = write(tmp_path / "none", change=lambda t: (change(t), t.pop("lm_head.weight")))
+  with pytest.raises(CheckpointError, match=r"missing: lm_head.weight \[61, 48\]"):
+    load(tmp_path / "none", cfg)
+
+
+@pytest.mark.parametrize("head", ["absent", "equal", "other", "other type"])
+def test_tied_heads(tmp_path, head):
+  def change(stored):
+    embed = stored["model.embed_tokens.weight"]
+    if head != "absent":
+      stored["lm_head.weight"] = embed.astype(np.float16) if head == "other type" else embed.copy()
+    if head == "other":
+      stored["lm_head.weight"][60, 47] *= 1.001
+
+  cfg, weights, _ = write(tmp_path, plain=PLAIN | {"tie_word_embeddings": True}, change=change)
+  if head in ("absent", "equal"):
+    assert_equal_trees(load(tmp_path, cfg), weights)
+    return
+  reason = (
+    "they differ first in row 60" if head == "other" else "lm_head.weight of model.safetensors is float16"
+  )
+  with pytest.raises(CheckpointError, match=reason) as e:
+    load(tmp_path, cfg)
+  assert "tie_word_embeddings" in str(e.value) and "model.embed_tokens.weight" in str(e.value)
+
+
+def test_a_value_beyond_float16(tmp_path):
+  cfg, _, _ = write(tmp_path, change=put(UP, (3, 2), 1e6))
+  with pytest.raises(
+    CheckpointError,
+    match=r"up_proj.weight of model.safetensors: 1e\+06 at \[3, 2\] is beyond the largest float16",
+  ):
+    load(tmp_path, dataclasses.replace(cfg, dtype="float16"), dtype="float16")
+
+
+def test_a_bad_value_on_a_mesh_is_named_by_its_place_in_the_file(tmp_path):
+  cfg, _, _ = write(tmp_path, plain=PLAIN | dict(vocab_size=62), change=put(UP, (79, 40), np.nan))
+  mesh = parallel.make_mesh("fsdp=4,tensor=2")
+  with pytest.raises(CheckpointError, match=r"up_proj.weight of model.safetensors: 1 value .*\[79, 40\]"):
+    load(tmp_path, cfg, mesh=mesh)
+
+
+def test_a_lie_about_the_depth_is_refused_before_it_is_believed(tmp_path):
+  plain = PLAIN | {"num_hidden_layers": 10**9}
+  write(tmp_path)
+  with pytest.raises(CheckpointError, match="says 1,000,000,000 layers, but the files hold 3"):
+    load(tmp_path, config(plain), plain=plain)
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 3])
+def test_expected_shapes_are_those_of_the_model(kinds):
+  """Of every layer, from one of each kind."""
+  layers = (Layer(), Layer(POSITIONS["learned"](max_length=9), window=3), Layer(NoPE()))[:kinds]
+  cfg = dataclasses.replace(config(), num_layers=6, layers=layers, biases=("q", "head"))
+  whole = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+  assert match.expected_shapes(cfg) == {path: leaf.shape for path, leaf in tree.flatten(whole).items()}
+
+
+def test_parameters_do_not_depend_on_the_files(tmp_path):
+  """A program that writes over a file in place changes no array, and a donated one is not written through."""
+  cfg, weights, _ = write(tmp_path)
+  found = load(tmp_path, cfg)
+  with open(tmp_path / "model.safetensors", "r+b") as file:
+    file.seek(2048)
+    file.write(b"\xff" * 20_000)
+  assert_equal_trees(found, weights)
+  doubled = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), donate_argnums=0)(found)
+  assert_equal_trees(doubled, jax.tree.map(lambda x: 2 * x, weights))
+
+
+def test_what_was_loaded_is_said(tmp_path, caplog):
+  cfg, weights, _ = write(tmp_path)
+  with caplog.at_level("INFO", logger="jaxllm"):
+    load(tmp_path, cfg)
+  said = caplog.text
+  assert (
+    f"tiny of {tree.num_parameters(weights):,} parameters" in said
+    and "float32" in said
+    and "[out, in]" in said
+  )

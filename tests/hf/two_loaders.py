@@ -1,0 +1,21 @@
+"""One of two processes with four devices each, which load and save one checkpoint: of test_two_loaders."""
+
+import sys
+
+from jaxllm.parallel import multihost
+
+if __name__ == "__main__":
+  port, index, source, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+  assert multihost.initialize(f"localhost:{port}", 2, index, timeout=60)
+
+  import jax
+
+  from jaxllm import hf, parallel
+  from jaxllm.hf import scan
+
+  copied, copy = [], scan.copy
+  scan.copy = lambda view, dtype: copied.append(view.nbytes) or copy(view, dtype)
+  cfg, params = hf.load(source, mesh=parallel.make_mesh("fsdp=2,tensor=4"))
+  print(f"read {sum(copied)}", flush=True)
+  assert jax.tree.leaves(params)[0].is_fully_addressable is False
+  hf.save(out, cfg, params, max_shard_bytes=60_000)
