@@ -164,9 +164,10 @@ def main(f) -> int:
     score = functools.partial(
       strided.score_text, on.model, ids=text.ids, windows=windows, tables=on.tables, bos=text.bos
     )
-    failures = run_groups(
-      groups, ledger, scoring.compute(ledger, checkpoint.params, score, progress, stop), stop=stop
-    )
+    # here, as what is wrong with the weights is no property of a part
+    left = not all(ledger.finished(group.name) for group in groups)
+    params = checkpoint.params() if left else None
+    failures = run_groups(groups, ledger, scoring.compute(ledger, params, score, progress, stop), stop=stop)
     found = scoring.sums([row for group in groups for row in ledger.done[group.name]])
   shown = choices.choice_list("metrics", f.metrics, METRICS)
   cell = {

@@ -149,7 +149,7 @@ def main(f) -> int:
     with Progress() as progress, models.scope():
       done = sum(ledger.finished(group.name) for group in groups)
       cells = progress.cells("cells", total=len(groups), done=done)
-      models.begin(progress, stop)
+      models.begin(progress, stop, len(groups) - done)
       run_groups(
         groups,
         ledger,

@@ -129,7 +129,8 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
 
   opened = loading.open_checkpoint(model)
   checkpoint, family, cfg, source = opened.checkpoint, opened.family, opened.cfg, opened.source
-  found, shapes = match.match(checkpoint, family, cfg, source)
+  match.check_heads(checkpoint, opened.matched, source)
+  found, shapes = opened.matched.found, opened.matched.shapes
   sizes: dict[str, int] = {}
   for _, stored in found:
     sizes[stored.dtype.name] = sizes.get(stored.dtype.name, 0) + stored.stop - stored.start
