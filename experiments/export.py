@@ -197,7 +197,7 @@ def perplexity_in_transformers(directory: str, windows) -> float:
     import transformers
   except ImportError:
     raise ConfigError(
-      "--check: torch and transformers are not installed; pip install 'jaxllm[parity]'"
+      "--check: torch and transformers are not installed; pip install -e '.[parity]'"
     ) from None
   transformers.utils.logging.disable_progress_bar()
   model = transformers.AutoModelForCausalLM.from_pretrained(

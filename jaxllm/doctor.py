@@ -40,9 +40,9 @@ PLUGINS = {
   "NVIDIA GPU": (
     "gpu",
     r"jax-cuda\d+-plugin",
-    "pip install 'jaxllm[cuda]', and see that the driver is there (nvidia-smi)",
+    "pip install -e '.[cuda]', and see that the driver is there (nvidia-smi)",
   ),
-  "TPU": ("tpu", r"libtpu", "pip install 'jaxllm[tpu]'; in Colab: Runtime, Change runtime type"),
+  "TPU": ("tpu", r"libtpu", "pip install -e '.[tpu]'; in Colab: Runtime, Change runtime type"),
 }
 
 

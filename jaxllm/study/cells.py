@@ -19,7 +19,6 @@ from jaxllm.study import files
 from jaxllm.study import rows as rows_lib
 from jaxllm.study.stop import StopFlag
 
-
 SHOWN = 12
 """At most so many differences a message lists: a run of another model differs in all that describes it."""
 
