@@ -58,9 +58,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
   "mesh", None, "devices to lay the model out on, such as fsdp=2,tensor=4", flag_values=FLAGS
 )
-flags.DEFINE_string(
-  "rules", None, "with --mesh: the rule set; default the one that uses all its axes", flag_values=FLAGS
-)
+flags.DEFINE_string("rules", None, choices.RULES_HELP, flag_values=FLAGS)
 flags.DEFINE_enum(
   "dtype",
   "auto",
@@ -154,6 +152,8 @@ def main(f) -> int:
   }
   out = Path(f.out or f"runs/evaluate/{Path(f.model).name}-{files.digest(config)[:8]}")
   print("\n".join(describe.model_lines(on.tested, windows.length)))
+  if checkpoint.mesh is not None:
+    print(f"mesh: {checkpoint.about_mesh()}")
   print(
     f"text: {len(text)} tokens, {int(text.sizes.sum())} bytes; {len(windows)} windows of {windows.length}, stride {stride}"
     + ("" if text.bos is None else f"; each begins with token {text.bos}, as the tokenizer begins a text")

@@ -232,6 +232,12 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_bad_data_before_any_part(c
     assert not out.exists()
 
 
+def test_a_mesh_and_its_rules_are_said(checkpoint, tmp_path, capfd):
+  base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", f"--out={tmp_path / 'out'}", "--smoke")
+  assert call(*base, "--mesh=data=2,tensor=4", "--dtype=float32", "--window=16") == 0
+  assert "mesh: data=2,tensor=4 of cpu, rules tensor\n" in capfd.readouterr().out
+
+
 def test_weights_that_cannot_be_used_end_the_run_and_fail_no_part(checkpoint, tmp_path, capfd):
   directory = shutil.copytree(checkpoint[0], tmp_path / "model")
   tensors = safetensors.numpy.load_file(directory / "model.safetensors")
