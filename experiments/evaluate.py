@@ -7,6 +7,7 @@ over 50 stretches of the text.  Killed at any moment, the same command goes on w
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 from absl import flags
@@ -105,7 +106,8 @@ def check(f) -> None:
       f"--stride={f.stride}: found {f.stride}, expected at most --window={f.window}, as tokens would be left out"
     )
   if f.factor is not None:
-    choices.positive("factor", f.factor)
+    if not (math.isfinite(f.factor) and f.factor >= 1):
+      raise ConfigError(f"--factor={f.factor}: found {f.factor}, expected a number of at least 1")
     if not methods.METHODS[f.method].stretches:
       stretching = ", ".join(name for name, method in methods.METHODS.items() if method.stretches)
       raise ConfigError(
@@ -120,7 +122,7 @@ def check(f) -> None:
 def main(f) -> int:
   """The whole run; 0, or 1 where a part failed."""
   from experiments import provenance
-  from experiments.checkpoint import Checkpoint, method_on
+  from experiments.checkpoint import Checkpoint, method_on, scheme_of
   from experiments.scoring import Scoring, lines
   from jaxllm.evaluate import strided
   from jaxllm.study import describe, files
@@ -154,6 +156,11 @@ def main(f) -> int:
   print("\n".join(describe.model_lines(on.tested, windows.length)))
   if checkpoint.mesh is not None:
     print(f"mesh: {checkpoint.about_mesh()}")
+  if f.method == "none" and windows.length > on.train_length:
+    advice = "; --method puts a position method on" if scheme_of(checkpoint.cfg).plain_rope else ""
+    print(
+      f"window: {windows.length / on.train_length:.4g} times the trained length of {on.train_length}{advice}"
+    )
   print(
     f"text: {len(text)} tokens, {int(text.sizes.sum())} bytes; {len(windows)} windows of {windows.length}, stride {stride}"
     + ("" if text.bos is None else f"; each begins with token {text.bos}, as the tokenizer begins a text")

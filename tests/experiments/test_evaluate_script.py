@@ -161,6 +161,8 @@ def test_smoke_scores_the_beginning(checkpoint, tmp_path, capfd):
     (["--window=0"], 2, ["--window=0", "at least 1"]),
     (["--metrics=ppl"], 2, ["--metrics=ppl", "'ppl'", "perplexity"]),
     (["--factor=2"], 2, ["--factor=2.0", "--method=none", "takes no factor"]),
+    (["--factor=0.5", "--method=yarn", "--window=32"], 2, ["--factor=0.5", "at least 1"]),
+    (["--factor=nan", "--method=yarn", "--window=32"], 2, ["--factor=nan", "at least 1"]),
     (["--method=yarn", "--window=16"], 2, ["--method=yarn", "changes nothing", "trained at 16"]),
     (["--rules=tensor"], 2, ["--rules=tensor", "--mesh"]),
     (["--mesh=tensor=3"], 2, ["tensor=3", "8"]),
@@ -236,6 +238,19 @@ def test_a_mesh_and_its_rules_are_said(checkpoint, tmp_path, capfd):
   base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", f"--out={tmp_path / 'out'}", "--smoke")
   assert call(*base, "--mesh=data=2,tensor=4", "--dtype=float32", "--window=16") == 0
   assert "mesh: data=2,tensor=4 of cpu, rules tensor\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("args", "said"),
+  [(["--window=24"], True), (["--window=16"], False), (["--window=24", "--method=yarn"], False)],
+)
+def test_a_window_above_the_trained_length_is_said_where_no_method_is_on(
+  checkpoint, tmp_path, capfd, args, said
+):
+  base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", f"--out={tmp_path / 'out'}", "--smoke")
+  assert call(*base, *args) == 0
+  line = "window: 1.5 times the trained length of 16; --method puts a position method on"
+  assert (line in capfd.readouterr().out.splitlines()) == said
 
 
 def test_weights_that_cannot_be_used_end_the_run_and_fail_no_part(checkpoint, tmp_path, capfd):
