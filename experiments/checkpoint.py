@@ -15,7 +15,7 @@ from jaxllm import parallel
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.evaluate.text import Text, check_ids, of_tokens
-from jaxllm.hf import loading, match, tokenizer
+from jaxllm.hf import loading, tokenizer
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.choose import CORES
 from jaxllm.position import POSITIONS, PositionTables
@@ -53,7 +53,7 @@ class Checkpoint:
       rules = parallel.default_rules(made)
     opened = loading.open_checkpoint(model, dtype, rope_precision)
     if made is not None:
-      for path, shape in match.expected_shapes(opened.cfg).items():
+      for path, shape in opened.matched.shapes.items():
         parallel.place(path, shape, made, parallel.RULES[rules], opened.cfg)
     return cls(opened, dataclasses.replace(opened.cfg, attention=CORES[attention]()), made, rules)
 

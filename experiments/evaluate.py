@@ -7,6 +7,7 @@ over 50 stretches of the text.  Killed at any moment, the same command goes on w
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 from absl import flags
@@ -58,9 +59,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
   "mesh", None, "devices to lay the model out on, such as fsdp=2,tensor=4", flag_values=FLAGS
 )
-flags.DEFINE_string(
-  "rules", None, "with --mesh: the rule set; default the one that uses all its axes", flag_values=FLAGS
-)
+flags.DEFINE_string("rules", None, choices.RULES_HELP, flag_values=FLAGS)
 flags.DEFINE_enum(
   "dtype",
   "auto",
@@ -107,7 +106,8 @@ def check(f) -> None:
       f"--stride={f.stride}: found {f.stride}, expected at most --window={f.window}, as tokens would be left out"
     )
   if f.factor is not None:
-    choices.positive("factor", f.factor)
+    if not (math.isfinite(f.factor) and f.factor >= 1):
+      raise ConfigError(f"--factor={f.factor}: found {f.factor}, expected a number of at least 1")
     if not methods.METHODS[f.method].stretches:
       stretching = ", ".join(name for name, method in methods.METHODS.items() if method.stretches)
       raise ConfigError(
@@ -122,7 +122,7 @@ def check(f) -> None:
 def main(f) -> int:
   """The whole run; 0, or 1 where a part failed."""
   from experiments import provenance
-  from experiments.checkpoint import Checkpoint, method_on
+  from experiments.checkpoint import Checkpoint, method_on, scheme_of
   from experiments.scoring import Scoring, lines
   from jaxllm.evaluate import strided
   from jaxllm.study import describe, files
@@ -154,6 +154,13 @@ def main(f) -> int:
   }
   out = Path(f.out or f"runs/evaluate/{Path(f.model).name}-{files.digest(config)[:8]}")
   print("\n".join(describe.model_lines(on.tested, windows.length)))
+  if checkpoint.mesh is not None:
+    print(f"mesh: {checkpoint.about_mesh()}")
+  if f.method == "none" and windows.length > on.train_length:
+    advice = "; --method puts a position method on" if scheme_of(checkpoint.cfg).plain_rope else ""
+    print(
+      f"window: {windows.length / on.train_length:.4g} times the trained length of {on.train_length}{advice}"
+    )
   print(
     f"text: {len(text)} tokens, {int(text.sizes.sum())} bytes; {len(windows)} windows of {windows.length}, stride {stride}"
     + ("" if text.bos is None else f"; each begins with token {text.bos}, as the tokenizer begins a text")
@@ -164,9 +171,10 @@ def main(f) -> int:
     score = functools.partial(
       strided.score_text, on.model, ids=text.ids, windows=windows, tables=on.tables, bos=text.bos
     )
-    failures = run_groups(
-      groups, ledger, scoring.compute(ledger, checkpoint.params, score, progress, stop), stop=stop
-    )
+    # here, as what is wrong with the weights is no property of a part
+    left = not all(ledger.finished(group.name) for group in groups)
+    params = checkpoint.params() if left else None
+    failures = run_groups(groups, ledger, scoring.compute(ledger, params, score, progress, stop), stop=stop)
     found = scoring.sums([row for group in groups for row in ledger.done[group.name]])
   shown = choices.choice_list("metrics", f.metrics, METRICS)
   cell = {

@@ -6,6 +6,7 @@ scored here and by transformers, under plain RoPE and three methods, and a table
 """
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def check(f) -> None:
     raise ConfigError(
       "give one of --out=DIR, to write the model there, and --check, to compare it with transformers"
     )
+  if f.out and (held := _model_in(Path(f.out))):
+    raise ConfigError(f"--out={f.out}: holds a model already ({held}); give another --out, or remove it")
   if f.check and f.method != "none":
     raise ConfigError(
       f"--check with --method={f.method}: it has methods of its own ({', '.join(CHECKED)}); leave it out"
@@ -67,6 +70,12 @@ def check(f) -> None:
   if f.times < 1:
     raise ConfigError(f"--times={f.times}: expected at least 1")
   choices.positive("windows", f.windows)
+
+
+def _model_in(directory: Path) -> str | None:
+  """A file of a model that is in a directory, by name."""
+  files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+  return next((path.name for path in files if os.path.lexists(path)), None)
 
 
 def as_llama(cfg, params, train_length: int):
@@ -197,7 +206,7 @@ def perplexity_in_transformers(directory: str, windows) -> float:
     import transformers
   except ImportError:
     raise ConfigError(
-      "--check: torch and transformers are not installed; pip install 'jaxllm[parity]'"
+      "--check: torch and transformers are not installed; pip install -e '.[parity]'"
     ) from None
   transformers.utils.logging.disable_progress_bar()
   model = transformers.AutoModelForCausalLM.from_pretrained(

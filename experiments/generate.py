@@ -59,6 +59,12 @@ def load(run: Path, scheme: str, seed: int):
   directory = run / "checkpoints" / f"{scheme}-{seed}"
   path, record = directory / "model.json", run / "config.json"
   if not record.is_file():
+    smoke = run.with_name(f"{run.name}_smoke")
+    if (smoke / "config.json").is_file():
+      raise CheckpointError(
+        f"{record}: no such file; there is a run with --smoke: give --run={smoke}, or run "
+        f"`python -m experiments.length_extrapolation --out={run} --schemes={scheme}` first"
+      )
     raise CheckpointError(
       f"{record}: no such file; run `python -m experiments.length_extrapolation --out={run} --schemes={scheme}` first"
     )

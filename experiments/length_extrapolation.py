@@ -72,7 +72,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("text", None, "with --model: UTF-8 text to test on, all of it, in place of --corpus")
 flags.DEFINE_string("mesh", None, "with --model: devices to lay it out on, such as fsdp=2,tensor=4")
-flags.DEFINE_string("rules", None, "with --mesh: the rule set, one of parallel.RULES; default fsdp")
+flags.DEFINE_string("rules", None, choices.RULES_HELP)
 flags.DEFINE_enum("attention", "auto", choices.CORES, "attention core; auto: by device, method and length")
 
 
@@ -149,7 +149,7 @@ def main(f) -> int:
     with Progress() as progress, models.scope():
       done = sum(ledger.finished(group.name) for group in groups)
       cells = progress.cells("cells", total=len(groups), done=done)
-      models.begin(progress, stop)
+      models.begin(progress, stop, len(groups) - done)
       run_groups(
         groups,
         ledger,

@@ -52,26 +52,23 @@ class Scoring:
   def compute(
     self,
     ledger: Ledger,
-    load: Callable[[], object],
+    params: object,
     score: Callable[..., Iterable[tuple[int, np.ndarray, np.ndarray]]],
     progress: Progress,
     stop: StopFlag,
   ) -> Callable[[Group], list[dict]]:
-    """What fills a part, by score(params, at_once=, first=, last=), a `strided.score_text`; parameters load when asked for."""
-    loaded: list = []
+    """What fills a part, by score(params, at_once=, first=, last=), a `strided.score_text`."""
     done = sum(g.cells[0]["last"] - g.cells[0]["first"] for g in self.groups() if ledger.finished(g.name))
     scored = int(np.median(self.windows.counts))
     task = progress.training("windows", len(self.windows), done, scored)
     so_far = [done, 0.0, 0]
 
     def part(group: Group) -> list[dict]:
-      if not loaded:
-        loaded.append(load())
       first, last = group.cells[0]["first"], group.cells[0]["last"]
       sums: dict[tuple[int, str], float] = dict.fromkeys(
         ((cell["stretch"], cell["metric"]) for cell in group.cells), 0.0
       )
-      for token, *found in score(loaded[0], at_once=self.at_once, first=first, last=last):
+      for token, *found in score(params, at_once=self.at_once, first=first, last=last):
         for metric, values in zip(SUMS, found, strict=True):
           for stretch, amount in block_sums(self.edges, token, values).items():
             sums[stretch, metric] += amount

@@ -40,9 +40,9 @@ PLUGINS = {
   "NVIDIA GPU": (
     "gpu",
     r"jax-cuda\d+-plugin",
-    "pip install 'jaxllm[cuda]', and see that the driver is there (nvidia-smi)",
+    "pip install -e '.[cuda]', and see that the driver is there (nvidia-smi)",
   ),
-  "TPU": ("tpu", r"libtpu", "pip install 'jaxllm[tpu]'; in Colab: Runtime, Change runtime type"),
+  "TPU": ("tpu", r"libtpu", "pip install -e '.[tpu]'; in Colab: Runtime, Change runtime type"),
 }
 
 
@@ -129,7 +129,8 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
 
   opened = loading.open_checkpoint(model)
   checkpoint, family, cfg, source = opened.checkpoint, opened.family, opened.cfg, opened.source
-  found, shapes = match.match(checkpoint, family, cfg, source)
+  match.check_heads(checkpoint, opened.matched, source)
+  found, shapes = opened.matched.found, opened.matched.shapes
   sizes: dict[str, int] = {}
   for _, stored in found:
     sizes[stored.dtype.name] = sizes.get(stored.dtype.name, 0) + stored.stop - stored.start

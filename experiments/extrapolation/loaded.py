@@ -16,7 +16,7 @@ IN_LENGTH_TOKENS = 128_000
 
 
 class Loaded(Models):
-  """The model of --model; its weights are read when a cell first asks for them."""
+  """The model of --model; its weights are read once, before the first cell, and not where all cells are recorded."""
 
   unit = "tokens"
 
@@ -34,13 +34,13 @@ class Loaded(Models):
     print("\n".join(self._in_force()))
     self._params = None
 
-  def begin(self, progress, stop) -> None:
-    self._progress = progress
+  def begin(self, progress, stop, left: int) -> None:
+    if left:
+      progress.note(f"loading {self.checkpoint.directory}")
+      self._params = self.checkpoint.params()
 
   def params(self, scheme: str, seed: int):
-    if self._params is None:
-      self._progress.note(f"loading {self.checkpoint.directory}")
-      self._params = self.checkpoint.params()
+    assert self._params is not None, "no cell was left"
     return self._params
 
   def scope(self):

@@ -29,8 +29,11 @@ class Models:
   unit: str
   in_length: int
 
-  def begin(self, progress: Progress, stop: StopFlag) -> None:
-    """Told before the first model is asked for: where to show work, and what asks for its end."""
+  def begin(self, progress: Progress, stop: StopFlag, left: int) -> None:
+    """Told before the first model is asked for: where to show work, what asks for its end, how many groups are to compute.
+
+    Raises what keeps all of them from being computed.
+    """
 
   def params(self, scheme: str, seed: int):
     """The parameters of a model; raises the error of a training that failed, again each time it is asked for."""

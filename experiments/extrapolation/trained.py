@@ -46,7 +46,7 @@ class Trained(Models):
     self.tested = {name: config(how, how.tested_as or how.position) for name, how in self.schemes.items()}
     self._last: tuple = (None, None)
 
-  def begin(self, progress, stop) -> None:
+  def begin(self, progress, stop, left: int) -> None:
     self._progress, self._stop = progress, stop
 
   def params(self, scheme: str, seed: int):

@@ -184,10 +184,13 @@ def read_header(path: Path) -> dict[str, Stored]:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
       raise CheckpointError(
-        f"{path}: found {size:,} bytes, expected a header of {length if size >= 8 else 8:,}: cut short, or no safetensors file"
+        f"{path}: found {size:,} bytes, expected a header of {length if size >= 8 else 8:,}: cut short, or no safetensors "
+        "file; fetch the file again"
       )
     if not 2 <= length <= HEADER_LIMIT:
-      raise CheckpointError(f"{path}: found a header of {length:,} bytes, expected 2 to {HEADER_LIMIT:,}")
+      raise CheckpointError(
+        f"{path}: found a header of {length:,} bytes, expected 2 to {HEADER_LIMIT:,}; fetch the file again"
+      )
     header = parse_json(file.read(length), f"{path}: header", CheckpointError)
   if not isinstance(header, dict) or len(header) > TENSORS_LIMIT:
     raise CheckpointError(f"{path}: header: expected an object of at most {TENSORS_LIMIT:,} tensors")

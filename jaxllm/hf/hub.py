@@ -13,8 +13,8 @@ WEIGHTS = ("*.safetensors",)
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 EXCLUDED = ("*/*", "consolidated*")
 """Folders hold other formats, and consolidated files the same weights once more."""
-INSTALL = "pip install huggingface_hub tokenizers jinja2"
-"""What the extra `hub` of setup.cfg brings."""
+INSTALL = "pip install -e '.[hub]'"
+"""In a clone, which is where this package is installed from."""
 
 
 def find(path_or_repo: str | os.PathLike, weights: bool = True) -> Path:

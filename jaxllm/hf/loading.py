@@ -18,7 +18,7 @@ from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.hf import families, files, hub, scan
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.match import Source, match
+from jaxllm.hf.match import Matched, Source, check_heads, match
 from jaxllm.hf.settings import TOKENS, Settings
 from jaxllm.leaf import Matrix
 from jaxllm.parallel.mesh import default_rules
@@ -52,7 +52,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """A checkpoint whose settings and headers are read, and whose weights are not.
+  """A checkpoint whose settings and headers are read, and fit each other, and whose weights are not read.
 
   cast: the type that parameters get, None: each its own.
   """
@@ -61,11 +61,14 @@ class Opened:
   family: Family
   cfg: ModelConfig
   source: Source
+  matched: Matched
   cast: str | None
 
   def params(self, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
     """The parameters, as `load` gives them."""
-    return load_params(self.checkpoint, self.family, self.cfg, self.source, self.cast, mesh, rules)
+    return load_params(
+      self.checkpoint, self.family, self.cfg, self.source, self.cast, mesh, rules, self.matched
+    )
 
 
 def open_checkpoint(
@@ -79,7 +82,8 @@ def open_checkpoint(
   checkpoint = files.Checkpoint(directory)
   compute = dtype if dtype != "auto" else _compute_type(cfg, source, checkpoint)
   cfg = dataclasses.replace(cfg, dtype=compute, rope_precision=rope_precision)
-  return Opened(checkpoint, family, cfg, source, None if dtype == "auto" else dtype)
+  matched = match(checkpoint, family, cfg, source)
+  return Opened(checkpoint, family, cfg, source, matched, None if dtype == "auto" else dtype)
 
 
 def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:
@@ -117,9 +121,15 @@ def load_params(
   dtype: str | None = None,
   mesh: Mesh | None = None,
   rules: Rules | None = None,
+  matched: Matched | None = None,
 ) -> dict[str, Any]:
-  """The parameters of a model of `cfg`, in the type `dtype` (None: each in the type of its tensor); as `load` says."""
-  found, shapes = match(checkpoint, family, cfg, source)
+  """The parameters of a model of `cfg`, in the type `dtype` (None: each in the type of its tensor); as `load` says.
+
+  matched: what `match` found, where it was asked.
+  """
+  matched = match(checkpoint, family, cfg, source) if matched is None else matched
+  check_heads(checkpoint, matched, source)
+  found, shapes = matched.found, matched.shapes
   platform = jax.devices()[0].platform if mesh is None else mesh.devices.flat[0].platform
   targets = {}
   for key, stored in found:

@@ -65,13 +65,23 @@ def stored_shape(key: Key, shapes: Shapes) -> tuple[int, ...]:
   return tuple(shape)
 
 
-def match(
-  checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Source
-) -> list[tuple[Key, Stored]]:
-  """Every key of the model, and the tensor of the files that is it.
+@dataclasses.dataclass(frozen=True)
+class Matched:
+  """Every key of the model with the tensor of the files that is it.
+
+  shapes: of all parameters.  heads: tensors beside a tied embedding, which are to be equal to it.
+  """
+
+  found: list[tuple[Key, Stored]]
+  shapes: Shapes
+  heads: list[Stored]
+
+
+def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Source) -> Matched:
+  """What the headers say: no values are read.
 
   Raises CheckpointError with all tensors that are missing, not expected, or of another shape or type than config.json implies,
-  and for a head beside a tied embedding that is not equal to it.
+  and for a head beside a tied embedding of another shape or type; `check_heads` compares its values.
   """
   layers = _count_layers(checkpoint, family, cfg)
   if cfg.num_layers > max(2 * layers, 1000):  # no list of what is missing
@@ -93,9 +103,13 @@ def match(
       problems.append(f"shape: {stored} is {list(stored.shape)}, expected {list(want)}{changed.shape(key)}")
     elif stored.dtype not in INFINITIES:
       problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, INFINITIES))}")
-  tied = [names.pop(key.theirs) for key in heads if key.theirs in names]
+  tied = [checkpoint.tensors[names.pop(key.theirs)] for key in heads if key.theirs in names]
   if not problems:  # else the embedding may be what is missing
-    problems += _differing_heads(checkpoint, found, tied, source)
+    embed = _embedding(found)
+    for head in tied:
+      if (head.shape, head.dtype) != (embed.shape, embed.dtype):
+        problem = f"is {head.dtype} {list(head.shape)}, and {embed} {embed.dtype} {list(embed.shape)}"
+        problems.append(_tied(head, problem, source))
   for name in _unexpected(names, family):
     stored = checkpoint.tensors[names[name]]
     problems.append(f"unexpected: {stored} {list(stored.shape)}")
@@ -103,11 +117,22 @@ def match(
     hint = ""
     if layers != cfg.num_layers:
       hint = f" (the files hold {layers} layers, expected {cfg.num_layers}{changed.layers()})"
-    raise CheckpointError(
-      f"{checkpoint.directory}: the tensors do not fit {source.path}{hint}; mend it, or fetch the files again\n  "
-      + shown(problems)
-    )
-  return found, shapes
+    raise _unfit(checkpoint, source, problems, hint)
+  return Matched(found, shapes, tied)
+
+
+def check_heads(checkpoint: Checkpoint, matched: Matched, source: Source) -> None:
+  """Raises CheckpointError for a head beside a tied embedding with other values."""
+  problems = list(_differing_heads(checkpoint, matched, source))
+  if problems:
+    raise _unfit(checkpoint, source, problems)
+
+
+def _unfit(checkpoint: Checkpoint, source: Source, problems: list[str], hint: str = "") -> CheckpointError:
+  return CheckpointError(
+    f"{checkpoint.directory}: the tensors do not fit {source.path}{hint}; mend it, or fetch the files again\n  "
+    + shown(problems)
+  )
 
 
 class _Changed:
@@ -183,25 +208,26 @@ def _head_keys(family: Family, cfg: ModelConfig) -> list[Key]:
   return [key for key in family.keys(dataclasses.replace(cfg, tie_embeddings=False)) if key.theirs not in own]
 
 
-def _differing_heads(
-  checkpoint: Checkpoint, found: list[tuple[Key, Stored]], heads: list[str], source: Source
-) -> Iterator[str]:
-  """A line for each tensor that should be the embedding once more and is not."""
+def _embedding(found: list[tuple[Key, Stored]]) -> Stored:
   (embed,) = (stored for key, stored in found if key.ours == ("embed",))
-  for name in heads:
-    head = checkpoint.tensors[name]
-    if (head.shape, head.dtype) != (embed.shape, embed.dtype):
-      problem = f"is {head.dtype} {list(head.shape)}, and {embed} {embed.dtype} {list(embed.shape)}"
-    else:
-      # the bits: a NaN that both have is for the scan of the values
-      a, b = (checkpoint.view(each.name).view(INFINITIES[embed.dtype][0]) for each in (head, embed))
-      parts = (slice(start, start + _ROWS) for start in range(0, len(a), _ROWS))
-      rows = next((part for part in parts if not np.array_equal(a[part], b[part])), None)
-      if rows is None:
-        continue
+  return embed
+
+
+def _differing_heads(checkpoint: Checkpoint, matched: Matched, source: Source) -> Iterator[str]:
+  """A line for each tensor that should be the embedding once more and is not."""
+  embed = _embedding(matched.found)
+  for head in matched.heads:
+    # the bits: a NaN that both have is for the scan of the values
+    a, b = (checkpoint.view(each.name).view(INFINITIES[embed.dtype][0]) for each in (head, embed))
+    parts = (slice(start, start + _ROWS) for start in range(0, len(a), _ROWS))
+    rows = next((part for part in parts if not np.array_equal(a[part], b[part])), None)
+    if rows is not None:
       row = rows.start + int((a[rows] != b[rows]).any(axis=1).argmax())
-      problem = f"is not {embed}: they differ first in row {row}"
-    yield (
-      f"tied: {head} {problem}, but the model of {source.path} has one matrix for both; "
-      "set tie_word_embeddings to false, or remove the tensor"
-    )
+      yield _tied(head, f"is not {embed}: they differ first in row {row}", source)
+
+
+def _tied(head: Stored, problem: str, source: Source) -> str:
+  return (
+    f"tied: {head} {problem}, but the model of {source.path} has one matrix for both; "
+    "set tie_word_embeddings to false, or remove the tensor"
+  )

@@ -19,6 +19,9 @@ from jaxllm.study import files
 from jaxllm.study import rows as rows_lib
 from jaxllm.study.stop import StopFlag
 
+SHOWN = 12
+"""At most so many differences a message lists: a run of another model differs in all that describes it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -31,8 +34,8 @@ class Group:
 def check_config(out: str | os.PathLike, config: dict) -> str:
   """Writes `config.json` on the first run in `out`; later refuses another configuration. Returns its digest.
 
-  `config` is a nested dict of JSON values. Raises ConfigError that names every key that differs, with both
-  values, and CheckpointError if the file there cannot be read as JSON.
+  `config` is a nested dict of JSON values. Raises ConfigError that names the keys that differ, up to SHOWN of
+  them, with both values, settings first, and CheckpointError if the file there cannot be read as JSON.
   """
   path = Path(out) / "config.json"
   config = json.loads(
@@ -48,13 +51,17 @@ def check_config(out: str | os.PathLike, config: dict) -> str:
   there, here = dict(_leaves(found)), dict(_leaves(config))
   differences = [
     f"  {key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} now"
-    for key in sorted(there.keys() | here.keys())
+    for key in sorted(there.keys() | here.keys(), key=lambda key: (not key.startswith("settings."), key))
     if there.get(key) != here.get(key)
   ]
   if differences:
+    shown = differences[:SHOWN]
+    if more := len(differences) - len(shown):
+      shown.append(f"  (+{more} more)")
     raise ConfigError(
-      f"{path} is of a run with other settings; use another --out, or its settings again:\n"
-      + "\n".join(differences)
+      "\n".join(
+        [f"{path} is of a run with other settings:", *shown, "use another --out, or its settings again"]
+      )
     )
   return files.digest(config)
 

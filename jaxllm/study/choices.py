@@ -11,6 +11,13 @@ from jaxllm.errors import ConfigError
 CORES = ("auto", "plain", "blockwise", "cudnn", "splash")
 """Names of attention cores (`ops.choose.CORES`), which a flag lists without importing jax."""
 
+RULES = ("data", "fsdp", "tensor", "fsdp_tensor")
+"""Names of rule sets (`parallel.RULES`), likewise."""
+
+RULES_HELP = (
+  f"with --mesh: the rule set, one of {', '.join(RULES)}; default the one that uses all axes of the mesh"
+)
+
 
 def choice_list(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
   """The names in a comma-separated flag, in the order given; "all" is every allowed one.

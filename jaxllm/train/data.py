@@ -140,7 +140,8 @@ def _read(path: Path) -> bytes:
     text.decode("utf-8")
   except UnicodeDecodeError as e:
     raise DataError(
-      f"{_printable(path)}: not UTF-8 text (byte {e.start} of {len(text)} is 0x{text[e.start]:02x})"
+      f"{_printable(path)}: not UTF-8 text (byte {e.start} of {len(text)} is 0x{text[e.start]:02x}); convert it from what it "
+      "is in, as with `iconv -f latin1 -t utf-8`, or leave it out"
     ) from None
   if (zero := text.find(b"\0")) >= 0:
     raise DataError(f"{_printable(path)}: not text (byte {zero} of {len(text)} is 0x00)")

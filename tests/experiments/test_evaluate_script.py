@@ -5,10 +5,12 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import loaded_case
 import numpy as np
 import pytest
+import safetensors.numpy
 import sweep_case
 
 from experiments import evaluate
@@ -159,6 +161,8 @@ def test_smoke_scores_the_beginning(checkpoint, tmp_path, capfd):
     (["--window=0"], 2, ["--window=0", "at least 1"]),
     (["--metrics=ppl"], 2, ["--metrics=ppl", "'ppl'", "perplexity"]),
     (["--factor=2"], 2, ["--factor=2.0", "--method=none", "takes no factor"]),
+    (["--factor=0.5", "--method=yarn", "--window=32"], 2, ["--factor=0.5", "at least 1"]),
+    (["--factor=nan", "--method=yarn", "--window=32"], 2, ["--factor=nan", "at least 1"]),
     (["--method=yarn", "--window=16"], 2, ["--method=yarn", "changes nothing", "trained at 16"]),
     (["--rules=tensor"], 2, ["--rules=tensor", "--mesh"]),
     (["--mesh=tensor=3"], 2, ["tensor=3", "8"]),
@@ -215,3 +219,51 @@ def test_a_window_beyond_learned_positions_is_refused_before_the_text_is_read(tm
   (tmp_path / "text.txt").write_text("text")
   assert call(f"--model={tmp_path / 'gpt2'}", f"--text={tmp_path / 'text.txt'}", "--window=33") == 2
   assert "--window: found 33, expected at most max_length = 32" in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_bad_data_before_any_part(checkpoint, tmp_path, capfd):
+  directory = shutil.copytree(checkpoint[0], tmp_path / "model")
+  plain = json.loads((directory / "config.json").read_text())
+  (directory / "config.json").write_text(json.dumps(plain | {"vocab_size": plain["vocab_size"] + 100}))
+  out = tmp_path / "out"
+  base = (f"--model={directory}", f"--text={checkpoint[1]}", f"--out={out}")
+  for run in (call, sweep_case.run):
+    assert run(*base) == 65
+    error = capfd.readouterr().err
+    assert error.count("error: ") == 1 and "embed_tokens" in error and "vocab_size" in error, error
+    assert not out.exists()
+
+
+def test_a_mesh_and_its_rules_are_said(checkpoint, tmp_path, capfd):
+  base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", f"--out={tmp_path / 'out'}", "--smoke")
+  assert call(*base, "--mesh=data=2,tensor=4", "--dtype=float32", "--window=16") == 0
+  assert "mesh: data=2,tensor=4 of cpu, rules tensor\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("args", "said"),
+  [(["--window=24"], True), (["--window=16"], False), (["--window=24", "--method=yarn"], False)],
+)
+def test_a_window_above_the_trained_length_is_said_where_no_method_is_on(
+  checkpoint, tmp_path, capfd, args, said
+):
+  base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", f"--out={tmp_path / 'out'}", "--smoke")
+  assert call(*base, *args) == 0
+  line = "window: 1.5 times the trained length of 16; --method puts a position method on"
+  assert (line in capfd.readouterr().out.splitlines()) == said
+
+
+def test_weights_that_cannot_be_used_end_the_run_and_fail_no_part(checkpoint, tmp_path, capfd):
+  directory = shutil.copytree(checkpoint[0], tmp_path / "model")
+  tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+  tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+  safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+  base = (f"--model={directory}", f"--text={checkpoint[1]}")
+  for name, run, more in (
+    ("evaluate", call, ()),
+    ("sweep", sweep_case.run, ("--methods=none", "--lengths=16", "--windows=2")),
+  ):
+    assert run(*base, *more, f"--out={tmp_path / name}") == 65
+    error = capfd.readouterr().err
+    assert "error: model.norm.weight of model.safetensors" in error and "NaN" in error, error
+    assert (tmp_path / name / "cells.jsonl").read_bytes() == b""

@@ -78,10 +78,10 @@ def test_the_sweep_of_the_exported_directory_is_that_of_the_checkpoint(
   assert wanted.keys() == {key for key in found if key[-1] != "perplexity"}
   difference = max(abs(found[key] - wanted[key]) for key in wanted)
   print(f"the largest difference of {len(wanted)} cells is {difference:.1e}")
-  # two orders of float32 sums; methods differ by a thousand times as much
+  # two orders of float32 sums; methods differ by more, and by how much changes with the corpus: the sources of this package
   assert difference <= 2e-6
   at_32 = [value for (_, _, length, metric), value in wanted.items() if (length, metric) == (32, "bpb_last")]
-  assert len(set(at_32)) == 5 and min(abs(a - b) for a in at_32 for b in at_32 if a != b) > 1e-4
+  assert len(set(at_32)) == 5 and min(abs(a - b) for a in at_32 for b in at_32 if a != b) > 1e-5
   for key, value in found.items():
     if key[-1] == "perplexity":
       assert value == pytest.approx(2 ** found[*key[:-1], "bpb"], rel=1e-12)  # a token is a byte
@@ -144,3 +144,17 @@ def test_what_is_refused(trained, capfd, monkeypatch, tmp_path, args, code, name
   for words in named:
     assert words in error, error
   assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_directory_with_a_model_is_not_written_over(trained, tmp_path, capfd, name):
+  (tmp_path / name).write_text("mine")
+  assert call(f"--run={trained}", f"--out={tmp_path}") == 2
+  error = capfd.readouterr().err
+  assert f"--out={tmp_path}: holds a model already ({name})" in error and "another --out" in error
+  assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_an_empty_directory_may_be_the_out(trained, tmp_path):
+  assert call(f"--run={trained}", f"--out={tmp_path}") == 0
+  assert (tmp_path / "config.json").is_file()

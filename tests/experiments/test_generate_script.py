@@ -8,7 +8,7 @@ import types
 import pytest
 import sweep_case
 
-from experiments import generate
+from experiments import export, generate
 
 
 def call(*args):
@@ -84,6 +84,18 @@ def test_errors(finished, capfd, args, code, named):
   assert error.startswith("error: ") and "Traceback" not in error
   for words in named:
     assert words in error
+
+
+def test_without_a_run_that_of_smoke_is_named(tmp_path, capfd, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert call() == 65
+  assert "_smoke" not in capfd.readouterr().err
+  (tmp_path / "runs" / "length_extrapolation_smoke").mkdir(parents=True)
+  (tmp_path / "runs" / "length_extrapolation_smoke" / "config.json").write_text("{}")
+  for script in (generate, export):
+    more = ("--out=x",) if script is export else ()
+    assert sweep_case.run(*more, script=script, check=script.check) == 65
+    assert "--run=runs/length_extrapolation_smoke" in capfd.readouterr().err
 
 
 def test_damaged_and_foreign_checkpoints_are_bad_data(finished, tmp_path, capfd):

@@ -130,7 +130,10 @@ def test_neither_a_directory_nor_a_repository(tmp_path):
 
 def test_without_the_package(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  with pytest.raises(CheckpointError, match=r"owner/tiny: no such directory; .* install the extra `hub`"):
+  with pytest.raises(
+    CheckpointError,
+    match=r"owner/tiny: no such directory; .* install the extra `hub` \(pip install -e '\.\[hub\]'\)",
+  ):
     hub.find("owner/tiny")
 
 

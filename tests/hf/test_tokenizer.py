@@ -82,7 +82,8 @@ def test_what_was_saved_needs_no_package(tmp_path, monkeypatch):
   plain = json.loads((tmp_path / "tokenizer.json").read_text())
   (tmp_path / "tokenizer.json").write_text(json.dumps(plain))  # the same, spelled otherwise
   with pytest.raises(
-    TokenizerError, match=r"tokenizer.json: the package tokenizers reads it; install the extra `hub`"
+    TokenizerError,
+    match=r"tokenizer.json: the package tokenizers reads it; install the extra `hub` \(pip install -e '\.\[hub\]'\)",
   ):
     load_tokenizer(tmp_path)
 

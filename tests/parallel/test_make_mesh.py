@@ -8,6 +8,7 @@ from mesh_checks import make_mesh
 
 from jaxllm import parallel
 from jaxllm.errors import ConfigError, DataError
+from jaxllm.study import choices
 
 
 @pytest.mark.core
@@ -37,7 +38,7 @@ def test_axes_and_order(text, shape):
     ("model=8", ("'model'", "data, fsdp, tensor")),
     ("", ("''", "data=2,tensor=4")),
     ("data=2,tensor=2", ("product 4", "8 cpu devices")),
-    ("data=4,tensor=4", ("product 16", "exactly 8")),
+    ("data=4,tensor=4", ("product 16", "exactly 8", "XLA_FLAGS=--xla_force_host_platform_device_count=16")),
     ("data=2,data=4", ("'data' twice",)),
     ("data=0,tensor=8", ("'data=0'", "at least 1")),
     ("data=-2,tensor=4", ("'data=-2'", "at least 1")),
@@ -83,3 +84,7 @@ def test_rules_and_rows_of_a_mesh(axes, rules, shards):
 def test_rows_that_do_not_divide():
   with pytest.raises(DataError, match=r"6 rows on the mesh data=4,tensor=2, expected a multiple of 4"):
     parallel.shard_batch(np.zeros((6, 2)), parallel.make_mesh("data=4,tensor=2"))
+
+
+def test_flags_list_the_rule_sets_without_jax():
+  assert tuple(parallel.RULES) == choices.RULES

@@ -233,13 +233,25 @@ def test_another_configuration_is_refused_with_every_difference(tmp_path):
   with pytest.raises(ConfigError) as e:
     cells.check_config(tmp_path, other)
   assert str(e.value).splitlines() == [
-    f"{tmp_path}/config.json is of a run with other settings; use another --out, or its settings again:",
+    f"{tmp_path}/config.json is of a run with other settings:",
     "  gone: null there, absent now",
     "  model.layers: 3 there, 4 now",
     '  new: absent there, "x" now',
     "  steps: 100 there, 100.0 now",
+    "use another --out, or its settings again",
   ]
   assert cells.check_config(tmp_path, config) == digest
   (tmp_path / "config.json").write_text('{"steps": ')
   with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
     cells.check_config(tmp_path, config)
+
+
+def test_of_many_differences_the_settings_come_first_and_the_advice_last(tmp_path):
+  config = lambda n: {"files": {f"part{i}": n for i in range(30)}, "settings": {"model": f"{n}/gpt2"}}
+  cells.check_config(tmp_path, config(1))
+  with pytest.raises(ConfigError) as e:
+    cells.check_config(tmp_path, config(2))
+  lines = str(e.value).splitlines()
+  assert lines[1] == '  settings.model: "1/gpt2" there, "2/gpt2" now'
+  assert lines[-2:] == ["  (+19 more)", "use another --out, or its settings again"]
+  assert len(lines) == cells.SHOWN + 3

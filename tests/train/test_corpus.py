@@ -88,7 +88,9 @@ def test_hidden_files_are_left_out_and_links_to_files_are_read(tmp_path):
 @pytest.mark.parametrize(
   ("content", "named"),
   [
-    pytest.param(b"abc\xff def", ["byte 3 of 8", "0xff", "UTF-8"], id="not UTF-8"),
+    pytest.param(
+      b"abc\xff def", ["byte 3 of 8", "0xff", "UTF-8", "iconv -f latin1 -t utf-8"], id="not UTF-8"
+    ),
     pytest.param("né".encode("utf-16-le"), ["of 4"], id="UTF-16"),
     pytest.param(b"abcdef\xc3", ["byte 6 of 7", "0xc3"], id="cut in a character"),
     pytest.param(b"ab\0c", ["byte 2 of 4", "0x00"], id="NUL"),
