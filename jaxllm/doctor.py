@@ -189,7 +189,13 @@ def tokenizer_line(directory: Path, cfg) -> str:
   except TokenizerError as e:
     return f"tokenizer: none ({e})"
   spare = cfg.vocab_size - tokenizer.vocab_size
-  rows = f", {spare} rows of the embedding without one" if spare else ""
+  rows = (
+    f", {spare} rows of the embedding without one"
+    if spare > 0
+    else f", {-spare} beyond the embedding"
+    if spare
+    else ""
+  )
   special = f"bos {tokenizer.bos_id}, eos {', '.join(map(str, tokenizer.eos_ids)) or None}"
   chat = "with" if tokenizer.template else "without"
   return f"tokenizer: {tokenizer.vocab_size} ids{rows}; {special}; {chat} a chat template"
