@@ -1,6 +1,7 @@
 """What this machine and, with --model, a checkpoint are to jaxllm: devices, versions, fit in memory, settings in force.
 
-Reads settings and headers of files only, no weights.  Exits with 1 where something is wrong that a run would not say: an
+Reads settings and headers of files only, no weights; of a repository of the Hub it fetches settings and the tokenizer, and
+sizes are estimated where the weights are not in the cache.  Exits with 1 where something is wrong that a run would not say: an
 accelerator that JAX does not use, a model that does not fit.
 """
 
@@ -124,10 +125,14 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
   """(a line of what the checkpoint is, and what is wrong with that, if anything); raises what loading raises before weights."""
   import jax
 
-  from jaxllm.hf import families, loading, match
+  from jaxllm.hf import families, files, hub, loading, match
   from jaxllm.study import describe
 
-  opened = loading.open_checkpoint(model)
+  directory = hub.find(model, weights=False)
+  if not Path(model).expanduser().is_dir() and files.missing_weights(directory):
+    yield from _unfetched_lines(directory, context)
+    return
+  opened = loading.open_checkpoint(directory)
   checkpoint, family, cfg, source = opened.checkpoint, opened.family, opened.cfg, opened.source
   match.check_heads(checkpoint, opened.matched, source)
   found, shapes = opened.matched.found, opened.matched.shapes
@@ -145,6 +150,30 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
   unused = sorted(set(checkpoint.tensors) - {stored.name for _, stored in found})
   yield f"tensors that hold no parameters, unused: {_few(unused)}", None
   yield tokenizer_line(checkpoint.directory, cfg), None
+
+
+def _unfetched_lines(directory: Path, context: int | None) -> Iterator[tuple[str, str | None]]:
+  """`model_lines` of a repository whose weights are not here: sizes by the shapes of the model that config.json asks for."""
+  import jax
+  import numpy as np
+
+  from jaxllm.hf import families, loading, match
+  from jaxllm.study import describe
+
+  family, cfg, source = loading.load_config(directory)
+  count = sum(_product(shape) for shape in match.expected_shapes(cfg).values())
+  size = count * np.dtype(cfg.dtype).itemsize
+  yield (
+    f"checkpoint: {directory}, family {family.model_type}, {count:,} parameters, {gib(size)} if all are {cfg.dtype}: by "
+    "config.json, as the weights are not in the cache; their tensors are not checked",
+    None,
+  )
+  for line in describe.model_lines(cfg, context or cfg.context_length):
+    yield line, None
+  yield fit(cfg, size, context or cfg.context_length, memory_of(jax.devices()))
+  ignored = families.ignored_settings(source.plain, source.path)
+  yield f"settings that change no logit, ignored: {', '.join(ignored) or 'none'}", None
+  yield tokenizer_line(directory, cfg), None
 
 
 def fit(cfg, weights: int, context: int | None, memory: Memory | None) -> tuple[str, str | None]:
@@ -190,7 +219,13 @@ def tokenizer_line(directory: Path, cfg) -> str:
   except TokenizerError as e:
     return f"tokenizer: none ({e})"
   spare = cfg.vocab_size - tokenizer.vocab_size
-  rows = f", {spare} rows of the embedding without one" if spare else ""
+  rows = (
+    f", {spare} rows of the embedding without one"
+    if spare > 0
+    else f", {-spare} beyond the embedding"
+    if spare
+    else ""
+  )
   special = f"bos {tokenizer.bos_id}, eos {', '.join(map(str, tokenizer.eos_ids)) or None}"
   chat = "with" if tokenizer.template else "without"
   return f"tokenizer: {tokenizer.vocab_size} ids{rows}; {special}; {chat} a chat template"

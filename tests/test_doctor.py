@@ -175,6 +175,38 @@ def test_what_a_checkpoint_is(checkpoint, monkeypatch, capfd):
     assert words in out, words
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_weights_of_a_repository_are_fetched(checkpoint, tmp_path, monkeypatch, capfd, cached):
+  """Without them the same numbers by config.json; with them, from a load before, their headers are read."""
+  huggingface_hub = pytest.importorskip("huggingface_hub")
+  snapshot = shutil.copytree(checkpoint, tmp_path / "snapshot")
+  if not cached:
+    (snapshot / "model.safetensors").unlink()
+  asked = []
+
+  def download(name, allow_patterns, **kwargs):
+    asked.extend(allow_patterns)
+    return str(snapshot)
+
+  monkeypatch.setattr(doctor, "accelerators", lambda: {})
+  assert call(f"--model={checkpoint}") == 0
+  directory = capfd.readouterr().out
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  monkeypatch.chdir(tmp_path)
+  assert call("--model=owner/tiny") == 0
+  out = capfd.readouterr().out
+  assert asked and not [pattern for pattern in asked if "safetensors" in pattern]
+  assert ("their tensors are not checked" in out) == (not cached)
+  assert ("unused: none" in out) == cached
+  for pattern in (
+    r"[\d,]+ parameters, [\d.]+ \w+",
+    r"memory: .* of weights.*",
+    r"tokenizer: .*",
+    r"family \w+",
+  ):
+    assert re.search(pattern, out)[0] == re.search(pattern, directory)[0]
+
+
 def test_settings_and_tensors_that_change_nothing_are_named(checkpoint, tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(doctor, "accelerators", lambda: {})
   model = shutil.copytree(checkpoint, tmp_path / "model")

@@ -262,11 +262,38 @@ def _nothing(directory: Path) -> str:
   found = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
   if not found:
     return f"{directory}: no {SINGLE} or {INDEX}; give the directory that a model was saved to"
+  return pickles_only(directory, found)
+
+
+def missing_weights(directory: Path) -> list[str]:
+  """The files of weights that a directory lacks: model.safetensors where there is no index either, or shards of the index.
+
+  An index that cannot be read lacks none: `Checkpoint` says what is wrong with it.
+  """
+  if os.path.lexists(directory / SINGLE):
+    return []
+  if not os.path.lexists(directory / INDEX):
+    return [SINGLE]
+  try:
+    shards = set(read_json(plain_file(directory, INDEX), CheckpointError)["weight_map"].values())
+    return sorted(shard for shard in shards if not (directory / shard).exists())
+  except (JaxllmError, AttributeError, KeyError, TypeError):
+    return []
+
+
+def pickles_only(where: str | Path, found: list[str]) -> str:
+  """What to do about a directory or a repository that has its weights as pickles, `found`, only."""
+  target = where.rpartition("/")[2] if isinstance(where, str) else where
   return (
-    f"{directory}: found {', '.join(found[:3])}, expected {SINGLE}: pickles run code when they are read, so they are not read "
+    f"{where}: found {', '.join(found[:3])}, expected {SINGLE}: pickles run code when they are read, so they are not read "
     'here.  Where you trust the file, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
-    f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safe')\""
+    f"M.from_pretrained('{where}', dtype='auto').save_pretrained('{target}-safe')\""
   )
+
+
+def listed(names: list[str], most: int = 3) -> str:
+  """The names on a line, and how many more there are."""
+  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def shown(lines: list[str], most: int = 20) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from pathlib import Path
 
 from jaxllm.errors import CheckpointError
+from jaxllm.hf import files
 
 REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 WEIGHTS = ("*.safetensors",)
@@ -21,7 +23,7 @@ def find(path_or_repo: str | os.PathLike, weights: bool = True) -> Path:
   """The directory of a checkpoint: the path itself, or that of the cache for "owner/name" or "owner/name@revision".
 
   Only safetensors (weights=False: not even those), JSON and tokenizer files are fetched.  Raises CheckpointError for what is
-  neither, and for a repository that the Hub does not show or that cannot be fetched; each says what to do.
+  neither, and for a repository that the Hub does not show, that cannot be fetched or has no safetensors; each says what to do.
   """
   path = Path(path_or_repo).expanduser()
   if path.is_dir():
@@ -45,6 +47,7 @@ def _fetch(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
       f"{name}: no such directory; to fetch the repository of that name from the Hugging Face Hub install the extra `hub` "
       f"({INSTALL})"
     ) from None
+  revised = f"{name}@{revision}" if revision else name
   download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
   try:
     found = huggingface_hub.snapshot_download(
@@ -61,4 +64,24 @@ def _fetch(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
       f"{name}: the Hugging Face Hub does not give it ({type(e).__name__}: {reason}); check the name, and run `hf auth login` "
       "where the repository is private or asks for consent"
     ) from None
-  return Path(found)
+  missing = files.missing_weights(Path(found)) if WEIGHTS[0] in patterns else []
+  if not missing:
+    return Path(found)
+  try:  # what is cached comes without a word where the Hub cannot be reached
+    there = huggingface_hub.list_repo_files(name, revision=revision)
+  except Exception:  # whatever it and the packages below it raise
+    raise CheckpointError(
+      f"{revised}: its weights ({files.listed(missing)}) are not in the cache {constants.HF_HUB_CACHE}, and the Hugging Face "
+      f"Hub cannot be reached; where there is a network run `{download}` and bring that cache along, or give the directory of "
+      "a copy"
+    ) from None
+  pickles = [
+    file for file in there if any(fnmatch.fnmatch(file, kind) for kind in files.PICKLES) and "/" not in file
+  ]
+  if files.SINGLE in there or files.INDEX in there:
+    reason = f"{revised}: {files.listed(missing)} was not fetched; run `{download}`"
+  elif pickles:
+    reason = files.pickles_only(name, pickles)
+  else:
+    reason = f"{revised}: the repository has no {files.SINGLE} or {files.INDEX}; give one that has a model of transformers"
+  raise CheckpointError(reason)

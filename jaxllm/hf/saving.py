@@ -59,13 +59,15 @@ def save(
 ) -> None:
   """Writes the directory `path`, which `load` and transformers read as the same model, bit for bit.
 
-  config.json has the settings in force, those of RoPE included; family, pinned: see `families.write_config`.  Tensors keep
+  config.json has the settings in force, those of RoPE included; family: see `families.write_config`.  Where frequencies depend
+  on the length (LongRoPE, dynamic NTK) a save needs pinned=True: each query here has those of its own length, and transformers
+  those of one length for a whole call, so that its decoding is not that of this model.  Tensors keep
   their types, a padded vocabulary is cut, and files hold up to max_shard_bytes.  All is written under other names first;
   config.json, without which nothing reads the directory, is taken away before the rest is renamed, and comes last.  So a save
   that is interrupted leaves what was there, or nothing that loads.  Of several processes all call it, and the first one writes.
 
   Raises ConfigError for a model that transformers does not have, CheckpointError for parameters that are not cfg's or are NaN
-  or infinite, TokenizerError for more tokens than embeddings, OSError where the disk refuses.
+  or infinite, TokenizerError for a vocabulary larger than the embedding, OSError where the disk refuses.
   """
   row, plain = families.write_config(cfg, family=family, pinned=pinned)
   if max_shard_bytes < 1:

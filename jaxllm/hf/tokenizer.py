@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
   from jaxllm.config import ModelConfig
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+SPECIAL = "special_tokens_map.json"
 FILES = (
-  *(TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json", "added_tokens.json"),
+  *(TOKENIZER, SETTINGS, TEMPLATE, SPECIAL, "added_tokens.json"),
   *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
 )
 OTHER_KINDS = ("tokenizer.model", "vocab.json", "vocab.txt")
 """Without a tokenizer.json, files of which transformers makes a tokenizer."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,9 @@ class Tokenizer:
 
   source: where it is from.  vocab_size: its largest id and 1, added tokens included.  bos_id, eos_ids: of its settings.
   special: its special tokens by their names in the settings ("bos_token", ...).  template: of chats, in Jinja.  files: what
-  `save` writes, contents or paths.
+  `save` writes, contents or paths.  added: the ids of tokens that were added to the vocabulary, whose
+  largest id and 1 is base_size (None: vocab_size).  rows: of the model's embedding,
+  None: not known; an id that has no row is never encoded.
   """
 
   source: str
@@ -45,15 +51,21 @@ class Tokenizer:
   special: Mapping[str, str] = dataclasses.field(default_factory=dict)
   template: str | None = dataclasses.field(default=None, repr=False)
   files: Mapping[str, bytes | Path] = dataclasses.field(default_factory=dict, repr=False)
+  added: Mapping[str, int] = dataclasses.field(default_factory=dict, repr=False)
+  base_size: int | None = None
+  rows: int | None = None
 
   def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-    """The ids of a text, with those that the tokenizer puts around any (as a first bos) unless special_tokens is False."""
-    return list(self.encoder(self._checked(text), special_tokens))
+    """The ids of a text, with those that the tokenizer puts around any (as a first bos) unless special_tokens is False.
+
+    Raises TokenizerError for text that is not Unicode, and for a token that the model has no embedding of.
+    """
+    return self._have_rows(self.encoder(self._checked(text), special_tokens))
 
   def encode_ends(self, text: str) -> tuple[list[int], list[int]]:
     """`encode`, and the end of each token in the text, in characters: 0 for a special token, which is not in it.
 
-    Raises TokenizerError for a tokenizer that does not tell the places.
+    Raises TokenizerError as `encode`, and for a tokenizer that does not tell the places.
     """
     text = self._checked(text)
     try:
@@ -62,7 +74,7 @@ class Tokenizer:
       raise TokenizerError(
         f"{self.source}: this tokenizer does not tell which text a token stands for; save it as {TOKENIZER} with transformers"
       ) from None
-    return list(ids), list(ends)
+    return self._have_rows(ids), list(ends)
 
   def decode(self, ids: Sequence[int], special_tokens: bool = True) -> str:
     """The text of some ids, special tokens spelled out or, for False, left out.  TokenizerError for an id it does not have."""
@@ -72,6 +84,17 @@ class Tokenizer:
         f"token id {wrong[0]}: expected one from 0 to {self.vocab_size - 1}, those of {self.source}"
       )
     return self.decoder(ids, special_tokens)
+
+  def _have_rows(self, ids: Sequence[int]) -> list[int]:
+    """The ids, each of which has an embedding: for others JAX reads the last row, in silence."""
+    ids = list(ids)
+    if self.rows is not None and (largest := max(ids, default=-1)) >= self.rows:
+      token = next((token for token, i in self.added.items() if i == largest), "")
+      raise TokenizerError(
+        f"{self.source}: the text has the token {token!r}, id {largest}, but the embedding of the model has {self.rows} rows; "
+        "leave that token out of the text"
+      )
+    return ids
 
   @staticmethod
   def _checked(text: str) -> str:
@@ -100,14 +123,25 @@ class Tokenizer:
     return self.encode(self.chat_text(messages, generation_prompt), special_tokens=False)
 
   def check_fits(self, vocab_size: int, model: str) -> None:
-    """Raise TokenizerError where the tokenizer has ids that an embedding of `vocab_size` rows has not.
+    """Raise TokenizerError where the vocabulary has ids that an embedding of `vocab_size` rows has not.
 
-    JAX reads the last row for them, in silence.  An embedding with more rows than ids is fine: many are padded.
+    JAX reads the last row for them, in silence.  Added tokens beyond it are a warning, as texts may do without: Gemma 3 1B has
+    one of images, id 262144 of 262144 rows.  An embedding with more rows than ids is fine: many are padded.
     """
-    if self.vocab_size > vocab_size:
+    base = self.vocab_size if self.base_size is None else self.base_size
+    if base > vocab_size:
       raise TokenizerError(
-        f"{self.source}: the tokenizer has ids up to {self.vocab_size - 1}, but the embedding of {model} has {vocab_size} "
+        f"{self.source}: the tokenizer has ids up to {base - 1}, but the embedding of {model} has {vocab_size} "
         "rows; take the tokenizer that the model was trained with"
+      )
+    beyond = [
+      f"{token} ({i})" for token, i in sorted(self.added.items(), key=lambda one: one[1]) if i >= vocab_size
+    ]
+    if beyond:
+      more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+      _log.warning(
+        "%s: added tokens without a row in the embedding of %s, which has %d: %s%s; text that has one is refused",
+        *(self.source, model, vocab_size, ", ".join(beyond[:5]), more),
       )
 
   def contents(self) -> dict[str, bytes]:
@@ -118,12 +152,12 @@ class Tokenizer:
 def load_tokenizer(path_or_repo: str | os.PathLike, cfg: ModelConfig | None = None) -> Tokenizer:
   """The tokenizer of a directory or a repository of the Hub (`hub.find`): of tokenizer.json or, without one, by transformers.
 
-  Raises TokenizerError where there is none, where it cannot be read or what reads it is not installed, and where it has more
-  ids than the model (cfg, or else the vocab_size of config.json there) has embeddings.
+  Raises TokenizerError where there is none, where it cannot be read or what reads it is not installed, and where its
+  vocabulary has more ids than the model (cfg, or else the vocab_size of config.json there) has embeddings.
   """
   directory = hub.find(path_or_repo, weights=False)
   there = {name: files.plain_file(directory, name) for name in FILES if os.path.lexists(directory / name)}
-  settings = files.read_json(there[SETTINGS], TokenizerError) if SETTINGS in there else {}
+  settings = _settings(there)
   if TOKENIZER in there:
     tokenizer = _from_json(directory, there, settings)
   elif any(name in there for name in OTHER_KINDS):
@@ -138,7 +172,18 @@ def load_tokenizer(path_or_repo: str | os.PathLike, cfg: ModelConfig | None = No
     vocab_size, model = files.read_json(path, TokenizerError).get("vocab_size"), str(path)
   if type(vocab_size) is int:
     tokenizer.check_fits(vocab_size, model)
+    tokenizer = dataclasses.replace(tokenizer, rows=vocab_size)
   return tokenizer
+
+
+def _settings(there: Mapping[str, Path]) -> dict[str, Any]:
+  """tokenizer_config.json, with the special tokens that only special_tokens_map.json names."""
+  settings, named = (
+    files.read_json(there[name], TokenizerError) if name in there else {} for name in (SETTINGS, SPECIAL)
+  )
+  return settings | {
+    name: token for name, token in named.items() if name.endswith("_token") and not settings.get(name)
+  }
 
 
 @functools.cache
@@ -213,7 +258,8 @@ def _from_json(directory: Path, there: dict[str, Path], settings: Mapping[str, A
     directory,
     there,
     settings,
-    max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+    backend.get_vocab(with_added_tokens=False),
+    backend.get_vocab(with_added_tokens=True),
     lambda text, special: backend.encode(text, add_special_tokens=special).ids,
     lambda ids, special: backend.decode(ids, skip_special_tokens=not special),
     places,
@@ -232,7 +278,7 @@ def _from_transformers(directory: Path, there: dict[str, Path], settings: Mappin
     backend = transformers.AutoTokenizer.from_pretrained(
       directory, trust_remote_code=False, local_files_only=True
     )
-    vocab = backend.get_vocab()
+    vocab, added = backend.get_vocab(), backend.get_added_vocab()
   except Exception as e:  # whatever it and the packages below it raise
     raise TokenizerError(
       f"{directory}: transformers makes no tokenizer of the files ({str(e)[:200]})"
@@ -246,7 +292,8 @@ def _from_transformers(directory: Path, there: dict[str, Path], settings: Mappin
     directory,
     there,
     settings,
-    max(vocab.values(), default=-1) + 1,
+    {token: i for token, i in vocab.items() if token not in added},
+    vocab,
     lambda text, special: backend.encode(text, add_special_tokens=special),
     lambda ids, special: backend.decode(ids, skip_special_tokens=not special),
     places,
@@ -254,7 +301,7 @@ def _from_transformers(directory: Path, there: dict[str, Path], settings: Mappin
   )
 
 
-def _tokenizer(directory, there, settings, vocab_size, encoder, decoder, placer, find) -> Tokenizer:
+def _tokenizer(directory, there, settings, base, vocab, encoder, decoder, placer, find) -> Tokenizer:
   """The tokenizer of a directory with what its settings say of special tokens and chats."""
   special = {}
   for name, token in settings.items():
@@ -264,7 +311,7 @@ def _tokenizer(directory, there, settings, vocab_size, encoder, decoder, placer,
   ids = {name: find(token) for name, token in special.items()}
   return Tokenizer(
     source=str(directory),
-    vocab_size=vocab_size,
+    vocab_size=max(vocab.values(), default=-1) + 1,
     encoder=encoder,
     decoder=decoder,
     placer=placer,
@@ -273,6 +320,8 @@ def _tokenizer(directory, there, settings, vocab_size, encoder, decoder, placer,
     special=special,
     template=_template(there, settings),
     files=there,
+    added={token: i for token, i in vocab.items() if token not in base},
+    base_size=max(base.values(), default=-1) + 1,
   )
 
 

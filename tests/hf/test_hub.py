@@ -1,5 +1,6 @@
 """Where a checkpoint is: directories, the cache of the Hub, and what to do without a network or a package."""
 
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from checkpoint_case import write
 
 from jaxllm.errors import CheckpointError
-from jaxllm.hf import hub
+from jaxllm.hf import hub, loading
 from jaxllm.hf.files import Checkpoint
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -56,6 +57,45 @@ def test_offline_says_what_to_do(cache, name):
   assert all(
     words in str(e.value) for words in (f"not in the cache {cache.parents[2]}", command, "cannot be reached")
   )
+
+
+@pytest.mark.parametrize("lack", ["model.safetensors", "a shard"])
+def test_weights_that_are_not_in_the_cache(cache, lack):
+  """As after load_tokenizer, which fetches no weights: the settings are found, and the Hub cannot be asked for more."""
+  (cache / "model.safetensors").unlink()
+  if lack == "a shard":
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (cache / "model.safetensors.index.json").write_text(json.dumps(index))
+    lack = "model-00001-of-00001.safetensors"
+  with pytest.raises(CheckpointError) as e:
+    loading.load("owner/tiny@main")
+  assert all(
+    words in str(e.value)
+    for words in (
+      f"owner/tiny@main: its weights ({lack})",
+      "hf download owner/tiny --revision main",
+      "network",
+    )
+  )
+  assert hub.find("owner/tiny", weights=False) == cache
+
+
+@pytest.mark.parametrize(
+  "there, words",
+  [
+    (
+      ["config.json", "pytorch_model.bin", "onnx/x.bin"],
+      r"found pytorch_model.bin, expected .*'owner/tiny'.*'tiny-safe'",
+    ),
+    (["config.json", "unet/model.safetensors"], "the repository has no model.safetensors"),
+    (["config.json", "model.safetensors"], "was not fetched; run `hf download owner/tiny`"),
+  ],
+)
+def test_a_repository_without_safetensors(cache, monkeypatch, there, words):
+  (cache / "model.safetensors").unlink()
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: there)
+  with pytest.raises(CheckpointError, match=f"owner/tiny: .*{words}"):
+    hub.find("owner/tiny")
 
 
 @pytest.mark.parametrize("weights", [True, False])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from jaxllm.errors import TokenizerError
 from jaxllm.hf import chat
+from jaxllm.hf import tokenizer as tokenizer_lib
 from jaxllm.hf.tokenizer import byte_tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -232,9 +234,43 @@ def test_values_of_templates_are_plain(monkeypatch):
 def test_more_ids_than_embeddings(words):
   (words / "config.json").write_text('{"vocab_size": 9}')
   assert load_tokenizer(words).vocab_size == 9
-  (words / "config.json").write_text('{"vocab_size": 8}')  # <pad> was added
-  with pytest.raises(TokenizerError, match=r"has ids up to 8, but the embedding of .*config.json has 8 rows"):
+  (words / "config.json").write_text('{"vocab_size": 7}')
+  with pytest.raises(TokenizerError, match=r"has ids up to 7, but the embedding of .*config.json has 7 rows"):
     load_tokenizer(words)
+
+
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_an_added_token_without_an_embedding(words, caplog, monkeypatch, by_transformers):
+  """As Gemma 3 1B has: it is named, and only text that has it is refused."""
+  (words / "config.json").write_text('{"vocab_size": 8}')
+  if by_transformers:
+    pytest.importorskip("transformers", minversion="5.0")
+    read = tokenizer_lib._from_transformers
+    monkeypatch.setattr(tokenizer_lib, "_from_json", read)
+    settings = json.loads((words / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (words / "tokenizer_config.json").write_text(json.dumps(settings))
+  ours = load_tokenizer(words)
+  assert re.search(r"without a row in the embedding of .*config.json, which has 8: <pad> \(8\)", caplog.text)
+  assert ours.encode("hello world") == [1, 3, 4]
+  assert ours.vocab_size == (10 if by_transformers else 9)  # which adds a [PAD], as the file pads
+  assert ours.encode_ends("hello")[0] == [1, 3]
+  for encode in (ours.encode, ours.encode_ends):
+    with pytest.raises(TokenizerError, match=r"the token '<pad>', id 8, but the embedding .* has 8 rows"):
+      encode("hello <pad> world")
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"bos_token": None}, {"bos_token": "</s>"}])
+def test_special_tokens_that_only_their_map_names(words, settings):
+  """tokenizer_config.json comes first, where it names one."""
+  (words / "tokenizer_config.json").unlink()
+  if settings is not None:
+    (words / "tokenizer_config.json").write_text(json.dumps(settings))
+  plain = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "additional_special_tokens": ["<pad>"]}
+  (words / "special_tokens_map.json").write_text(json.dumps(plain))
+  ours = load_tokenizer(words)
+  assert (ours.bos_id, ours.eos_ids) == (2 if settings and settings["bos_token"] else 1, (2,))
+  assert ours.special["eos_token"] == "</s>" and len(ours.special) == 2
 
 
 def test_ids_and_texts_that_cannot_be(words):
