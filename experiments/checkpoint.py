@@ -172,6 +172,7 @@ def scheme_of(cfg: ModelConfig) -> methods.Scheme:
     log_n=cfg.query_scale is not None,
     plain_rope=bool(plain) and len(plain) == len(everywhere),
     lacks=lacks,
+    sees_all=any(layer.window is None for layer in cfg.layers),
     max_length=cfg.length_limit,
     group_size=1,
   )

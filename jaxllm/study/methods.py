@@ -56,8 +56,8 @@ class Scheme:
   position: the entry of POSITIONS it is trained with; tested_as: the one it is tested with, where that is another; log_n:
   queries scaled by log_train_length(position + 1), from training on; hwfa: all layers but the last have a window, and the last
   has no positions (kexue.fm/archives/9603); plain_rope: whether the methods that change RoPE can be put on the model.
-  Of a loaded model, whose name is "-": lacks, in words, why they cannot; max_length, where learned positions end (None: at the
-  training length).  group_size: how many variants one program takes at once.
+  Of a loaded model, whose name is "-": lacks, in words, why they cannot; sees_all, whether a layer has no window; max_length, where
+  learned positions end (None: at the training length).  group_size: how many variants one program takes at once.
   """
 
   name: str
@@ -67,6 +67,7 @@ class Scheme:
   hwfa: bool = False
   plain_rope: bool = False
   lacks: str | None = None
+  sees_all: bool = True
   max_length: int | None = None
   group_size: int = GROUP_SIZE
 
@@ -144,6 +145,8 @@ def not_applicable(scheme: Scheme, method: str) -> str | None:
   if m.position is not None and not scheme.plain_rope:
     lacks = scheme.lacks or f"{scheme.name} has no layer of plain RoPE over all keys"
     return f"{m.position} changes RoPE, and {lacks}"
+  if m.log_n and not scheme.sees_all:
+    return "log-n scales the queries of layers over all keys, and every layer of the model has a window"
   if m.log_n and scheme.log_n:
     return f"the model {'scales its queries by position' if scheme.name == LOADED else 'is trained with log-n'} already"
   return None

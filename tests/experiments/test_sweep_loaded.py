@@ -138,10 +138,22 @@ def test_a_model_without_rope_over_all_keys_says_what_it_has(fields, words, posi
   scheme = scheme_of(loaded_case.config(**fields))
   assert not scheme.plain_rope and scheme.position == position
   assert words in methods.not_applicable(scheme, "yarn")
-  assert methods.not_applicable(scheme, "logn") is None
-  assert methods.choose("default", (scheme,)) == ("none", "logn")
+  windowed = fields["layers"][0].window is not None
+  assert (methods.not_applicable(scheme, "logn") is None) != windowed
+  assert methods.choose("default", (scheme,)) == (("none",) if windowed else ("none", "logn"))
   with pytest.raises(ConfigError, match="--methods=yarn with --model: yarn changes RoPE"):
     methods.check_methods_matter((scheme,), ("none", "yarn"), None, L0, (64,))
+
+
+def test_log_n_is_refused_where_every_layer_has_a_window():
+  """It leaves windowed layers as they are, and would change nothing."""
+  scheme = scheme_of(loaded_case.config(layers=layers((ROPE, 8), (POSITIONS["nope"](), 4))))
+  with pytest.raises(
+    ConfigError, match=r"--methods=logn with --model: .* every layer of the model has a window"
+  ):
+    methods.check_methods_matter((scheme,), ("none", "logn"), None, L0, (64,))
+  scheme = scheme_of(loaded_case.config(layers=layers((ROPE, 8), (POSITIONS["nope"](), None))))
+  methods.check_methods_matter((scheme,), ("none", "logn"), None, L0, (64,))
 
 
 def test_queries_that_are_scaled_already_take_no_log_n():
