@@ -19,7 +19,7 @@ from jaxllm.evaluate.text import Text, check_ids, of_tokens
 from jaxllm.hf import files, loading, match, tokenizer
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.choose import CORES
-from jaxllm.position import POSITIONS, PositionTables
+from jaxllm.position import POSITIONS, PiRope, PositionTables
 from jaxllm.study import choices, methods
 
 BLOCK, BLOCKS = 4096, 64
@@ -172,6 +172,14 @@ def scheme_of(cfg: ModelConfig) -> methods.Scheme:
     log_n=cfg.query_scale is not None,
     plain_rope=bool(plain) and len(plain) == len(everywhere),
     lacks=lacks,
+    linear=max(
+      (
+        layer.position.factor
+        for layer in everywhere
+        if isinstance(layer.position, PiRope) and layer.position.factor != 1.0
+      ),
+      default=None,
+    ),
     sees_all=any(layer.window is None for layer in cfg.layers),
     max_length=cfg.length_limit,
     group_size=1,
@@ -197,6 +205,8 @@ def method_on(
   Raises ConfigError for a method that the model cannot have, or that changes nothing at this length.
   """
   cfg, scheme = checkpoint.cfg, scheme_of(checkpoint.cfg)
+  if not train_length:
+    methods.check_counts_from(scheme, name, checkpoint.trained_length, f"--method={name}")
   train = train_length or checkpoint.trained_length
   if train is None and name != "none":
     raise ConfigError(

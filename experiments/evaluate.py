@@ -154,6 +154,10 @@ def main(f) -> int:
   }
   out = Path(f.out or f"runs/evaluate/{Path(f.model).name}-{files.digest(config)[:8]}")
   print("\n".join(describe.model_lines(on.tested, windows.length)))
+  if on.tested.layers != checkpoint.cfg.layers and (
+    line := describe.replaced_line(checkpoint.cfg, on.train_length)
+  ):
+    print(line)
   print(
     f"text: {len(text)} tokens, {int(text.sizes.sum())} bytes; {len(windows)} windows of {windows.length}, stride {stride}"
     + ("" if text.bos is None else f"; each begins with token {text.bos}, as the tokenizer begins a text")

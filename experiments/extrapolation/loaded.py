@@ -88,6 +88,9 @@ class Loaded(Models):
     lines = [f"checkpoint: {settings.model}, family {checkpoint.family}"]
     lines += describe.model_lines(checkpoint.cfg, max(settings.lengths))
     lines.append(f"trained length: {settings.train_length} tokens, from which factors and methods count")
+    replaced = describe.replaced_line(checkpoint.cfg, settings.train_length)
+    if replaced and any(methods.METHODS[name].position for name in settings.methods):
+      lines.append(replaced)
     if checkpoint.mesh is not None:
       lines.append(f"mesh: {checkpoint.about_mesh()}")
     if self.text.bos is not None:

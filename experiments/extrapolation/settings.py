@@ -92,6 +92,9 @@ class LoadSettings(Settings):
     _check_lengths(lengths, length, f"--lengths={','.join(map(str, lengths))}")
     chosen = _chosen(self.asked, (scheme,), self.factors, length, lengths)
     methods.check_methods_matter((scheme,), chosen, self.factors, length, lengths)
+    if not self.train_length:
+      for name in chosen:
+        methods.check_counts_from(scheme, name, length, f"--methods={self.asked}")
     return dataclasses.replace(self, methods=chosen, train_length=length, lengths=lengths)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import jax
 import loaded_case
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sweep_case
 
+from experiments import evaluate as evaluate_script
 from experiments.checkpoint import scheme_of
 from experiments.extrapolation import evaluate, report, settings, variants
 from experiments.extrapolation.models import Models
@@ -181,6 +183,63 @@ def test_a_method_that_the_model_has_already_is_refused():
   with pytest.raises(ConfigError, match="--methods=yarn"):
     evaluate.check_tables_differ(control, models)
   evaluate.check_tables_differ(dataclasses.replace(control, factors=(1.0,)), models)
+
+
+LINEAR = loaded_case.config(layers=layers((POSITIONS["pi"](original_length=8 * L0, factor=8.0), None)))
+
+
+def test_methods_count_from_before_a_linear_scaling_of_the_models_own():
+  """They take its place: x8 of the length before it is the model as it is, x4 half of it, and never x4 of what it reaches."""
+  (plain, own), scheme = (ROPE.frequencies(8)[0], LINEAR.ropes[0].frequencies(8)[0]), scheme_of(LINEAR)
+  for factor in (4.0, 8.0, 16.0):
+    on = variants.on(LINEAR, methods.Variant("pi", factor), L0)
+    np.testing.assert_array_equal(on.ropes[0].frequencies(8)[0], plain / factor)
+    np.testing.assert_array_equal(on.ropes[0].frequencies(8)[0], own * 8 / factor)
+  yarn = variants.on(LINEAR, methods.Variant("yarn", 8.0), L0).ropes[0]
+  wanted = POSITIONS["yarn"](original_length=L0, factor=8.0).frequencies(8)[0]
+  np.testing.assert_array_equal(yarn.frequencies(8)[0], wanted)
+  assert scheme.linear == 8.0
+  for name, raises in (("pi", True), ("rerope", True), ("none", False), ("logn", False)):
+    with (
+      pytest.raises(ConfigError, match=rf"{name} replaces .* linear x8.* --train_length=")
+      if raises
+      else nullcontext()
+    ):
+      methods.check_counts_from(scheme, name, 8 * L0, "--methods=all")
+  for given in MODELS.values():
+    assert scheme_of(loaded_case.config(layers=given)).linear is None
+
+
+def test_a_scaling_of_the_models_own_is_named_where_methods_replace_it(tmp_path, capfd, monkeypatch):
+  monkeypatch.setattr(report.plots, "lines", lambda *args, **kwargs: None)
+  directory = loaded_case.save(tmp_path / "model", dataclasses.replace(LINEAR, context_length=8 * L0))
+  (tmp_path / "text.txt").write_text(loaded_case.text(20))
+  base = (
+    f"--model={directory}",
+    f"--text={tmp_path / 'text.txt'}",
+    f"--out={tmp_path / 'out'}",
+    "--windows=2",
+    "--metrics=bpb_last",
+  )
+  assert sweep_case.run(*base, "--methods=pi", "--factors=2") == 2
+  assert "--methods=pi: pi replaces the model's own linear x8" in capfd.readouterr().err
+  wide = ("--methods=none,pi", "--factors=4", f"--train_length={L0}", "--lengths=32")
+  assert sweep_case.run(*base, *wide) == 0
+  line = "ethods: those that change RoPE replace the model's own linear x8, and count from 16 tokens"
+  assert line in capfd.readouterr().out and line in (tmp_path / "out" / "report.md").read_text()
+  script = dict(script=evaluate_script, check=evaluate_script.check)
+  assert sweep_case.run(*base[:3], "--window=32", "--method=pi", "--factor=4", **script) == 2
+  assert "--method=pi: pi replaces the model's own linear x8" in capfd.readouterr().err
+  short = (
+    "--smoke",
+    "--window=32",
+    "--method=pi",
+    "--factor=4",
+    f"--train_length={L0}",
+    f"--out={tmp_path / 'alone'}",
+  )
+  assert sweep_case.run(*base[:2], *short, **script) == 0
+  assert line in capfd.readouterr().out
 
 
 @pytest.fixture(scope="module")
