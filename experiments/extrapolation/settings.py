@@ -218,7 +218,7 @@ def _factors(f) -> tuple[float, ...] | None:
 def _chosen(text: str, schemes, factors, train_length: int, lengths) -> tuple[str, ...]:
   """The methods of --methods; of a group of them, only `none` where no length is beyond the trained one."""
   chosen = methods.choose(text, schemes)
-  if text in ("default", "all") and factors is None and lengths[-1] <= train_length:
+  if text in methods.GROUPS and factors is None and lengths[-1] <= train_length:
     return ("none",)
   return chosen
 

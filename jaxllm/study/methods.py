@@ -114,6 +114,8 @@ METHODS = {
 }
 
 DEFAULT = tuple(name for name, method in METHODS.items() if method.by_default)
+GROUPS = {"default": DEFAULT, "all": tuple(METHODS)}
+"""What --methods calls by one name."""
 
 TRAINED_WITH = {
   "longrope": "its factors are searched for one model and length, and any made-up list is another method",
@@ -130,10 +132,9 @@ def choose(text: str, schemes: Sequence[Scheme]) -> tuple[str, ...]:
 
   Raises ConfigError for one that is unknown, or that a model must be trained with.
   """
-  groups = {"default": DEFAULT, "all": tuple(METHODS)}
-  if text in groups:
+  if text in GROUPS:
     return tuple(
-      name for name in groups[text] if any(not_applicable(scheme, name) is None for scheme in schemes)
+      name for name in GROUPS[text] if any(not_applicable(scheme, name) is None for scheme in schemes)
     )
   for name in (item.strip() for item in text.split(",")):
     if name in TRAINED_WITH:

@@ -13,6 +13,7 @@ import sweep_case
 from experiments import evaluate as evaluate_script
 from experiments.checkpoint import scheme_of
 from experiments.extrapolation import evaluate, report, settings, variants
+from experiments.extrapolation.loaded import Loaded
 from experiments.extrapolation.models import Models
 from jaxllm.config import Layer
 from jaxllm.errors import ConfigError
@@ -183,6 +184,25 @@ def test_a_method_that_the_model_has_already_is_refused():
   with pytest.raises(ConfigError, match="--methods=yarn"):
     evaluate.check_tables_differ(control, models)
   evaluate.check_tables_differ(dataclasses.replace(control, factors=(1.0,)), models)
+
+
+def test_default_leaves_out_what_the_model_has_already(tmp_path, capfd):
+  """It is said in the settings in force, which the report repeats; a method that is named is refused."""
+  cfg = loaded_case.config(layers=layers((POSITIONS["yarn"](original_length=L0, factor=4.0), None)))
+  (tmp_path / "text.txt").write_text(loaded_case.text(20))
+  base = (f"--model={loaded_case.save(tmp_path / 'model', cfg)}", f"--text={tmp_path / 'text.txt'}")
+  base += ("--factors=4", "--lengths=16,64", "--windows=2")
+  for group in methods.GROUPS:
+    models = Loaded(sweep_case.settings_of(*base, f"--methods={group}"))
+    assert models.left_out == ("yarn",)
+    assert set(models.settings.methods) == set(methods.GROUPS[group]) - {"yarn"}
+    evaluate.check_tables_differ(models.settings, models)
+    line = f"eft out of --methods={group}: yarn, with which the model at 64 is"
+    assert line in capfd.readouterr().out
+    config = {"devices": ["cpu"], "libraries": {"jax": "0"}, "python": "3"}
+    assert line in "\n".join(models.lines(config))
+  assert sweep_case.run(*base, "--methods=none,yarn", f"--out={tmp_path / 'out'}") == 2
+  assert "--methods=yarn: at 64" in capfd.readouterr().err
 
 
 LINEAR = loaded_case.config(layers=layers((POSITIONS["pi"](original_length=8 * L0, factor=8.0), None)))
