@@ -1,6 +1,7 @@
 """A checkpoint as the model of a sweep: what can be put on it, in which program, on a mesh, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 from contextlib import nullcontext
 
@@ -273,10 +274,17 @@ def checkpoint(tmp_path_factory):
 SHORT = ("--methods=none,yarn", "--lengths=16,32", "--windows=3", "--metrics=bpb_last,accuracy")
 
 
-def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd, monkeypatch):
-  """Windows that do not divide over it included."""
+@pytest.mark.parametrize("names", ["pi,yarn", pytest.param("rerope", marks=pytest.mark.slow)])
+def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd, monkeypatch, names):
+  """Methods at twice the trained length, and windows that do not divide over it, included."""
   monkeypatch.setattr(report.plots, "lines", lambda *args, **kwargs: None)
-  base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", *SHORT, "--methods=none", "--lengths=16")
+  base = (
+    f"--model={checkpoint[0]}",
+    f"--text={checkpoint[1]}",
+    *SHORT,
+    f"--methods=none,{names}",
+    "--lengths=32",
+  )
   found = []
   for name, mesh in (("one", ()), ("mesh", ("--mesh=fsdp=2,tensor=4",))):
     assert sweep_case.run(*base, *mesh, f"--out={tmp_path / name}") == 0
@@ -285,6 +293,8 @@ def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd, monkeypatch):
   assert found[0].keys() == found[1].keys()
   for cell, value in found[0].items():
     assert found[1][cell] == pytest.approx(value, rel=2e-6), cell
+  losses = [found[0][name, 32, "bpb_last"] for name in ("none", *names.split(","))]
+  assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-3, losses
   assert "mesh: fsdp=2,tensor=4 of cpu, rules fsdp_tensor" in capfd.readouterr().out
 
 
