@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -15,14 +16,14 @@ from jaxllm import parallel
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.evaluate.text import Text, check_ids, of_tokens
-from jaxllm.hf import loading, tokenizer
+from jaxllm.hf import files, loading, tokenizer
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.choose import CORES
-from jaxllm.position import POSITIONS, PositionTables
+from jaxllm.position import POSITIONS, PiRope, PositionTables
 from jaxllm.study import choices, methods
 
-ENDS = 1 << 20
-"""Bytes at each end of a file of weights that its digest is of: the whole of a large one takes minutes to read."""
+BLOCK, BLOCKS = 4096, 64
+"""The digest of weights is of so many blocks of bytes a tensor, evenly spaced: all of a large file takes minutes to read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,28 +100,57 @@ class Checkpoint:
     """The mesh and its rule set, in words."""
     return f"{parallel.spell(self.mesh)} of {self.mesh.devices.flat[0].device_kind}, rules {self.rules}"
 
+  def _digests(self) -> dict[str, str]:
+    """{name of a file: SHA-256}: of all of the settings and the tokenizer, of a sample of each tensor of the weights."""
+    found = {path.name: _digest(path) for path in self.directory.iterdir() if path.suffix in KEPT}
+    by_file: dict[Path, list[files.Stored]] = {}
+    for tensor in self.opened.checkpoint.tensors.values():
+      by_file.setdefault(tensor.file, []).append(tensor)
+    return dict(
+      sorted((found | {path.name: sampled(path, tensors) for path, tensors in by_file.items()}).items())
+    )
+
   def about(self) -> dict:
     """What tells this checkpoint and its layout from others, for config.json."""
     return {
       "family": self.family,
-      "files": {path.name: _digest(path) for path in sorted(self.directory.iterdir()) if path.suffix in KEPT},
+      "files": self._digests(),
       "config": self.cfg.to_dict(),
       "mesh": None if self.mesh is None else parallel.spell(self.mesh),
       "rules": self.rules,
     }
 
 
-KEPT = (".json", ".safetensors", ".model", ".txt")
+KEPT = (".json", ".model", ".txt")
+
+
+def sampled(path: Path, tensors: Iterable[files.Stored]) -> str:
+  """SHA-256 of a file's size, its header and a sample of each tensor: both ends and what is evenly spaced between, or all of
+  BLOCKS * BLOCK bytes and less.
+
+  Neither the path nor a time is in it, so a copy elsewhere has the same.  It catches other names, types or shapes, and any
+  change that reaches a block, as training, merging, quantizing or overwriting a tensor does.  It misses a change wholly between
+  two blocks of a tensor, such as one row of a large embedding: blocks begin (size - BLOCK) / (BLOCKS - 1) bytes apart.
+  """
+  tensors = sorted(tensors, key=lambda tensor: tensor.start)
+  found = hashlib.sha256(str(path.stat().st_size).encode())
+  with path.open("rb") as file:
+    found.update(file.read(tensors[0].start))
+    for tensor in tensors:
+      last = tensor.stop - tensor.start - BLOCK
+      if last <= BLOCK * (BLOCKS - 1):
+        file.seek(tensor.start)
+        found.update(file.read(tensor.stop - tensor.start))
+        continue
+      for i in range(BLOCKS):
+        file.seek(tensor.start + last * i // (BLOCKS - 1))
+        found.update(file.read(BLOCK))
+  return found.hexdigest()
 
 
 def _digest(path: Path) -> str:
-  """SHA-256 of a file's size and both ends: all of it, where it is small."""
-  size = path.stat().st_size
   with path.open("rb") as file:
-    parts = [file.read(ENDS)]
-    file.seek(max(ENDS, size - ENDS))
-    parts.append(file.read())
-  return hashlib.sha256(b"".join([str(size).encode(), *parts])).hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scheme_of(cfg: ModelConfig) -> methods.Scheme:
@@ -142,6 +172,15 @@ def scheme_of(cfg: ModelConfig) -> methods.Scheme:
     log_n=cfg.query_scale is not None,
     plain_rope=bool(plain) and len(plain) == len(everywhere),
     lacks=lacks,
+    linear=max(
+      (
+        layer.position.factor
+        for layer in everywhere
+        if isinstance(layer.position, PiRope) and layer.position.factor != 1.0
+      ),
+      default=None,
+    ),
+    sees_all=any(layer.window is None for layer in cfg.layers),
     max_length=cfg.length_limit,
     group_size=1,
   )
@@ -166,6 +205,8 @@ def method_on(
   Raises ConfigError for a method that the model cannot have, or that changes nothing at this length.
   """
   cfg, scheme = checkpoint.cfg, scheme_of(checkpoint.cfg)
+  if not train_length:
+    methods.check_counts_from(scheme, name, checkpoint.trained_length, f"--method={name}")
   train = train_length or checkpoint.trained_length
   if train is None and name != "none":
     raise ConfigError(

@@ -161,6 +161,10 @@ def main(f) -> int:
     print(
       f"window: {windows.length / on.train_length:.4g} times the trained length of {on.train_length}{advice}"
     )
+  if on.tested.layers != checkpoint.cfg.layers and (
+    line := describe.replaced_line(checkpoint.cfg, on.train_length)
+  ):
+    print(line)
   print(
     f"text: {len(text)} tokens, {int(text.sizes.sum())} bytes; {len(windows)} windows of {windows.length}, stride {stride}"
     + ("" if text.bos is None else f"; each begins with token {text.bos}, as the tokenizer begins a text")

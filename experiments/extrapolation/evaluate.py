@@ -116,11 +116,21 @@ def core_reports(settings: Settings, models: Models) -> dict[str, str]:
 
 
 def check_tables_differ(settings: Settings, models: Models) -> None:
-  """Refuse a method whose frequencies and scales at the longest length are those of every model as it is.
+  """Refuse a method that makes the same model as `none` of every model at the longest length."""
+  for name in unchanged(settings, models):
+    raise ConfigError(
+      f"--methods={name}: at {max(settings.lengths)}, the longest of --lengths, its frequencies and scale are those of the "
+      "model as it is; leave it out, or give other --factors"
+    )
+
+
+def unchanged(settings: Settings, models: Models) -> tuple[str, ...]:
+  """The methods whose frequencies and scales at the longest length are those of every model as it is.
 
   A factor of 1 that was asked for is a control; what has a program of its own differs by that.
   """
   longest, train = max(settings.lengths), settings.train_length
+  found = []
   for name in settings.methods:
     method = methods.METHODS[name]
     on_there = [
@@ -137,7 +147,5 @@ def check_tables_differ(settings: Settings, models: Models) -> None:
       for v in on_there
     )
     if not any(changed):
-      raise ConfigError(
-        f"--methods={name}: at {longest}, the longest of --lengths, its frequencies and scale are those of the model as it is; "
-        "leave it out, or give other --factors"
-      )
+      found.append(name)
+  return tuple(found)

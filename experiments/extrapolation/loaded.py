@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from experiments.checkpoint import Checkpoint, scheme_of
+from experiments.extrapolation.evaluate import unchanged
 from experiments.extrapolation.models import Models
 from experiments.extrapolation.settings import LoadSettings
 from jaxllm.errors import DataError
@@ -29,6 +32,9 @@ class Loaded(Models):
     self.dtype = cfg.dtype
     self.schemes = {methods.LOADED: scheme}
     self.configs = self.tested = {methods.LOADED: cfg}
+    self.left_out = unchanged(settings, self) if settings.asked in methods.GROUPS else ()
+    kept = tuple(name for name in settings.methods if name not in self.left_out)
+    self.settings = settings = dataclasses.replace(settings, methods=kept)
     self.in_length = max(1, min(methods.IN_LENGTH_WINDOWS, IN_LENGTH_TOKENS // settings.train_length))
     self.text, self._about = self._read()
     print("\n".join(self._in_force()))
@@ -88,6 +94,14 @@ class Loaded(Models):
     lines = [f"checkpoint: {settings.model}, family {checkpoint.family}"]
     lines += describe.model_lines(checkpoint.cfg, max(settings.lengths))
     lines.append(f"trained length: {settings.train_length} tokens, from which factors and methods count")
+    replaced = describe.replaced_line(checkpoint.cfg, settings.train_length)
+    if replaced and any(methods.METHODS[name].position for name in settings.methods):
+      lines.append(replaced)
+    if self.left_out:
+      names, longest = ", ".join(self.left_out), max(settings.lengths)
+      lines.append(
+        f"left out of --methods={settings.asked}: {names}, with which the model at {longest} is as it is by itself"
+      )
     if checkpoint.mesh is not None:
       lines.append(f"mesh: {checkpoint.about_mesh()}")
     if self.text.bos is not None:

@@ -92,6 +92,9 @@ class LoadSettings(Settings):
     _check_lengths(lengths, length, f"--lengths={','.join(map(str, lengths))}")
     chosen = _chosen(self.asked, (scheme,), self.factors, length, lengths)
     methods.check_methods_matter((scheme,), chosen, self.factors, length, lengths)
+    if not self.train_length:
+      for name in chosen:
+        methods.check_counts_from(scheme, name, length, f"--methods={self.asked}")
     return dataclasses.replace(self, methods=chosen, train_length=length, lengths=lengths)
 
 
@@ -215,7 +218,7 @@ def _factors(f) -> tuple[float, ...] | None:
 def _chosen(text: str, schemes, factors, train_length: int, lengths) -> tuple[str, ...]:
   """The methods of --methods; of a group of them, only `none` where no length is beyond the trained one."""
   chosen = methods.choose(text, schemes)
-  if text in ("default", "all") and factors is None and lengths[-1] <= train_length:
+  if text in methods.GROUPS and factors is None and lengths[-1] <= train_length:
     return ("none",)
   return chosen
 

@@ -56,6 +56,28 @@ def position_lines(cfg: ModelConfig) -> list[str]:
   return lines
 
 
+def replaced_line(cfg: ModelConfig, train_length: int) -> str | None:
+  """What a method that changes RoPE takes the place of, where that is a scaling: by name and factor."""
+  from jaxllm.position import POSITIONS, Rope
+
+  names = {cls: name for name, cls in POSITIONS.items()} | {POSITIONS["pi"]: "linear"}
+  own = [
+    f"{names[type(layer.position)]} x{layer.position.factor:g}"
+    if hasattr(layer.position, "factor")
+    else names[type(layer.position)]
+    for layer in cfg.layers
+    if layer.window is None
+    and isinstance(layer.position, Rope)
+    and type(layer.position) is not POSITIONS["rope"]
+  ]
+  if not own:
+    return None
+  found = " and ".join(dict.fromkeys(own))
+  return (
+    f"methods: those that change RoPE replace the model's own {found}, and count from {train_length} tokens"
+  )
+
+
 def fields(value: Any) -> str:
   """A method by its name and its fields, those that are None left out: "yarn (base 10000.0, layout half, factor 8.0)"."""
   from jaxllm.position import POSITIONS

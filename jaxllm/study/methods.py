@@ -56,8 +56,9 @@ class Scheme:
   position: the entry of POSITIONS it is trained with; tested_as: the one it is tested with, where that is another; log_n:
   queries scaled by log_train_length(position + 1), from training on; hwfa: all layers but the last have a window, and the last
   has no positions (kexue.fm/archives/9603); plain_rope: whether the methods that change RoPE can be put on the model.
-  Of a loaded model, whose name is "-": lacks, in words, why they cannot; max_length, where learned positions end (None: at the
-  training length).  group_size: how many variants one program takes at once.
+  Of a loaded model, whose name is "-": lacks, in words, why they cannot; sees_all, whether a layer has no window; max_length,
+  where learned positions end (None: at the training length); linear, the factor of its own linear scaling, whose settings name
+  the stretched length only.  group_size: how many variants one program takes at once.
   """
 
   name: str
@@ -67,6 +68,8 @@ class Scheme:
   hwfa: bool = False
   plain_rope: bool = False
   lacks: str | None = None
+  sees_all: bool = True
+  linear: float | None = None
   max_length: int | None = None
   group_size: int = GROUP_SIZE
 
@@ -111,6 +114,8 @@ METHODS = {
 }
 
 DEFAULT = tuple(name for name, method in METHODS.items() if method.by_default)
+GROUPS = {"default": DEFAULT, "all": tuple(METHODS)}
+"""What --methods calls by one name."""
 
 TRAINED_WITH = {
   "longrope": "its factors are searched for one model and length, and any made-up list is another method",
@@ -127,10 +132,9 @@ def choose(text: str, schemes: Sequence[Scheme]) -> tuple[str, ...]:
 
   Raises ConfigError for one that is unknown, or that a model must be trained with.
   """
-  groups = {"default": DEFAULT, "all": tuple(METHODS)}
-  if text in groups:
+  if text in GROUPS:
     return tuple(
-      name for name in groups[text] if any(not_applicable(scheme, name) is None for scheme in schemes)
+      name for name in GROUPS[text] if any(not_applicable(scheme, name) is None for scheme in schemes)
     )
   for name in (item.strip() for item in text.split(",")):
     if name in TRAINED_WITH:
@@ -144,9 +148,22 @@ def not_applicable(scheme: Scheme, method: str) -> str | None:
   if m.position is not None and not scheme.plain_rope:
     lacks = scheme.lacks or f"{scheme.name} has no layer of plain RoPE over all keys"
     return f"{m.position} changes RoPE, and {lacks}"
+  if m.log_n and not scheme.sees_all:
+    return "log-n scales the queries of layers over all keys, and every layer of the model has a window"
   if m.log_n and scheme.log_n:
     return f"the model {'scales its queries by position' if scheme.name == LOADED else 'is trained with log-n'} already"
   return None
+
+
+def check_counts_from(scheme: Scheme, method: str, length: int | None, flag: str) -> None:
+  """Refuse a method in place of a linear scaling while only the stretched `length` is known, from which it must not count."""
+  if METHODS[method].position is not None and scheme.linear is not None:
+    own = f"linear x{scheme.linear:g}"
+    raise ConfigError(
+      f"{flag}: {method} replaces the model's own {own}, which reaches {length} tokens, and the settings of the model do not "
+      "say how long a context it was trained at before, from which factors count; give --train_length=TOKENS, or only methods "
+      "that leave RoPE as it is"
+    )
 
 
 def beyond_table(scheme: Scheme, train_length: int, length: int) -> str | None:

@@ -14,7 +14,9 @@ import safetensors.numpy
 import sweep_case
 
 from experiments import evaluate
+from experiments.checkpoint import Checkpoint, sampled
 from jaxllm.evaluate import strided
+from jaxllm.hf import files
 from jaxllm.study import interval, progress
 
 WINDOW, STRIDE = 24, 10
@@ -127,6 +129,33 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(finished, t
   for name in ("results.jsonl", "results.csv"):
     assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
   assert "perplexity" in shown.out and "95 %" in shown.out and "yarn (base 10000.0" in shown.out
+
+
+def test_a_checkpoint_is_told_by_samples_of_every_tensor(checkpoint, tmp_path):
+  """A copy elsewhere is the same one; with a tensor overwritten in its place, and the sizes kept, it is another."""
+  shutil.copytree(checkpoint[0], tmp_path / "copy")
+  about = lambda directory: Checkpoint.open(str(directory)).about()
+  assert about(tmp_path / "copy") == about(checkpoint[0])
+  path = tmp_path / "big.safetensors"
+  safetensors.numpy.save_file({"a": np.zeros(8), "b": np.arange(1 << 19, dtype=float)}, path)
+  stored = files.read_header(path)
+  digests = {sampled(path, stored.values())}
+  small, big = stored["a"], stored["b"]
+  gap = (big.stop - big.start) // 63
+  assert path.stat().st_size > 4 << 20
+  for start, size in ((small.stop - 1, 1), (big.start, 1), (big.start + 2 * gap, gap), (big.stop - 1, 1)):
+    _overwrite(path, start, size)
+    digests.add(sampled(path, stored.values()))
+  assert len(digests) == 5
+  weight = files.Checkpoint(tmp_path / "copy").tensors["model.layers.1.mlp.up_proj.weight"]
+  _overwrite(weight.file, (weight.start + weight.stop) // 2, 1)
+  assert about(tmp_path / "copy") != about(checkpoint[0])
+
+
+def _overwrite(path, start, size):
+  with path.open("r+b") as file:
+    file.seek(start)
+    file.write(b"\x2a" * size)
 
 
 def test_another_text_is_another_run(finished, checkpoint, tmp_path, capfd):

@@ -1,7 +1,9 @@
 """A checkpoint as the model of a sweep: what can be put on it, in which program, on a mesh, and what is refused."""
 
 import dataclasses
+import itertools
 import json
+from contextlib import nullcontext
 
 import jax
 import loaded_case
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import sweep_case
 
+from experiments import evaluate as evaluate_script
 from experiments.checkpoint import scheme_of
 from experiments.extrapolation import evaluate, report, settings, variants
+from experiments.extrapolation.loaded import Loaded
 from experiments.extrapolation.models import Models
 from jaxllm.config import Layer
 from jaxllm.errors import ConfigError
@@ -138,10 +142,22 @@ def test_a_model_without_rope_over_all_keys_says_what_it_has(fields, words, posi
   scheme = scheme_of(loaded_case.config(**fields))
   assert not scheme.plain_rope and scheme.position == position
   assert words in methods.not_applicable(scheme, "yarn")
-  assert methods.not_applicable(scheme, "logn") is None
-  assert methods.choose("default", (scheme,)) == ("none", "logn")
+  windowed = fields["layers"][0].window is not None
+  assert (methods.not_applicable(scheme, "logn") is None) != windowed
+  assert methods.choose("default", (scheme,)) == (("none",) if windowed else ("none", "logn"))
   with pytest.raises(ConfigError, match="--methods=yarn with --model: yarn changes RoPE"):
     methods.check_methods_matter((scheme,), ("none", "yarn"), None, L0, (64,))
+
+
+def test_log_n_is_refused_where_every_layer_has_a_window():
+  """It leaves windowed layers as they are, and would change nothing."""
+  scheme = scheme_of(loaded_case.config(layers=layers((ROPE, 8), (POSITIONS["nope"](), 4))))
+  with pytest.raises(
+    ConfigError, match=r"--methods=logn with --model: .* every layer of the model has a window"
+  ):
+    methods.check_methods_matter((scheme,), ("none", "logn"), None, L0, (64,))
+  scheme = scheme_of(loaded_case.config(layers=layers((ROPE, 8), (POSITIONS["nope"](), None))))
+  methods.check_methods_matter((scheme,), ("none", "logn"), None, L0, (64,))
 
 
 def test_queries_that_are_scaled_already_take_no_log_n():
@@ -171,6 +187,82 @@ def test_a_method_that_the_model_has_already_is_refused():
   evaluate.check_tables_differ(dataclasses.replace(control, factors=(1.0,)), models)
 
 
+def test_default_leaves_out_what_the_model_has_already(tmp_path, capfd):
+  """It is said in the settings in force, which the report repeats; a method that is named is refused."""
+  cfg = loaded_case.config(layers=layers((POSITIONS["yarn"](original_length=L0, factor=4.0), None)))
+  (tmp_path / "text.txt").write_text(loaded_case.text(20))
+  base = (f"--model={loaded_case.save(tmp_path / 'model', cfg)}", f"--text={tmp_path / 'text.txt'}")
+  base += ("--factors=4", "--lengths=16,64", "--windows=2")
+  for group in methods.GROUPS:
+    models = Loaded(sweep_case.settings_of(*base, f"--methods={group}"))
+    assert models.left_out == ("yarn",)
+    assert set(models.settings.methods) == set(methods.GROUPS[group]) - {"yarn"}
+    evaluate.check_tables_differ(models.settings, models)
+    line = f"eft out of --methods={group}: yarn, with which the model at 64 is"
+    assert line in capfd.readouterr().out
+    config = {"devices": ["cpu"], "libraries": {"jax": "0"}, "python": "3"}
+    assert line in "\n".join(models.lines(config))
+  assert sweep_case.run(*base, "--methods=none,yarn", f"--out={tmp_path / 'out'}") == 2
+  assert "--methods=yarn: at 64" in capfd.readouterr().err
+
+
+LINEAR = loaded_case.config(layers=layers((POSITIONS["pi"](original_length=8 * L0, factor=8.0), None)))
+
+
+def test_methods_count_from_before_a_linear_scaling_of_the_models_own():
+  """They take its place: x8 of the length before it is the model as it is, x4 half of it, and never x4 of what it reaches."""
+  (plain, own), scheme = (ROPE.frequencies(8)[0], LINEAR.ropes[0].frequencies(8)[0]), scheme_of(LINEAR)
+  for factor in (4.0, 8.0, 16.0):
+    on = variants.on(LINEAR, methods.Variant("pi", factor), L0)
+    np.testing.assert_array_equal(on.ropes[0].frequencies(8)[0], plain / factor)
+    np.testing.assert_array_equal(on.ropes[0].frequencies(8)[0], own * 8 / factor)
+  yarn = variants.on(LINEAR, methods.Variant("yarn", 8.0), L0).ropes[0]
+  wanted = POSITIONS["yarn"](original_length=L0, factor=8.0).frequencies(8)[0]
+  np.testing.assert_array_equal(yarn.frequencies(8)[0], wanted)
+  assert scheme.linear == 8.0
+  for name, raises in (("pi", True), ("rerope", True), ("none", False), ("logn", False)):
+    with (
+      pytest.raises(ConfigError, match=rf"{name} replaces .* linear x8.* --train_length=")
+      if raises
+      else nullcontext()
+    ):
+      methods.check_counts_from(scheme, name, 8 * L0, "--methods=all")
+  for given in MODELS.values():
+    assert scheme_of(loaded_case.config(layers=given)).linear is None
+
+
+def test_a_scaling_of_the_models_own_is_named_where_methods_replace_it(tmp_path, capfd, monkeypatch):
+  monkeypatch.setattr(report.plots, "lines", lambda *args, **kwargs: None)
+  directory = loaded_case.save(tmp_path / "model", dataclasses.replace(LINEAR, context_length=8 * L0))
+  (tmp_path / "text.txt").write_text(loaded_case.text(20))
+  base = (
+    f"--model={directory}",
+    f"--text={tmp_path / 'text.txt'}",
+    f"--out={tmp_path / 'out'}",
+    "--windows=2",
+    "--metrics=bpb_last",
+  )
+  assert sweep_case.run(*base, "--methods=pi", "--factors=2") == 2
+  assert "--methods=pi: pi replaces the model's own linear x8" in capfd.readouterr().err
+  wide = ("--methods=none,pi", "--factors=4", f"--train_length={L0}", "--lengths=32")
+  assert sweep_case.run(*base, *wide) == 0
+  line = "ethods: those that change RoPE replace the model's own linear x8, and count from 16 tokens"
+  assert line in capfd.readouterr().out and line in (tmp_path / "out" / "report.md").read_text()
+  script = dict(script=evaluate_script, check=evaluate_script.check)
+  assert sweep_case.run(*base[:3], "--window=32", "--method=pi", "--factor=4", **script) == 2
+  assert "--method=pi: pi replaces the model's own linear x8" in capfd.readouterr().err
+  short = (
+    "--smoke",
+    "--window=32",
+    "--method=pi",
+    "--factor=4",
+    f"--train_length={L0}",
+    f"--out={tmp_path / 'alone'}",
+  )
+  assert sweep_case.run(*base[:2], *short, **script) == 0
+  assert line in capfd.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
   """(a directory of a model, a text as a file)."""
@@ -182,10 +274,17 @@ def checkpoint(tmp_path_factory):
 SHORT = ("--methods=none,yarn", "--lengths=16,32", "--windows=3", "--metrics=bpb_last,accuracy")
 
 
-def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd, monkeypatch):
-  """Windows that do not divide over it included."""
+@pytest.mark.parametrize("names", ["pi,yarn", pytest.param("rerope", marks=pytest.mark.slow)])
+def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd, monkeypatch, names):
+  """Methods at twice the trained length, and windows that do not divide over it, included."""
   monkeypatch.setattr(report.plots, "lines", lambda *args, **kwargs: None)
-  base = (f"--model={checkpoint[0]}", f"--text={checkpoint[1]}", *SHORT, "--methods=none", "--lengths=16")
+  base = (
+    f"--model={checkpoint[0]}",
+    f"--text={checkpoint[1]}",
+    *SHORT,
+    f"--methods=none,{names}",
+    "--lengths=32",
+  )
   found = []
   for name, mesh in (("one", ()), ("mesh", ("--mesh=fsdp=2,tensor=4",))):
     assert sweep_case.run(*base, *mesh, f"--out={tmp_path / name}") == 0
@@ -194,6 +293,8 @@ def test_a_mesh_changes_no_number(checkpoint, tmp_path, capfd, monkeypatch):
   assert found[0].keys() == found[1].keys()
   for cell, value in found[0].items():
     assert found[1][cell] == pytest.approx(value, rel=2e-6), cell
+  losses = [found[0][name, 32, "bpb_last"] for name in ("none", *names.split(","))]
+  assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-3, losses
   assert "mesh: fsdp=2,tensor=4 of cpu, rules fsdp_tensor" in capfd.readouterr().out
 
 
