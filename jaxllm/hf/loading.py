@@ -164,16 +164,29 @@ def load_params(
   return params
 
 
-def matrix_layout(platform: str, dtype: str, compute: str) -> tuple[Literal["oi", "io"], str]:
+def matrix_layout(
+  platform: str, dtype: str, compute: str, half_units: bool | None = None
+) -> tuple[Literal["oi", "io"], str]:
   """How the matrices of files, [out, in], are held, and why: "oi" as they are, "io" transposed, one at a time.
 
-  dtype: of the parameters; compute: cfg.dtype.
+  dtype: of the parameters; compute: cfg.dtype; half_units: whether the CPU has units for products of half types (None: look).
+  With them XLA multiplies bfloat16 4 to 25 times as fast as [in, out]; without, neither layout is the faster.
   """
   if platform != "cpu":
     return "oi", f"the compiler lays products out for the {platform} as it likes"
   if dtype == compute == "float32":
     return "oi", "this CPU multiplies float32 as fast in either layout"
-  return "io", f"a CPU multiplies {compute} fast as [in, out] only"
+  if not (_has_half_units() if half_units is None else half_units):
+    return "oi", f"this CPU has no units for {compute}, and multiplies it as fast in either layout"
+  return "io", f"this CPU multiplies {compute} fast as [in, out] only"
+
+
+def _has_half_units() -> bool:
+  """Whether this machine's CPU has AMX for bfloat16, as Linux tells; False where nothing tells."""
+  try:
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+  except OSError:
+    return False
 
 
 def _place(

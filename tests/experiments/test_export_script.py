@@ -78,7 +78,7 @@ def test_the_sweep_of_the_exported_directory_is_that_of_the_checkpoint(
   assert wanted.keys() == {key for key in found if key[-1] != "perplexity"}
   difference = max(abs(found[key] - wanted[key]) for key in wanted)
   print(f"the largest difference of {len(wanted)} cells is {difference:.1e}")
-  # two orders of float32 sums; methods differ by more, and by how much changes with the corpus: the sources of this package
+  # two orders of float32 sums; methods differ by more
   assert difference <= 2e-6
   at_32 = [value for (_, _, length, metric), value in wanted.items() if (length, metric) == (32, "bpb_last")]
   assert len(set(at_32)) == 5 and min(abs(a - b) for a in at_32 for b in at_32 if a != b) > 1e-5

@@ -48,13 +48,15 @@ def test_every_layout(tmp_path, layout, shards):
   assert not isinstance(flat["embed"], Matrix)
 
 
+@pytest.mark.parametrize("half_units", [True, False])
 @pytest.mark.parametrize("name", TYPES)
-def test_types_stay_as_stored(tmp_path, name):
-  """On a CPU matrices stay [out, in] where all is float32, and are transposed where not."""
+def test_types_stay_as_stored(tmp_path, monkeypatch, name, half_units):
+  """On a CPU with units for half types matrices stay [out, in] where all is float32, and are transposed where not."""
+  monkeypatch.setattr(loading, "_has_half_units", lambda: half_units)
   cfg, weights, _ = write(tmp_path, plain=PLAIN | {"dtype": name}, dtype=TYPES[name])
   found = load(tmp_path, cfg)
   assert_equal_trees(found, weights)
-  assert isinstance(found["head"], Matrix) == (name == "float32")
+  assert isinstance(found["head"], Matrix) == (name == "float32" or not half_units)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +70,9 @@ def test_types_that_are_cast(tmp_path, stored, wanted):
 
 def test_the_layout_is_chosen_by_platform_and_types():
   how = lambda *args: loading.matrix_layout(*args)[0]
-  assert [how("cpu", a, b) for a in ("float32", "bfloat16") for b in ("float32", "bfloat16")] == [
-    "oi",
-    "io",
-    "io",
-    "io",
-  ]
+  types = [(a, b) for a in ("float32", "bfloat16") for b in ("float32", "bfloat16")]
+  assert [how("cpu", *pair, True) for pair in types] == ["oi", "io", "io", "io"]
+  assert {how("cpu", *pair, False) for pair in types} == {"oi"}
   assert {how(platform, "bfloat16", "bfloat16") for platform in ("gpu", "tpu")} == {"oi"}
 
 
