@@ -81,7 +81,7 @@ def test_the_sweep_of_the_exported_directory_is_that_of_the_checkpoint(
   # two orders of float32 sums; methods differ by more
   assert difference <= 2e-6
   at_32 = [value for (_, _, length, metric), value in wanted.items() if (length, metric) == (32, "bpb_last")]
-  assert len(set(at_32)) == 5 and min(abs(a - b) for a in at_32 for b in at_32 if a != b) > 1e-5
+  assert len(set(at_32)) == 5 and min(abs(a - b) for a in at_32 for b in at_32 if a != b) > 1e-4
   for key, value in found.items():
     if key[-1] == "perplexity":
       assert value == pytest.approx(2 ** found[*key[:-1], "bpb"], rel=1e-12)  # a token is a byte
