@@ -67,20 +67,31 @@ class Key:
   """One tensor of the files and the parameters it holds.
 
   theirs: its name, with {i} for the number of the layer (a key with {i} stands for one a layer).  ours: paths of parameters,
-  with {i} too.  stored: "oi" for a matrix [out, in] (torch's Linear), "io" for [in, out] (GPT-2's Conv1D), None for what is
-  taken as it is (vectors, embeddings).  layout: how several parameters share the tensor, along its output axis, which of a
-  vector is its only one.
+  with {i} too.  stored: "oi" for a matrix [..., out, in] (torch's Linear), "io" for [..., in, out] (GPT-2's Conv1D), None for
+  what is taken as it is (vectors, embeddings).  layout: how several parameters share the tensor, along its output axis, which
+  of vectors is their last one.  stack: for parameters [stack, ...] of which the files have each slice as a tensor of its own,
+  with {j} in its name (experts); 0 for all others.  part: of such a key, which slice it is.
   """
 
   theirs: str
   ours: tuple[str, ...]
   stored: Literal["oi", "io"] | None = None
   layout: Whole = Whole()
+  stack: int = 0
+  part: int | None = None
 
-  @property
-  def axis(self) -> int:
-    """The output axis of the stored tensor."""
-    return 1 if self.stored == "io" else 0
+  def axis(self, ndim: int) -> int:
+    """The output axis of the stored tensor, which has `ndim`."""
+    return ndim - (2 if self.stored == "oi" else 1)
+
+  def numbered(self, letter: str, number: int, **fields: Any) -> Key:
+    """The key with a number for {letter} in its names."""
+    name = lambda text: text.replace(f"{{{letter}}}", str(number))
+    return dataclasses.replace(self, theirs=name(self.theirs), ours=tuple(map(name, self.ours)), **fields)
+
+  def to_stored(self, x: Any) -> Any:
+    """A parameter [..., in, out], or an array like it, as files have it; its own inverse."""
+    return x.swapaxes(-1, -2) if self.stored == "oi" else x
 
 
 def linear(

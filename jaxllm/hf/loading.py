@@ -136,28 +136,34 @@ def load_params(
     kind = stored.dtype if dtype is None else np.dtype(dtype)
     keep = key.stored == "oi" and matrix_layout(platform, kind.name, cfg.dtype)[0] == "oi"
     for path in key.ours:
-      struct = jax.ShapeDtypeStruct(shapes[path][::-1] if keep else shapes[path], kind)
-      targets[path] = Matrix(struct, "oi") if keep else struct
+      struct = jax.ShapeDtypeStruct(shapes[path], kind)
+      targets[path] = Matrix(_swapped(struct), "oi") if keep else struct
   if mesh is not None:
     rules = RULES[default_rules(mesh)] if rules is None else rules
     targets = tree.flatten(layout(tree.unflatten(targets), mesh, rules, cfg))
 
-  def read(item: tuple[Key, files.Stored]) -> list[tuple[str, Any]]:
-    key, stored = item
-    tensor = checkpoint.view(stored.name)
-    parts = key.layout.split(tensor, cfg, key.axis)
-    leaves = []
-    for path, part in zip(key.ours, parts, strict=True):
-      io = part.T if key.stored == "oi" else part
-      assert io.shape == shapes[path], f"{family.model_type}: {path} is {io.shape} of {stored}"
+  slices: dict[tuple[str, ...], list[tuple[Key, files.Stored]]] = {}
+  for key, stored in found:
+    slices.setdefault(key.ours, []).append((key, stored))
+
+  def read(items: list[tuple[Key, files.Stored]]) -> list[tuple[str, Any]]:
+    """The parameters of one tensor, or of all that are slices of the same ones."""
+    key, leaves = items[0][0], []
+    tensors = [checkpoint.view(stored.name) for _, stored in items]
+    split = [key.layout.split(tensor, cfg, key.axis(tensor.ndim)) for tensor in tensors]
+    for path, views in zip(key.ours, zip(*split, strict=True), strict=True):
       matrix = isinstance(targets[path], Matrix)
       struct = targets[path].value if matrix else targets[path]
-      value = _place(part if matrix else io, struct, tensor, stored)
+      parts = [
+        _Part(view if matrix else key.to_stored(view), tensor, stored)
+        for view, tensor, (_, stored) in zip(views, tensors, items, strict=True)
+      ]
+      value = _place(parts, key.part is not None, struct)
       leaves.append((path, Matrix(value, "oi") if matrix else value))
     return leaves
 
   with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
-    flat = dict(leaf for leaves in threads.map(read, found) for leaf in leaves)
+    flat = dict(leaf for leaves in threads.map(read, slices.values()) for leaf in leaves)
   params = tree.unflatten({path: flat[path] for path in shapes})
   tree.check_same(tree.unflatten(targets), params, str(checkpoint.directory))
   _log.info("%s", _report(checkpoint, family, cfg, params, platform))
@@ -181,6 +187,12 @@ def matrix_layout(
   return "io", f"this CPU multiplies {compute} fast as [in, out] only"
 
 
+def _swapped(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """[..., in, out] as [..., out, in]."""
+  *leading, rows, columns = struct.shape
+  return jax.ShapeDtypeStruct((*leading, columns, rows), struct.dtype)
+
+
 def _has_half_units() -> bool:
   """Whether this machine's CPU has AMX for bfloat16, as Linux tells; False where nothing tells."""
   try:
@@ -189,32 +201,47 @@ def _has_half_units() -> bool:
     return False
 
 
-def _place(
-  view: np.ndarray, struct: jax.ShapeDtypeStruct, tensor: np.ndarray, stored: files.Stored
-) -> jax.Array:
-  """The array of `struct` with the values of `view`, which is the tensor or a part of it; past the end of the view it is 0."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """A tensor of the files and a view of it: all of a parameter, or a slice of one."""
 
-  def read(index: tuple[slice, ...]) -> np.ndarray:
-    part, finite = scan.copy(view[index], struct.dtype)
+  view: np.ndarray
+  tensor: np.ndarray
+  stored: files.Stored
+
+  def copy(self, index: tuple[slice, ...], dtype: np.dtype, out: np.ndarray | None = None) -> np.ndarray:
+    """What is at the index, in memory of its own or in `out`; raises CheckpointError where it is not finite."""
+    part, finite = scan.copy(self.view[index], dtype, out)
     if not finite:
       raise CheckpointError(
-        f"{stored}: {scan.explain(tensor, struct.dtype)}; fetch the file again, or mend the tensor"
+        f"{self.stored}: {scan.explain(self.tensor, dtype)}; fetch the file again, or mend the tensor"
       )
+    return part
+
+
+def _place(parts: list[_Part], stacked: bool, struct: jax.ShapeDtypeStruct) -> jax.Array:
+  """The array of `struct` with the values of its one part, past whose end it is 0, or of as many as it has slices."""
+
+  def read(index: tuple[slice, ...]) -> np.ndarray:
     shape = tuple(len(range(*along.indices(size))) for along, size in zip(index, struct.shape, strict=True))
-    return (
-      part
-      if part.shape == shape
-      else np.pad(part, [(0, n - m) for n, m in zip(shape, part.shape, strict=True)])
-    )
+    if not stacked:
+      part = parts[0].copy(index, struct.dtype)
+      if part.shape == shape:
+        return part
+      return np.pad(part, [(0, n - m) for n, m in zip(shape, part.shape, strict=True)])
+    out = scan.aligned(shape, struct.dtype)
+    for one, part in zip(out, parts[index[0]], strict=True):
+      part.copy(index[1:], struct.dtype, one)
+    return out
 
   if struct.sharding is None:
-    return jax.device_put(read((slice(None),) * view.ndim)).block_until_ready()
-  parts: dict[str, np.ndarray] = {}  # devices that hold the same part read it once
+    return jax.device_put(read((slice(None),) * len(struct.shape))).block_until_ready()
+  done: dict[str, np.ndarray] = {}  # devices that hold the same part read it once
 
   def part_of(index: tuple[slice, ...]) -> np.ndarray:
-    if str(index) not in parts:
-      parts[str(index)] = read(index)
-    return parts[str(index)]
+    if str(index) not in done:
+      done[str(index)] = read(index)
+    return done[str(index)]
 
   return jax.make_array_from_callback(struct.shape, struct.sharding, part_of).block_until_ready()
 

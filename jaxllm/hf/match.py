@@ -48,20 +48,22 @@ def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def all_keys(family: Family, cfg: ModelConfig) -> list[Key]:
-  """The family's keys, those with {i} once a layer."""
+  """The family's keys, a tensor each: those with {i} once a layer, and those with {j} once a slice of the parameter."""
   keys = []
   for key in family.keys(cfg):
-    for i in range(cfg.num_layers) if "{i}" in key.theirs else ("",):
-      name = lambda text, i=i: text.replace("{i}", str(i))
-      keys.append(dataclasses.replace(key, theirs=name(key.theirs), ours=tuple(map(name, key.ours))))
+    layers = [key.numbered("i", i) for i in range(cfg.num_layers)] if "{i}" in key.theirs else [key]
+    for one in layers:
+      keys += [one.numbered("j", j, part=j) for j in range(one.stack)] if one.stack else [one]
   return keys
 
 
 def stored_shape(key: Key, shapes: Shapes) -> tuple[int, ...]:
   """The shape of the tensor that holds parameters of these logical shapes."""
-  parts = [shapes[path][::-1] if key.stored == "oi" else shapes[path] for path in key.ours]
-  shape = list(parts[0])
-  shape[key.axis] = sum(part[key.axis] for part in parts)
+  sliced = [shapes[path] if key.part is None else shapes[path][1:] for path in key.ours]
+  parts = [(*shape[:-2], *shape[:-3:-1]) if key.stored == "oi" else shape for shape in sliced]
+  shape, axis = list(parts[0]), key.axis(len(parts[0]))
+  if shape:
+    shape[axis] = sum(part[axis] for part in parts)
   return tuple(shape)
 
 
@@ -87,7 +89,8 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
   if cfg.num_layers > max(2 * layers, 1000):  # no list of what is missing
     raise CheckpointError(f"{source.path}: says {cfg.num_layers:,} layers, but the files hold {layers}")
   shapes, keys = expected_shapes(cfg), all_keys(family, cfg)
-  assert sorted(path for key in keys for path in key.ours) == sorted(shapes), f"keys of {family.model_type}"
+  paths = [path for key in keys if not key.part for path in key.ours]
+  assert sorted(paths) == sorted(shapes), f"keys of {family.model_type}"
   heads = _head_keys(family, cfg)
   names = _names(checkpoint, family, {key.theirs for key in keys + heads})
   changed = _Changed(source)

@@ -94,6 +94,7 @@ class Head:
   partial_rotary_factor where it is missing, or None for a family that turns the whole head.  original: the trained length
   L0 of a family that has one as a setting beside rope_scaling (None: M).  bases, partials: names of the settings beside
   rope_scaling.  types, aliases: the rope_types the family takes, and other names of them.  extra: keys that it reads itself.
+  layout: which coordinates of a head make a pair: those of its two halves, or neighbours.
   """
 
   head_dim: int
@@ -106,6 +107,7 @@ class Head:
   types: tuple[str, ...] = tuple(TYPES)
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   extra: tuple[str, ...] = ()
+  layout: str = "half"
 
 
 def group_of(s: Settings) -> Settings:
@@ -140,7 +142,8 @@ def read_group(s: Settings, group: Settings, head: Head, nested: bool = False) -
     original = head.original
   if original is None or name == "dynamic":  # whose trained length is M, whatever else is said
     original = head.context
-  fields = {"base": head.base if base is None else base, "original_length": original}
+  base = head.base if base is None else base
+  fields = {"base": base, "original_length": original, "layout": head.layout}
   if name == "proportional":  # a share of the frequencies, not of the coordinates
     fields["proportion"] = 1.0 if part is None else part
     pairs = head.head_dim // 2
@@ -228,10 +231,6 @@ def expressible(
     return position
   if not isinstance(position, Rope):
     raise ConfigError(f"{name}: transformers has no such position method in these families")
-  if position.layout != "half":
-    raise ConfigError(
-      f"{name}: found layout {position.layout!r}, expected half: transformers turns halves in these families"
-    )
   fixed = position.program is None and not position.needs_raw_keys and not position.two_dimensional
   if isinstance(position, LongRope):
     fixed = position.short_factor == position.long_factor
@@ -254,6 +253,7 @@ def expressible(
   return LongRope(
     position.base,
     position.rotary_dim,
+    position.layout,
     original_length=length,
     factor=getattr(position, "factor", 1.0),
     short_factor=factors,
@@ -284,7 +284,14 @@ def write(rope: Rope, head: Head) -> dict[str, Any]:
 
 
 def write_group(rope: Rope, head: Head) -> dict[str, Any]:
-  """The object of rope_scaling: rope_type and its numbers, or {} for plain RoPE."""
+  """The object of rope_scaling: rope_type and its numbers, or {} for plain RoPE.
+
+  Raises ConfigError for one that makes other pairs than the family's.
+  """
+  if rope.layout != head.layout:
+    raise ConfigError(
+      f"layout: found {rope.layout!r}, expected {head.layout!r}, as transformers turns such pairs in this family"
+    )
   name = next(name for name, kind in TYPES.items() if kind.cls is type(rope))
   if name == "default":
     return {}

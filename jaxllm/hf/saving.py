@@ -153,19 +153,22 @@ def _tensor(key: Key, leaves: Sequence[Any], cfg: ModelConfig) -> np.ndarray:
   """The values of one tensor of the files."""
   parts = []
   for path, leaf in zip(key.ours, leaves, strict=True):
-    matrix = _host(leaf)[tuple(map(slice, _cut(path, leaf.shape, cfg)))]
-    part, finite = scan.copy(matrix.T if key.stored == "oi" else matrix, np.dtype(leaf.dtype))
+    matrix = _host(leaf, key.part)
+    if key.part is None:
+      matrix = matrix[tuple(map(slice, _cut(path, leaf.shape, cfg)))]
+    part, finite = scan.copy(key.to_stored(matrix), np.dtype(leaf.dtype))
     if not finite:
       raise CheckpointError(
         f"params: {path}: {scan.explain(matrix, matrix.dtype)}; such a checkpoint could not be loaded again"
       )
     parts.append(part)
-  return np.ascontiguousarray(key.layout.join(parts, cfg, key.axis))
+  return np.ascontiguousarray(key.layout.join(parts, cfg, key.axis(parts[0].ndim)))
 
 
-def _host(leaf: Any) -> np.ndarray:
-  """The logical array in the memory of this process; a view of it where it is there already."""
+def _host(leaf: Any, part: int | None) -> np.ndarray:
+  """The logical array, or a slice of it, in the memory of this process; a view of it where it is there already."""
   value = leaf.value if isinstance(leaf, Matrix) else leaf
+  value = value if part is None else value[part]
   if isinstance(value, jax.Array) and not value.is_fully_addressable:
     value = multihost_utils.process_allgather(value, tiled=True)
   return dense(

@@ -25,12 +25,12 @@ TILE = 256, 1024
 """Rows, and bytes of each, that are transposed at once."""
 
 
-def copy(view: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
-  """(a copy in `dtype`, in the order of its axes and aligned for XLA; whether all its values are finite).
+def copy(view: np.ndarray, dtype: np.dtype, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+  """(a copy in `dtype`, in the order of its axes and aligned for XLA, or in `out`; whether all its values are finite).
 
   Where they are not, the copy is not complete.  A cast can make an infinity; `explain` tells the two apart.
   """
-  out = _aligned(view.shape, dtype)
+  out = aligned(view.shape, dtype) if out is None else out
   integers, _ = INFINITIES[dtype]
   source, target = view, out
   if view.dtype == dtype:  # the same bits, by NumPy's fastest loops
@@ -76,7 +76,8 @@ def _index(row, bad: np.ndarray) -> list[int]:
   return [*([] if row is ... else [int(row)]), *map(int, inner)]
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An array of no values yet, which XLA takes as it is."""
   nbytes = math.prod(shape) * dtype.itemsize
   memory = np.empty(nbytes + ALIGNMENT, np.uint8)
   start = -memory.ctypes.data % ALIGNMENT

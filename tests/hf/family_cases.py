@@ -144,8 +144,8 @@ def shapes(family, cfg):
   ours = match.expected_shapes(cfg)
   for key in match.all_keys(family, cfg):
     parts = [np.zeros(ours[path], np.int8) for path in key.ours]
-    parts = [part.T for part in parts] if key.stored == "oi" else parts
-    yield key.theirs, key.ours[0], key.layout.join(parts, cfg, key.axis).shape
+    parts = [key.to_stored(part if key.part is None else part[key.part]) for part in parts]
+    yield key.theirs, key.ours[0], key.layout.join(parts, cfg, key.axis(parts[0].ndim)).shape
 
 
 def draw(name, path, cfg, shape, seed):
@@ -164,12 +164,17 @@ def draw(name, path, cfg, shape, seed):
 
 def from_tensors(family, cfg, tensors):
   """Parameters, each an array of its own, from tensors by name."""
-  flat = {}
+  flat, slices = {}, {}
   for key in match.all_keys(family, cfg):
-    parts = key.layout.split(np.asarray(tensors[key.theirs]), cfg, key.axis)
+    tensor = np.asarray(tensors[key.theirs])
+    parts = key.layout.split(tensor, cfg, key.axis(tensor.ndim))
     for path, part in zip(key.ours, parts, strict=True):
-      flat[path] = np.ascontiguousarray(part.T if key.stored == "oi" else part)
-  return unflatten(flat)
+      part = np.ascontiguousarray(key.to_stored(part))
+      if key.part is None:
+        flat[path] = part
+      else:
+        slices.setdefault(path, []).append(part)
+  return unflatten(flat | {path: np.stack(parts) for path, parts in slices.items()})
 
 
 def write(directory, row):

@@ -101,6 +101,6 @@ def by_name(row, grads):
   model, flat, out = built(row), flatten(grads), {}
   for key in match.all_keys(model.family, model.cfg):
     parts = [np.asarray(flat[path]) for path in key.ours]
-    parts = [part.T for part in parts] if key.stored == "oi" else parts
-    out[key.theirs] = key.layout.join(parts, model.cfg, key.axis)
+    parts = [key.to_stored(part if key.part is None else part[key.part]) for part in parts]
+    out[key.theirs] = key.layout.join(parts, model.cfg, key.axis(parts[0].ndim))
   return out

@@ -115,7 +115,7 @@ def test_log_n_is_refused():
 
 
 def test_interleaved_pairs_are_refused():
-  with pytest.raises(ConfigError, match=r"^yarn: found layout 'interleaved', expected half"):
+  with pytest.raises(ConfigError, match=r"layout: found 'interleaved', expected 'half'"):
     write_config(with_position("yarn", layout="interleaved"))
 
 

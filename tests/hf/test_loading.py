@@ -86,7 +86,7 @@ def test_on_a_mesh_without_a_full_copy(tmp_path, rules, monkeypatch):
   expected = parallel.shard(load(tmp_path, cfg, "blocks"), mesh, given or parallel.RULES["fsdp_tensor"], cfg)
   copied = []
   copy = scan.copy
-  monkeypatch.setattr(scan, "copy", lambda view, dtype: copied.append(view.nbytes) or copy(view, dtype))
+  monkeypatch.setattr(scan, "copy", lambda view, *args: copied.append(view.nbytes) or copy(view, *args))
   found = load(tmp_path, cfg, "blocks", mesh=mesh, rules=given)
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   for (path, mine), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
