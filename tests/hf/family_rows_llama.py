@@ -9,7 +9,8 @@ ROWS = {
   "glm": GLM,
   "glm4": GLM | dict(attention_bias=False),
   "cohere": dict(rope_parameters=BASE, use_qk_norm=True, attention_bias=True, logit_scale=0.4, **LLAMA),
-  "cohere2": dict(rope_parameters=BASE, attention_bias=True, logit_scale=0.4, **MIXED, **LLAMA),
+  # without biases: where there are no positions that of the keys shifts all scores of a query, and its gradient is 0
+  "cohere2": dict(rope_parameters=BASE, logit_scale=0.4, **MIXED, **LLAMA),
   "olmo": dict(rope_parameters=BASE, attention_bias=True, clip_qkv=0.8, **LLAMA),
   "olmo3": dict(
     rope_parameters={FULL: YARN, SLIDING: dict(rope_type="default", rope_theta=4000.0)},

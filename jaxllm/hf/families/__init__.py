@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.activation import Xielu
-from jaxllm.config import DTYPES, ModelConfig
+from jaxllm.config import DTYPES, Layer, ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.hf import rope
 from jaxllm.hf.families.apertus import APERTUS
@@ -130,11 +130,11 @@ def write_config(
   """
   if family is not None and family not in FAMILIES:
     Settings({"model_type": family}, "family").take("model_type", one_of(FAMILIES))
-  as_transformers(cfg, pinned)  # what no family has is an error of its own
+  _converted(cfg, pinned, ())  # what no family has is an error of its own
   reasons = {}
   for one in FAMILIES.values() if family is None else [FAMILIES[family]]:
-    wanted = as_transformers(cfg, pinned, one.ropes)
     try:
+      wanted = as_transformers(cfg, pinned, one.ropes)
       plain = one.write(wanted) | _common(one, wanted)
       found = read_config(plain, f"what would be written for {one.model_type}")[1]
     except ConfigError as error:
@@ -165,6 +165,10 @@ def _common(family: Family, cfg: ModelConfig) -> dict[str, Any]:
 
 def as_transformers(cfg: ModelConfig, pinned: bool = False, own: tuple[type[Rope], ...] = ()) -> ModelConfig:
   """cfg with each position method as transformers has it, `own` as they are; raises ConfigError for what it has nothing for."""
+  return dataclasses.replace(cfg, layers=_converted(cfg, pinned, own))
+
+
+def _converted(cfg: ModelConfig, pinned: bool, own: tuple[type[Rope], ...]) -> tuple[Layer, ...]:
   if isinstance(cfg.query_scale, LogN):
     raise ConfigError("query_scale: found LogN, expected none: transformers does not scale queries by log n")
 
@@ -172,8 +176,7 @@ def as_transformers(cfg: ModelConfig, pinned: bool = False, own: tuple[type[Rope
     kept = type(position) in own
     return position if kept else rope.expressible(position, cfg.head_dim, cfg.context_length, pinned)
 
-  layers = (dataclasses.replace(layer, position=converted(layer.position)) for layer in cfg.layers)
-  return dataclasses.replace(cfg, layers=tuple(layers))
+  return tuple(dataclasses.replace(layer, position=converted(layer.position)) for layer in cfg.layers)
 
 
 def differences(wanted: ModelConfig, found: ModelConfig) -> list[str]:

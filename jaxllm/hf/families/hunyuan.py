@@ -12,7 +12,9 @@ from jaxllm.hf.settings import Settings
 from jaxllm.norm import QkNorm
 from jaxllm.position import NtkRope, Rope
 
-KIND = relative.Relative(eps=1e-5, attention_bias=True)
+TYPES = tuple(name for name in rope.TYPES if name not in ("dynamic", "longrope"))
+"""Those whose keys are turned once: a norm after the rotation leaves no other."""
+KIND = relative.Relative(eps=1e-5, attention_bias=True, head=dict(types=TYPES))
 QK_NORMS = {"q": "query_layernorm", "k": "key_layernorm"}
 BESIDE_ALPHA = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 """What files say next to alpha and transformers does not read there."""
@@ -31,7 +33,7 @@ attention_head_dim cla_share_factor add_classification_head class_num pool_type 
 
 
 def read(s: Settings) -> ModelConfig:
-  """A RoPE of type dynamic with an alpha (not 0) is NTK-aware by that factor at every length."""
+  """Every layer alike."""
   for name, values in ONLY.items():
     s.settle(name, *values, why="transformers has nothing else in this family")
   cfg = relative.read(s, KIND, lambda num_layers, head: [Layer(read_rope(s, head))])
@@ -39,13 +41,15 @@ def read(s: Settings) -> ModelConfig:
 
 
 def read_rope(s: Settings, head: rope.Head) -> Rope:
-  """Its base becomes base * alpha ** (R / (R - 2)), R = head_dim; without an alpha dynamic NTK is that of all families."""
+  """A RoPE of type dynamic is here NTK-aware at every length: its base becomes base * alpha ** (R / (R - 2)), R = head_dim."""
   group = rope.group_of(s)
   if "dynamic" not in (group.plain.get("rope_type"), group.plain.get("type")):
     return rope.read_group(s, group, head)
   alpha = group.take("alpha", relative.NOT_NEGATIVE, 0)
   if not alpha:
-    return rope.read_group(s, group, head)
+    raise group.error(
+      "alpha", "a number above 0: keys normalised after the rotation cannot be turned anew by length"
+    )
   plain = dataclasses.replace(head, aliases={"dynamic": "default"}, extra=BESIDE_ALPHA)
   one = rope.read_group(s, group, plain)
   return NtkRope(one.base, one.rotary_dim, one.layout, one.original_length, factor=float(alpha))
