@@ -151,11 +151,11 @@ def check_heads(checkpoint: Checkpoint, matched: Matched, source: Source) -> Non
 
 
 def check_constants(checkpoint: Checkpoint, matched: Matched, source: Source) -> None:
-  """Raises CheckpointError for a constant of another value, but for the rounding of bfloat16 that it may have been through."""
+  """Raises CheckpointError for a constant of another value, but for the rounding of a type that it may have been through."""
   problems = []
   for stored, value in matched.constants:
     found = float(np.asarray(checkpoint.view(stored.name), np.float64).reshape(()))
-    if not abs(found - value) <= 2**-7 * abs(value):  # a NaN is another value
+    if found not in [float(np.asarray(value, dtype)) for dtype in INFINITIES]:
       problems.append(f"constant: {stored} is {found:g}, expected {value:g}: no other is supported")
   if problems:
     raise _unfit(checkpoint, source, problems)

@@ -42,7 +42,8 @@ def read2(s: Settings) -> ModelConfig:
   for name, value in ONLY.items():
     s.settle(name, value, why="transformers has nothing else in this family")
   size = s.take("sliding_window", COUNT, 4096, null=None)
-  every = s.take("sliding_window_pattern", COUNT, 4, also=("layer_switch",))
+  every = s.take("sliding_window_pattern", COUNT, 4)
+  s.settle("layer_switch", every, why="as sliding_window_pattern, which is what counts")
 
   def layers(num_layers: int, head: rope.Head) -> list[Layer]:
     windows = relative.layer_windows(s, num_layers, size, lambda i: (i + 1) % every != 0)
@@ -67,6 +68,8 @@ def keys(cfg: ModelConfig) -> list[Key]:
   return relative.keys(cfg, {"attn_norm": "input_layernorm"})
 
 
-ROW = dict(tied=True, eos=255001, unused=relative.ROTARY)
+NOTES = ("model_max_length", "use_parallel_embedding")
+"""A tokenizer's limit, and how weights lay on the authors' machines."""
+ROW = dict(tied=True, eos=255001, unused=relative.ROTARY, ignored=NOTES)
 COHERE = Family("cohere", "CohereForCausalLM", read, write, keys, **ROW)
 COHERE2 = Family("cohere2", "Cohere2ForCausalLM", read2, write2, keys, **ROW)
