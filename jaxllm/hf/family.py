@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.hf.settings import Settings
+from jaxllm.position import Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,9 @@ class Family:
   model_type, architecture: as in config.json.  read: a ModelConfig from the settings, every one of which it takes or the
   family ignores (`ignored`, besides settings.IGNORED), but for those that all families have (`families.read_config`).  write:
   the family's settings of a ModelConfig; what it does not say the reading refuses, as `write_config` reads back what it
-  writes.  keys: all tensors of a model.  tied, eos: tie_word_embeddings and eos_token_id where config.json has none.
+  writes.  keys: all tensors of a model.  tied, eos: tie_word_embeddings and eos_token_id where config.json has none; a tuple of
+  eos is where it is null, too.  constants: the names of tensors that hold a number of the config, and that number: files may
+  lack them, but have no other.  ropes: RoPEs that this family alone has.
   prefix: what the names of `keys` start with and files of the bare model leave out.  unused: regular expressions of
   tensors that hold no parameters (masks, inverse frequencies).
   """
@@ -128,7 +131,9 @@ class Family:
   write: Callable[[ModelConfig], dict[str, Any]]
   keys: Callable[[ModelConfig], list[Key]]
   tied: bool = False
-  eos: int | None = None
+  eos: int | tuple[int, ...] | None = None
   prefix: str = "model."
   ignored: tuple[str, ...] = ()
   unused: tuple[str, ...] = ()
+  constants: Callable[[ModelConfig], dict[str, float]] = lambda cfg: {}
+  ropes: tuple[type[Rope], ...] = ()

@@ -18,7 +18,7 @@ from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.hf import families, files, hub, scan
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.match import Matched, Source, check_heads, match
+from jaxllm.hf.match import Matched, Source, check_constants, check_heads, match
 from jaxllm.hf.settings import TOKENS, Settings
 from jaxllm.leaf import Matrix
 from jaxllm.parallel.mesh import default_rules
@@ -129,6 +129,7 @@ def load_params(
   """
   matched = match(checkpoint, family, cfg, source) if matched is None else matched
   check_heads(checkpoint, matched, source)
+  check_constants(checkpoint, matched, source)
   found, shapes = matched.found, matched.shapes
   platform = jax.devices()[0].platform if mesh is None else mesh.devices.flat[0].platform
   targets = {}

@@ -20,7 +20,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.hf import families, files, scan
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.match import all_keys, expected_shapes, stored_shape
+from jaxllm.hf.match import all_constants, all_keys, expected_shapes, stored_shape
 from jaxllm.hf.tokenizer import FILES, Tokenizer
 from jaxllm.leaf import Matrix, dense
 
@@ -87,7 +87,9 @@ def save_tensors(
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """`save` with the family and the config.json given."""
-  shards = _shards(_entries(all_keys(family, cfg), cfg, params), max_shard_bytes)
+  entries = _entries(all_keys(family, cfg), cfg, params)
+  entries += [_constant(*one, cfg) for one in all_constants(family, cfg).items()]
+  shards = _shards(entries, max_shard_bytes)
   texts = tokenizer.contents() if tokenizer is not None else {}
   stale = FILES if tokenizer is not None else ()
   if cfg.eos_ids:
@@ -135,6 +137,12 @@ def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -
     read = lambda key=key, leaves=leaves: _tensor(key, leaves, cfg)
     entries.append(Entry(key.theirs, *kinds, stored_shape(key, shapes), read))
   return entries
+
+
+def _constant(name: str, value: float, cfg: ModelConfig) -> Entry:
+  """A number of the config as a tensor, of the type that it computes in."""
+  array = np.asarray(value, cfg.dtype)
+  return Entry(name, array.dtype, (), lambda: array)
 
 
 def _is_float_array(leaf: Any) -> bool:

@@ -8,10 +8,10 @@ from family_cases import GOLDEN, KEPT, built, tokens
 from family_checks import program, tables
 from model_checks import relative_error
 
-from jaxllm.activation import Glu, Mlp
+from jaxllm.activation import Glu, Mlp, Xielu
 from jaxllm.config import Layer
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
-from jaxllm.position import Alibi, NoPE
+from jaxllm.position import Alibi, NoPE, NtkOldRope
 from jaxllm.wiring import ParallelTwoNorms, Pre
 
 
@@ -75,6 +75,44 @@ CONFIGS = {
   "no positions": ("bloom", lambda cfg: dict(layers=(Layer(NoPE()),))),
   "projections not clipped": ("mpt", lambda cfg: dict(clip_qkv=None)),
   "another eps": ("gpt2", lambda cfg: dict(norm=LayerNorm(1e-2))),
+  "pairs of halves": ("glm", each_rope(layout="half")),
+  "the whole head turned in pairs": ("glm", each_rope(rotary_dim=None)),
+  "norms after left out": ("glm4", lambda cfg: dict(wiring=Pre())),
+  "no mean taken off": ("cohere", lambda cfg: dict(norm=RMSNorm(cfg.norm.eps))),
+  "queries and keys not normed": ("cohere", lambda cfg: dict(qk_norm=None)),
+  "logits not multiplied": ("cohere", lambda cfg: dict(logit_scale=1.0)),
+  "RoPE without a window": (
+    "cohere2",
+    each_layer(lambda layer: {"position": built("cohere2").cfg.ropes[0]}),
+  ),
+  "RoPE where EXAONE has none": (
+    "exaone4",
+    each_layer(lambda layer: {"position": built("exaone4").cfg.ropes[0]}),
+  ),
+  "no positions without a window": (
+    "exaone4, no window",
+    each_layer(lambda layer: {"position": NoPE()}),
+  ),
+  "norms before": ("exaone4", lambda cfg: dict(wiring=Pre())),
+  "queries, keys and values as they are": ("olmo", lambda cfg: dict(clip_qkv=None)),
+  "a mean square without its mean": ("olmo", lambda cfg: dict(norm=RMSNorm(1e-5, scale=None))),
+  "YaRN in windows": ("olmo3", each_layer(lambda layer: {"position": built("olmo3").cfg.ropes[1]})),
+  "YaRN nowhere": ("olmo3", each_layer(lambda layer: {"position": built("olmo3").cfg.ropes[0]})),
+  "no bias of the output": ("seed_oss", lambda cfg: dict(biases=tuple(set(cfg.biases) - {"o"}))),
+  "relu not squared": ("arcee", lambda cfg: dict(mlp=Mlp("relu"))),
+  "queries and keys normed before the rotation": (
+    "hunyuan_v1_dense",
+    lambda cfg: dict(qk_norm=QkNorm(cfg.norm, place="before")),
+  ),
+  "alpha not read": (
+    "hunyuan_v1_dense",
+    each_layer(lambda layer: {"position": dataclasses.replace(layer.position, factor=1.0)}),
+  ),
+  "a base times alpha": (
+    "hunyuan_v1_dense",
+    each_layer(lambda layer: {"position": NtkOldRope(layer.position.base, factor=layer.position.factor)}),
+  ),
+  "xIELU without its line": ("apertus", lambda cfg: dict(mlp=Xielu(beta=0.01))),
 }
 BY_DEFAULT = ("a window of one more", "fused heads read as blocks")
 
@@ -115,6 +153,15 @@ def blocks_for_heads(attn, mlp):
     attn[name] = attn[name] | {"w": part}
 
 
+def slopes_exchanged(attn, mlp):
+  mlp["alpha_p"], mlp["alpha_n"] = mlp["alpha_n"], mlp["alpha_p"]
+
+
+def heads_in_turn(attn, mlp):
+  """The weights of one head's norm for another."""
+  attn["q_norm"] = {"scale": attn["q_norm"]["scale"][::-1]}
+
+
 def keys_for_queries(attn, mlp):
   attn["q"], attn["k"] = attn["k"], attn["q"]
 
@@ -124,6 +171,9 @@ WEIGHTS = {
   "up is the activated half": ("phi3", gate_for_up),
   "fused heads read as blocks": ("bloom", blocks_for_heads),
   "keys before queries": ("mpt", keys_for_queries),
+  "up is the activated half of GLM": ("glm", gate_for_up),
+  "weights of another head's norm": ("cohere", heads_in_turn),
+  "slopes exchanged": ("apertus", slopes_exchanged),
 }
 
 

@@ -10,29 +10,38 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.config import DTYPES, ModelConfig
+from jaxllm.activation import Xielu
+from jaxllm.config import DTYPES, Layer, ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.hf import rope
+from jaxllm.hf.families.apertus import APERTUS
+from jaxllm.hf.families.arcee import ARCEE
 from jaxllm.hf.families.bloom import BLOOM
+from jaxllm.hf.families.cohere import COHERE, COHERE2
+from jaxllm.hf.families.exaone4 import EXAONE4
 from jaxllm.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
+from jaxllm.hf.families.glm import GLM, GLM4
 from jaxllm.hf.families.gpt2 import GPT2
 from jaxllm.hf.families.gpt_neox import GPT_NEOX
 from jaxllm.hf.families.granite import GRANITE
+from jaxllm.hf.families.hunyuan import HUNYUAN
 from jaxllm.hf.families.llama import LLAMA
 from jaxllm.hf.families.mistral import MINISTRAL3, MISTRAL
 from jaxllm.hf.families.mpt import MPT
-from jaxllm.hf.families.olmo2 import OLMO2
+from jaxllm.hf.families.olmo import OLMO, OLMO2, OLMO3
 from jaxllm.hf.families.phi3 import PHI3
 from jaxllm.hf.families.qwen import QWEN2, QWEN3
 from jaxllm.hf.families.relative import pattern
+from jaxllm.hf.families.seed_oss import SEED_OSS
 from jaxllm.hf.families.smollm3 import SMOLLM3
 from jaxllm.hf.family import Family
 from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, one_of
 from jaxllm.ops.attention import Plain
-from jaxllm.position import LogN, Rope
+from jaxllm.position import LogN, Position, Rope
 
 _ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE, SMOLLM3, MINISTRAL3)
 _ROWS += (GPT_NEOX, BLOOM, MPT, GPT2)
+_ROWS += (GLM, GLM4, COHERE, COHERE2, OLMO, OLMO3, EXAONE4, SEED_OSS, ARCEE, HUNYUAN, APERTUS)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 """By model_type, in the order in which `write_config` tries them."""
 
@@ -103,7 +112,9 @@ def _check_architecture(s: Settings, family: Family) -> None:
 
 
 def _eos_ids(s: Settings, family: Family) -> tuple[int, ...]:
-  found = s.take("eos_token_id", TOKENS, family.eos, null=None)
+  several = isinstance(family.eos, tuple)
+  default = list(family.eos) if several else family.eos
+  found = s.take("eos_token_id", TOKENS, default, null=default if several else None)
   ids = found if isinstance(found, list) else [] if found is None else [found]
   return tuple(one for one in ids if one >= 0)  # -1 stands for none
 
@@ -119,10 +130,11 @@ def write_config(
   """
   if family is not None and family not in FAMILIES:
     Settings({"model_type": family}, "family").take("model_type", one_of(FAMILIES))
-  wanted = as_transformers(cfg, pinned)
+  _converted(cfg, pinned, ())  # what no family has is an error of its own
   reasons = {}
   for one in FAMILIES.values() if family is None else [FAMILIES[family]]:
     try:
+      wanted = as_transformers(cfg, pinned, one.ropes)
       plain = one.write(wanted) | _common(one, wanted)
       found = read_config(plain, f"what would be written for {one.model_type}")[1]
     except ConfigError as error:
@@ -138,29 +150,33 @@ def write_config(
 
 def _common(family: Family, cfg: ModelConfig) -> dict[str, Any]:
   """What all families have.  bos and pad are the tokenizer's matter: their defaults may lie beyond a small vocabulary."""
-  ids = cfg.eos_ids
+  ids = list(cfg.eos_ids)
+  none = -1 if isinstance(family.eos, tuple) else None
   return {
     "model_type": family.model_type,
     "architectures": [family.architecture],
     "tie_word_embeddings": cfg.tie_embeddings,
     "bos_token_id": None,
-    "eos_token_id": (ids[0] if len(ids) == 1 else list(ids)) if ids else None,
+    "eos_token_id": (ids[0] if len(ids) == 1 else ids) if ids else none,
     "pad_token_id": None,
     "torch_dtype": cfg.dtype,
   }
 
 
-def as_transformers(cfg: ModelConfig, pinned: bool = False) -> ModelConfig:
-  """cfg with each position method as transformers has it; raises ConfigError for what it has nothing for."""
+def as_transformers(cfg: ModelConfig, pinned: bool = False, own: tuple[type[Rope], ...] = ()) -> ModelConfig:
+  """cfg with each position method as transformers has it, `own` as they are; raises ConfigError for what it has nothing for."""
+  return dataclasses.replace(cfg, layers=_converted(cfg, pinned, own))
+
+
+def _converted(cfg: ModelConfig, pinned: bool, own: tuple[type[Rope], ...]) -> tuple[Layer, ...]:
   if isinstance(cfg.query_scale, LogN):
     raise ConfigError("query_scale: found LogN, expected none: transformers does not scale queries by log n")
-  layers = [
-    dataclasses.replace(
-      layer, position=rope.expressible(layer.position, cfg.head_dim, cfg.context_length, pinned)
-    )
-    for layer in cfg.layers
-  ]
-  return dataclasses.replace(cfg, layers=tuple(layers))
+
+  def converted(position: Position) -> Position:
+    kept = type(position) in own
+    return position if kept else rope.expressible(position, cfg.head_dim, cfg.context_length, pinned)
+
+  return tuple(dataclasses.replace(layer, position=converted(layer.position)) for layer in cfg.layers)
 
 
 def differences(wanted: ModelConfig, found: ModelConfig) -> list[str]:
@@ -186,6 +202,9 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
       original_length=position.original_length if position.needs_original_length else None,
     )
 
+  mlp = cfg.mlp
+  if isinstance(mlp, Xielu):  # where its slopes start
+    mlp = dataclasses.replace(mlp, alpha_p=1.0, alpha_n=mlp.beta + 1)
   qk_norm = cfg.qk_norm and dataclasses.replace(cfg.qk_norm, norm=plain_norm(cfg.qk_norm.norm))
   layers = (dataclasses.replace(layer, position=plain_position(layer.position)) for layer in cfg.layers)
   usual = cfg.attention_scale == cfg.head_dim**-0.5
@@ -193,6 +212,7 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
     cfg,
     layers=pattern(layers),
     norm=plain_norm(cfg.norm),
+    mlp=mlp,
     qk_norm=qk_norm,
     attention_scale=None if usual else cfg.attention_scale,
     logit_scale=1 / (1 / cfg.logit_scale),  # as it comes back from its reciprocal

@@ -16,7 +16,6 @@ KIND = relative.Relative(
 )
 NAMES_OF_NOTHING = ("full_attn_mod", "interpolate_factor")
 QKV = Blocks(lambda cfg: [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)])
-GATE_UP = Blocks(lambda cfg: [cfg.mlp_dim] * 2)
 
 
 def read(s: Settings) -> ModelConfig:
@@ -41,8 +40,7 @@ def keys(cfg: ModelConfig) -> list[Key]:
     Key("model.embed_tokens.weight", ("embed",)),
     *linear(cfg, f"{at}self_attn.qkv_proj", *(f"{ours}attn/{name}" for name in "qkv"), layout=QKV),
     *linear(cfg, f"{at}self_attn.o_proj", f"{ours}attn/o"),
-    *linear(cfg, f"{at}mlp.gate_up_proj", f"{ours}mlp/gate", f"{ours}mlp/up", layout=GATE_UP),
-    *linear(cfg, f"{at}mlp.down_proj", f"{ours}mlp/down"),
+    *relative.feed_forward(cfg, at, "gate_up_proj"),
     *relative.ends(cfg, at, relative.NORMS),
   ]
 
