@@ -17,6 +17,7 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
   lines = [
     f"model: {cfg.num_layers} layers, width {cfg.embed_dim}, {heads} of {cfg.head_dim}, hidden width {cfg.mlp_dim}, vocabulary "
     f"{cfg.vocab_size}, head {'tied to the embedding' if cfg.tie_embeddings else 'of its own'}"
+    f"{', each token normalised' if cfg.norm_head else ''}"
   ]
   lines += [f"positions: {line}" for line in position_lines(cfg)]
   if cfg.query_scale is not None:
