@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from family_cases import GOLDEN, KEPT, built, tokens
-from family_checks import program, tables
+from family_cases import GOLDEN, KEPT, T, built, tokens
+from family_checks import context, program, tables
 from model_checks import relative_error
 
 from jaxllm.activation import Glu, Mlp
@@ -18,7 +18,8 @@ from jaxllm.wiring import ParallelTwoNorms, Pre
 def error(row, cfg=None, params=None):
   """How far logits are from the kept ones of a row."""
   cfg = built(row).cfg if cfg is None else cfg
-  found = program("forward", cfg)(built(row).params if params is None else params, tokens(), tables(cfg, row))
+  params = built(row).params if params is None else params
+  found = program("forward", cfg)(params, tokens(), tables(cfg, row), **context(row, T))
   with np.load(GOLDEN) as kept:
     return relative_error(np.asarray(found)[0, KEPT], kept[row])
 
