@@ -89,7 +89,8 @@ def baichuan(plain, w, ids, pos, prefix):
       bias = np.array(alibi_slopes(N))[:, None, None] * pos
     x = x + linear(w, f"{at}self_attn.o_proj", attention(q, k, v, bias))
     h = rms_norm(x, w[f"{at}post_attention_layernorm.weight"], eps)
-    h = silu(linear(w, f"{at}mlp.gate_proj", h)) * linear(w, f"{at}mlp.up_proj", h)
+    act = {"silu": silu, "relu": lambda x: np.maximum(x, 0)}[plain.get("hidden_act", "silu")]
+    h = act(linear(w, f"{at}mlp.gate_proj", h)) * linear(w, f"{at}mlp.up_proj", h)
     x = x + linear(w, f"{at}mlp.down_proj", h)
   head = w["lm_head.weight"]
   if "z_loss_weight" in plain:

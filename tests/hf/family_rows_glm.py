@@ -31,7 +31,7 @@ ROWS = {
   "chatglm, positions divided": CHATGLM | dict(_name_or_path="THUDM/chatglm2-6b-32k", rope_ratio=16),
   "glm-130b": GLM,
 }
-START = 200
+START = 60
 """The index of the token after the context in what is given below."""
 
 

@@ -12,7 +12,7 @@ from jaxllm.activation import Glu, Mlp
 from jaxllm.config import Layer
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.position import Alibi, NoPE
-from jaxllm.wiring import ParallelTwoNorms, Pre
+from jaxllm.wiring import GlmDeepNorm, ParallelTwoNorms, Pre, deepnorm_coefficients
 
 
 def error(row, cfg=None, params=None):
@@ -75,6 +75,21 @@ CONFIGS = {
   "another slope": ("bloom", lambda cfg: dict(layers=(Layer(Alibi(8.5)),))),
   "no positions": ("bloom", lambda cfg: dict(layers=(Layer(NoPE()),))),
   "projections not clipped": ("mpt", lambda cfg: dict(clip_qkv=None)),
+  "a head that is not normed": ("baichuan, 13B form, normed head", lambda cfg: dict(norm_head=False)),
+  "ALiBi for RoPE": ("baichuan", lambda cfg: dict(layers=(Layer(Alibi()),))),
+  "pairs of halves": ("chatglm", each_rope(layout="half")),
+  "all of a head turned": ("chatglm", each_rope(rotary_dim=None)),
+  "the base multiplied where positions are divided": (
+    "chatglm, positions divided",
+    each_layer(lambda layer: {"position": dataclasses.replace(built("chatglm").cfg.ropes[0], base=16e4)}),
+  ),
+  "the residual from before the norm": ("chatglm-6b", lambda cfg: dict(wiring=Pre())),
+  "frequencies of the head, not of its half": ("chatglm-6b", each_rope(base=100.0)),
+  "gelu by erf, not by tanh": ("chatglm-6b", lambda cfg: dict(mlp=Mlp("gelu"))),
+  "DeepNet's alpha": (
+    "glm-130b",
+    lambda cfg: dict(wiring=GlmDeepNorm(*deepnorm_coefficients(cfg.num_layers)["decoder"])),
+  ),
   "another eps": ("gpt2", lambda cfg: dict(norm=LayerNorm(1e-2))),
 }
 BY_DEFAULT = ("a window of one more", "fused heads read as blocks")
@@ -116,6 +131,13 @@ def blocks_for_heads(attn, mlp):
     attn[name] = attn[name] | {"w": part}
 
 
+def heads_for_blocks(attn, mlp):
+  """[3, N, H] rows read as [N, 3, H]."""
+  fused = np.concatenate([attn[name]["w"] for name in "qkv"], 1).reshape(72, -1, 3, 12)
+  for i, name in enumerate("qkv"):
+    attn[name] = attn[name] | {"w": fused[:, :, i].reshape(72, -1)}
+
+
 def keys_for_queries(attn, mlp):
   attn["q"], attn["k"] = attn["k"], attn["q"]
 
@@ -125,6 +147,9 @@ WEIGHTS = {
   "up is the activated half": ("phi3", gate_for_up),
   "fused heads read as blocks": ("bloom", blocks_for_heads),
   "keys before queries": ("mpt", keys_for_queries),
+  "blocks read as fused heads": ("baichuan", heads_for_blocks),
+  "ChatGLM's fused heads read as blocks": ("chatglm-6b", blocks_for_heads),
+  "the first half is the activated one": ("glm-130b", gate_for_up),
 }
 
 

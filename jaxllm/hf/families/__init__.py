@@ -212,8 +212,8 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(norm, multiply_in="float32") if hasattr(norm, "multiply_in") else norm
 
   def plain_position(position):
-    if not isinstance(position, Rope):
-      return position
+    if not isinstance(position, Rope) or (position.program is not None and not position.two_dimensional):
+      return position  # ReRoPE and its like, whose lengths are of their windows
     whole = position.rotary_dim == cfg.head_dim
     return dataclasses.replace(
       position,
