@@ -85,7 +85,6 @@ CONFIGS = {
   ),
   "the residual from before the norm": ("chatglm-6b", lambda cfg: dict(wiring=Pre())),
   "frequencies of the head, not of its half": ("chatglm-6b", each_rope(base=100.0)),
-  "gelu by erf, not by tanh": ("chatglm-6b", lambda cfg: dict(mlp=Mlp("gelu"))),
   "DeepNet's alpha": (
     "glm-130b",
     lambda cfg: dict(wiring=GlmDeepNorm(*deepnorm_coefficients(cfg.num_layers)["decoder"])),

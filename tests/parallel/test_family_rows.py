@@ -10,7 +10,7 @@ from mesh_checks import MESHES, check_equal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 
-from family_cases import ROWS, build, settings
+from family_cases import REMOTE, ROWS, build, settings
 
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 KEY_HEADS = ("num_key_value_heads", "multi_query_group_num")
@@ -26,7 +26,8 @@ def dividing(row):
       heads[name] = 4 if kv == 2 else max(heads.values())
   lists = {name: plain[name][:2] for name in ("layer_types", "no_rope_layers") if name in plain}
   windows = {"sliding_window": 5} if plain.get("sliding_window") else {}
-  return plain | heads | lists | windows | {name: 2 for name in LAYERS if name in plain}
+  wide = {"hidden_size": 96} if row in REMOTE else {}  # whose heads are shares of it that turn in pairs
+  return plain | wide | heads | lists | windows | {name: 2 for name in LAYERS if name in plain}
 
 
 @functools.cache
