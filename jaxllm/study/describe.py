@@ -20,6 +20,10 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
     f"{', each token normalised' if cfg.norm_head else ''}"
   ]
   lines += [f"positions: {line}" for line in position_lines(cfg)]
+  if any(rope.two_dimensional for rope in cfg.ropes):
+    lines.append(
+      "block positions: 0 throughout a text, which is read causally; those of a GLM prompt, and its prefix, are nn.Context's"
+    )
   if cfg.query_scale is not None:
     lines.append(f"queries by position: {fields(cfg.query_scale)}")
   numbers = {
