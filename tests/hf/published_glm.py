@@ -101,3 +101,13 @@ PUBLISHED = {
   ),
   "GLM 130B": (GLM_130B, Rope(), None, dict(tie_embeddings=True, mlp=Glu("gelu"), layer_scaling=True)),
 }
+PARAMETERS = {
+  "Baichuan 7B": 7_000_559_616,
+  "Baichuan 2 7B": 7_505_973_248,
+  "Baichuan 13B": 13_264_901_120,
+  "Baichuan 2 13B": 13_896_668_160,
+  "ChatGLM2 6B": 6_243_584_000,
+  "GLM-4 9B": 9_399_951_360,
+  "ChatGLM 6B": 6_173_286_400,
+}
+"""How many parameters they are known to have, from memory of what other programs print."""

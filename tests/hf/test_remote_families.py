@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import definitions
 import family_table
@@ -15,11 +16,13 @@ from family_cases import REMOTE, T, built, call_of, family_of, from_tensors, set
 from family_checks import by_name, logits, program, tables, truth
 from family_rows_glm import START
 from model_checks import relative_error
+from published_glm import PARAMETERS, PUBLISHED
 from safetensors.numpy import load_file
 
 from jaxllm import hf
 from jaxllm.activation import Glu, Mlp
 from jaxllm.errors import ConfigError
+from jaxllm.hf import match
 from jaxllm.hf.families import FAMILIES, ignored_settings, read_config, write_config
 from jaxllm.nn import Context, Transformer, init_cache
 
@@ -281,6 +284,25 @@ def test_a_base_is_written_to_the_last_bit(base):
   plain = settings("chatglm") | dict(rope_ratio=base / 1e4)
   cfg = read_config(plain)[1]
   assert read_config(write_config(cfg, "chatglm")[1])[1] == cfg
+
+
+def parameters(name):
+  shapes = match.expected_shapes(read_config(PUBLISHED[name][0])[1])
+  return sum(map(math.prod, shapes.values()))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_published_models(name):
+  assert parameters(name) == PARAMETERS[name]
+
+
+def test_parameters_of_glm_130b():
+  """L (4 D^2 + 4 D + 3 D F + 2 F + D + 4 D) + V D + 2 D: 128.70 billion, and the initial scales of 70 layers."""
+  L, D, F, V = 70, 12288, 32768, 150528
+  count = L * (4 * D**2 + 4 * D + 3 * D * F + 2 * F + D + 4 * D) + V * D + 2 * D
+  assert parameters("GLM 130B") == count == pytest.approx(128.70e9, rel=1e-4)
+  wiring = read_config(PUBLISHED["GLM 130B"][0])[1].wiring
+  assert (wiring.alpha, wiring.beta) == pytest.approx((11.8322, 0.0845), rel=1e-3)
 
 
 def test_names_and_types_of_one_model_type():

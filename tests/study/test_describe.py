@@ -7,7 +7,6 @@ from model_cases import MODELS
 
 from jaxllm.study.describe import model_lines
 
-
 ROPE = MODELS["rope"]
 
 
