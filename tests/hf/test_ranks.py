@@ -12,7 +12,7 @@ from jaxllm import hf, parallel
 from jaxllm.errors import CheckpointError
 
 ROW, LAYER = "glm-130b", "transformer.layers.1."
-CONFIG = settings(ROW) | dict(vocab_size=200)
+CONFIG = settings(ROW) | dict(vocab_size=200, hidden_size=96, num_attention_heads=8, inner_hidden_size=104)
 SHARED = ("word_embeddings.weight", "query_key_value.weight", "query_key_value.bias", "dense_h_to_4h.weight")
 SHARED += ("dense_h_to_4h.bias", "attention.dense.weight", "dense_4h_to_h.weight")
 
@@ -49,7 +49,7 @@ def write(directory, tensors, of=2, change=None, name="mp_rank_{:02}_model_state
   return directory
 
 
-@pytest.mark.parametrize("of", [1, 2])
+@pytest.mark.parametrize("of", [1, 4, 8])
 @pytest.mark.parametrize("name", ["mp_rank_{:02}_model_states.safetensors", "mp_rank_{:02}.safetensors"])
 def test_ranks_are_the_whole(tmp_path, model, of, name):
   assert sum(key.endswith(SHARED) for key in model.tensors) == 1 + 6 * 3
@@ -98,19 +98,19 @@ BAD = [
   ),
   (
     put(f"{LAYER}mlp.dense_4h_to_h.weight", lambda x: x[:, :-1]),
-    r"mlp.dense_4h_to_h.weight is float32 \[72, 49\], expected float32 \[72, 50\] as in mp_rank_00",
+    r"mlp.dense_4h_to_h.weight is float32 \[96, 51\], expected float32 \[96, 52\] as in mp_rank_00",
   ),
   (
     put(f"{LAYER}input_layernorm.weight", lambda x: x.astype(np.float16)),
-    r"is float16 \[72\], expected float32 \[72\]",
+    r"is float16 \[96\], expected float32 \[96\]",
   ),
   (
     put(f"{LAYER}input_layernorm.weight", lambda x: x + 1),
     r"input_layernorm.weight of mp_rank_01.* is not transformer.layers.1.input_layernorm.weight of mp_rank_00.*the same values",
   ),
   (
-    lambda rank, parts: parts.update({"transformer.word_embeddings.weight": np.zeros((90, 72), np.float32)}),
-    r"word_embeddings.weight of mp_rank_00_model_states.safetensors is \[180, 72\], expected \[200, 72\] .*vocab_size = 200",
+    lambda rank, parts: parts.update({"transformer.word_embeddings.weight": np.zeros((90, 96), np.float32)}),
+    r"word_embeddings.weight of mp_rank_00_model_states.safetensors is \[180, 96\], expected \[200, 96\] .*vocab_size = 200",
   ),
   (
     lambda rank, parts: parts.update({f"{LAYER}mlp.dense_h_to_4h.bias": np.zeros(101, np.float32)}),
