@@ -65,8 +65,8 @@ class Checkpoint:
 
   @property
   def family(self) -> str:
-    """Its model_type."""
-    return self.opened.family.model_type
+    """Its name in FAMILIES."""
+    return self.opened.family.name
 
   def params(self):
     """The parameters, on the mesh if there is one."""

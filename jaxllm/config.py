@@ -63,6 +63,7 @@ class ModelConfig:
   and logits become cap tanh(x / cap).  logit_scale: multiplies the logits, before their cap.  Source of the logit scale:
   transformers' `logit_scale` (Cohere) and 1 / `logits_scaling` (Granite).  attention_sinks: a learned logit a head that takes
   a share of each query's attention (Xiao et al., 2023, section 3.3; GPT-OSS).  layer_scaling: see `nn.attention.Attention`.
+  norm_head: see `ops.head.Head`.
   attention: the core (one of ops.choose.CORES), which changes speed and memory and not the result.
   dtype: the compute type; parameters may be of any type.
   context_length: how many tokens the model is said to serve, for information only.  eos_ids: the tokens that end a text, where
@@ -95,6 +96,7 @@ class ModelConfig:
   logit_scale: float = 1.0
   attention_sinks: bool = False
   layer_scaling: bool = False
+  norm_head: bool = False
   attention: Any = Plain()
   dtype: str = "float32"
   context_length: int | None = None
@@ -125,6 +127,7 @@ class ModelConfig:
       if name not in (allowed := ("q", "k", "v", "o", *self.mlp.inputs, "down", "head")):
         raise ConfigError(f"biases: found {name!r}, expected some of {', '.join(allowed)}")
     check_choice(self, "embed_norm", (True, False))
+    check_choice(self, "norm_head", (True, False))
     check_choice(self, "rope_precision", PRECISIONS)
     check_positive(self, embed_gradient=self.embed_gradient, logit_scale=self.logit_scale)
     if self.embed_gradient > 1:

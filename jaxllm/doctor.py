@@ -141,7 +141,7 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
     sizes[stored.dtype.name] = sizes.get(stored.dtype.name, 0) + stored.stop - stored.start
   count = sum(_product(shape) for shape in shapes.values())
   types = ", ".join(f"{gib(size)} {name}" for name, size in sizes.items())
-  yield f"checkpoint: {checkpoint.directory}, family {family.model_type}, {count:,} parameters, {types}", None
+  yield f"checkpoint: {checkpoint.directory}, family {family.name}, {count:,} parameters, {types}", None
   for line in describe.model_lines(cfg, context or cfg.context_length):
     yield line, None
   yield fit(cfg, sum(sizes.values()), context or cfg.context_length, memory_of(jax.devices()))
@@ -164,7 +164,7 @@ def _unfetched_lines(directory: Path, context: int | None) -> Iterator[tuple[str
   count = sum(_product(shape) for shape in match.expected_shapes(cfg).values())
   size = count * np.dtype(cfg.dtype).itemsize
   yield (
-    f"checkpoint: {directory}, family {family.model_type}, {count:,} parameters, {gib(size)} if all are {cfg.dtype}: by "
+    f"checkpoint: {directory}, family {family.name}, {count:,} parameters, {gib(size)} if all are {cfg.dtype}: by "
     "config.json, as the weights are not in the cache; their tensors are not checked",
     None,
   )

@@ -369,6 +369,9 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
     x = block(cfg, mine, x, attend, lambda h, f=mine["mlp"]: feed_forward(cfg, f, h))
   if type(cfg.wiring).__name__ not in ("Post", "DeepNorm"):
     x = norm(cfg.norm, p.get("final_norm", {}), x)
-  x = x @ (p["embed"].T if cfg.tie_embeddings else p["head"]) + p.get("head_bias", 0.0)
+  w_DV = p["embed"].T if cfg.tie_embeddings else p["head"]
+  if cfg.norm_head:
+    w_DV = w_DV / np.maximum(np.linalg.norm(w_DV, axis=0), 1e-12)
+  x = x @ w_DV + p.get("head_bias", 0.0)
   x = x * cfg.logit_scale
   return cfg.logit_softcap * np.tanh(x / cfg.logit_softcap) if cfg.logit_softcap else x

@@ -78,6 +78,7 @@ CHANGED = {
   "ModelConfig.attention_softcap": (ROPE_1, one("attention_softcap", 2.0, ROPE_1)),
   "ModelConfig.logit_softcap": (ROPE_1, one("logit_softcap", 2.0, ROPE_1)),
   "ModelConfig.logit_scale": (ROPE_1, one("logit_scale", 0.3, ROPE_1)),
+  "ModelConfig.norm_head": (ROPE_1, one("norm_head", True, ROPE_1)),
   "ModelConfig.context_length": (ROPE_1, one("context_length", 8, ROPE_1)),
   "ModelConfig.eos_ids": (ROPE_1, one("eos_ids", (3, 0), ROPE_1)),
   "ModelConfig.attention_sinks": (ROPE_1, one("attention_sinks", True, ROPE_1)),
@@ -285,6 +286,7 @@ ERRORS = [
   ),
   (build(rope_precision="float32"), "ModelConfig.rope_precision: found 'float32', expected one of exact, hf"),
   (build(embed_norm=1), "ModelConfig.embed_norm: found 1, expected one of True, False"),
+  (build(norm_head=1), "ModelConfig.norm_head: found 1, expected one of True, False"),
   (
     build(attention_scale=0.1, layers=(Layer(position("alibi", placement="before")),)),
     r"attention_scale: found 0.1, expected None with .* \(Alibi\(placement='before'\)\)",

@@ -112,6 +112,17 @@ def norm(kind: Any, theirs: str, ours: str) -> list[Key]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+  """How tensor-parallel ranks share a tensor: equal parts along `axis`, of each of `blocks` that follow one another there.
+
+  A rank's part of a fused [x1; x2] is [its x1; its x2]: two blocks.
+  """
+
+  axis: int
+  blocks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
   """A row of FAMILIES.
 
@@ -123,6 +134,11 @@ class Family:
   lack them, but have no other.  ropes: RoPEs that this family alone has.
   prefix: what the names of `keys` start with and files of the bare model leave out.  unused: regular expressions of
   tensors that hold no parameters (masks, inverse frequencies).
+
+  name: what FAMILIES calls it, model_type unless another family has the same one; fits: whether settings are of it and not of
+  a later one of that model_type.  remote: transformers has no such family, and opens it with its authors' code only, if at
+  all: it is written where it is asked for by name.  also: other architectures that are the same model.  ranks: the tensors of
+  a family whose files may be those of tensor-parallel ranks, and how these share them, by regular expressions.
   """
 
   model_type: str
@@ -137,3 +153,11 @@ class Family:
   unused: tuple[str, ...] = ()
   constants: Callable[[ModelConfig], dict[str, float]] = lambda cfg: {}
   ropes: tuple[type[Rope], ...] = ()
+  name: str = ""
+  fits: Callable[[Settings], bool] = lambda s: True
+  remote: bool = False
+  also: tuple[str, ...] = ()
+  ranks: tuple[tuple[str, Share], ...] = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, "name", self.name or self.model_type)

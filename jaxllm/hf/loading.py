@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxllm import tree
 from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.hf import families, files, hub, scan
+from jaxllm.hf import families, files, hub, ranks, scan
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.match import Matched, Source, check_constants, check_heads, match
 from jaxllm.hf.settings import TOKENS, Settings
@@ -79,7 +79,7 @@ def open_checkpoint(
     raise ConfigError(f"dtype: found {dtype!r}, expected one of auto, {', '.join(DTYPES)}")
   directory = hub.find(path_or_repo)
   family, cfg, source = load_config(directory)
-  checkpoint = files.Checkpoint(directory)
+  checkpoint = ranks.open_files(directory, family)
   compute = dtype if dtype != "auto" else _compute_type(cfg, source, checkpoint)
   cfg = dataclasses.replace(cfg, dtype=compute, rope_precision=rope_precision)
   matched = match(checkpoint, family, cfg, source)
@@ -100,7 +100,7 @@ def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:
     _log.warning(
       "%s: names code of its own (auto_map), which is never run: the model is the family %s",
       path,
-      family.model_type,
+      family.name,
     )
   if os.path.lexists(directory / files.GENERATION_CONFIG):
     generation = files.plain_file(directory, files.GENERATION_CONFIG)
@@ -269,7 +269,7 @@ def _report(
   most = max(types, key=types.get)
   how, why = matrix_layout(platform, most, cfg.dtype)
   return (
-    f"{checkpoint.directory}: {family.model_type} of {sum(types.values()):,} parameters ("
+    f"{checkpoint.directory}: {family.name} of {sum(types.values()):,} parameters ("
     + ", ".join(f"{count:,} {name}" for name, count in types.items())
     + f"), computed in {cfg.dtype}; matrices are held {'[out, in], as in the files' if how == 'oi' else '[in, out]'}: {why}"
   )

@@ -101,7 +101,7 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
     raise CheckpointError(f"{source.path}: says {cfg.num_layers:,} layers, but the files hold {layers}")
   shapes, keys = expected_shapes(cfg), all_keys(family, cfg)
   paths = [path for key in keys if not key.part for path in key.ours]
-  assert sorted(paths) == sorted(shapes), f"keys of {family.model_type}"
+  assert sorted(paths) == sorted(shapes), f"keys of {family.name}"
   heads = _head_keys(family, cfg)
   names = _names(checkpoint, family, {key.theirs for key in keys + heads})
   changed = _Changed(source)

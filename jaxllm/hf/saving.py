@@ -59,6 +59,9 @@ def save(
 ) -> None:
   """Writes the directory `path`, which `load` and transformers read as the same model, bit for bit.
 
+  A family of remote code (baichuan, chatglm) is written where it is named; transformers opens it once its authors' code lies
+  there too, and config.json names that as auto_map.
+
   config.json has the settings in force, those of RoPE included; family: see `families.write_config`.  Where frequencies depend
   on the length (LongRoPE, dynamic NTK) a save needs pinned=True: each query here has those of its own length, and transformers
   those of one length for a whole call, so that its decoding is not that of this model.  Tensors keep

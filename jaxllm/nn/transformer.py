@@ -210,7 +210,9 @@ def head(cfg: ModelConfig, params) -> Head:
   w_DV = (
     Matrix(shrink_gradient(params["embed"], cfg.embed_gradient)) if cfg.tie_embeddings else params["head"]
   )
-  return Head(w_DV, params.get("head_bias"), cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size)
+  return Head(
+    w_DV, params.get("head_bias"), cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size, normed=cfg.norm_head
+  )
 
 
 def _last(x_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:

@@ -11,6 +11,7 @@ import json
 import zlib
 from pathlib import Path
 
+import family_rows_glm
 import family_rows_llama
 import numpy as np
 from family_bases import BASE, FULL, LLAMA, LLAMA3, SLIDING, YARN
@@ -82,6 +83,7 @@ ROWS = {
   "gpt2, scores not divided": GPT2 | dict(scale_attn_weights=False, activation_function="gelu"),
 }
 ROWS |= family_rows_llama.ROWS
+ROWS |= family_rows_glm.ROWS
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
@@ -92,8 +94,18 @@ LOOSE = {"mpt": 5e-5}
 
 
 def family_of(row):
-  """The model_type of a row."""
+  """The name of a row's family."""
   return row.split(",")[0]
+
+
+REMOTE = tuple(row for row in ROWS if FAMILIES[family_of(row)].remote)
+"""Rows that transformers has no model of: the float64 oracle is their reference."""
+THEIRS = tuple(row for row in ROWS if row not in REMOTE)
+
+
+def call_of(row, count):
+  """pos and prefix of a call on so many tokens of a row, where they are not the usual ones."""
+  return family_rows_glm.CALLS.get(row, lambda count: {})(count)
 
 
 def core_of(row):
@@ -119,7 +131,7 @@ def built(row, seed=0):
 
 def settings(row):
   """The settings of a row's config.json."""
-  return dict(model_type=family_of(row), **ROWS[row])
+  return dict(model_type=FAMILIES[family_of(row)].model_type, **ROWS[row])
 
 
 def build(plain, seed=0):

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from family_cases import ROWS, built, settings
+from family_cases import THEIRS, built, settings
 
 from jaxllm.activation import Glu, Mlp, Xielu
 from jaxllm.config import Layer, ModelConfig
@@ -227,7 +227,7 @@ def test_shares_of_a_head_come_back():
 def test_what_is_written_says_all_that_transformers_would_guess():
   """Ids beyond a small vocabulary, another family's number of heads: no default is left to the class."""
   theirs = pytest.importorskip("theirs")
-  for row in ROWS:
+  for row in THEIRS:
     _, plain = write_config(built(row).cfg, row.split(",")[0], pinned=True)
     config = theirs.config(plain)
     assert config.pad_token_id is None and config.bos_token_id is None
@@ -235,7 +235,7 @@ def test_what_is_written_says_all_that_transformers_would_guess():
 
 
 def test_as_transformers_keeps_what_it_has():
-  for row in ROWS:
+  for row in THEIRS:
     cfg = built(row).cfg
     assert as_transformers(cfg, pinned=True, own=FAMILIES[row.split(",")[0]].ropes) == cfg
 

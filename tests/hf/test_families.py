@@ -9,7 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from family_cases import GOLDEN, KEPT, LOOSE, PINNED, ROWS, build, built, core_of, settings, tokens, write
+from family_cases import (
+  GOLDEN,
+  KEPT,
+  LOOSE,
+  PINNED,
+  ROWS,
+  THEIRS,
+  T,
+  build,
+  built,
+  call_of,
+  core_of,
+  settings,
+  tokens,
+  write,
+)
 from family_checks import by_name, decoded, first_bad_layer, logits, program, tables
 from model_checks import relative_error
 
@@ -25,10 +40,10 @@ DIFFERENTIATED = ("gemma3_text", "bloom, residual after the norm", "gpt2")
 HALVES = ("llama", "bloom")
 
 
-def each_row(by_default=tuple(ROWS)):
+def each_row(by_default=tuple(ROWS), rows=THEIRS):
   """A parametrize mark over rows; those that are not `by_default` wait for the full counts."""
   marks = lambda row: [pytest.mark.core] * core_of(row) if row in by_default else [pytest.mark.slow]
-  return pytest.mark.parametrize("row", [pytest.param(row, marks=marks(row)) for row in ROWS])
+  return pytest.mark.parametrize("row", [pytest.param(row, marks=marks(row)) for row in rows])
 
 
 def matrices(row):
@@ -45,12 +60,12 @@ def matrices(row):
 
 @functools.cache
 def kept():
-  """{row: logits [16, V]} of transformers, from make_families.py."""
+  """{row: logits [16, V]} of transformers or, where it has no such family, of definitions.py, from make_families.py."""
   with np.load(GOLDEN) as file:
     return dict(file)
 
 
-@each_row()
+@each_row(rows=ROWS)
 def test_kept_logits(row, tmp_path):
   """Of a directory that was written without transformers, read as any other."""
   cfg, params = hf.load(write(tmp_path, row))
@@ -85,7 +100,7 @@ def test_live_logits(row, tmp_path):
   family_table.measured(row, "logits", error)
 
 
-@each_row(DECODED)
+@each_row(DECODED, [row for row in ROWS if not call_of(row, T)])
 def test_prefill_and_decoding_are_the_full_forward(row):
   """Longer than windows; and than the trained length of LongRoPE, whose rows are here by the query's own length."""
   model, ids = built(row), tokens()[:, :128]

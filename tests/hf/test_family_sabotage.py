@@ -4,21 +4,22 @@ import dataclasses
 
 import numpy as np
 import pytest
-from family_cases import GOLDEN, KEPT, built, tokens
-from family_checks import program, tables
+from family_cases import GOLDEN, KEPT, T, built, tokens
+from family_checks import context, program, tables
 from model_checks import relative_error
 
 from jaxllm.activation import Glu, Mlp, Xielu
 from jaxllm.config import Layer
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.position import Alibi, NoPE, NtkOldRope
-from jaxllm.wiring import ParallelTwoNorms, Pre
+from jaxllm.wiring import GlmDeepNorm, ParallelTwoNorms, Pre, deepnorm_coefficients
 
 
 def error(row, cfg=None, params=None):
   """How far logits are from the kept ones of a row."""
   cfg = built(row).cfg if cfg is None else cfg
-  found = program("forward", cfg)(built(row).params if params is None else params, tokens(), tables(cfg, row))
+  params = built(row).params if params is None else params
+  found = program("forward", cfg)(params, tokens(), tables(cfg, row), **context(row, T))
   with np.load(GOLDEN) as kept:
     return relative_error(np.asarray(found)[0, KEPT], kept[row])
 
@@ -74,6 +75,20 @@ CONFIGS = {
   "another slope": ("bloom", lambda cfg: dict(layers=(Layer(Alibi(8.5)),))),
   "no positions": ("bloom", lambda cfg: dict(layers=(Layer(NoPE()),))),
   "projections not clipped": ("mpt", lambda cfg: dict(clip_qkv=None)),
+  "a head that is not normed": ("baichuan, 13B form, normed head", lambda cfg: dict(norm_head=False)),
+  "ALiBi for RoPE": ("baichuan", lambda cfg: dict(layers=(Layer(Alibi()),))),
+  "pairs of halves in ChatGLM": ("chatglm", each_rope(layout="half")),
+  "all of a head turned": ("chatglm", each_rope(rotary_dim=None)),
+  "the base multiplied where positions are divided": (
+    "chatglm, positions divided",
+    each_layer(lambda layer: {"position": dataclasses.replace(built("chatglm").cfg.ropes[0], base=16e4)}),
+  ),
+  "the residual from before the norm": ("chatglm-6b", lambda cfg: dict(wiring=Pre())),
+  "frequencies of the head, not of its half": ("chatglm-6b", each_rope(base=100.0)),
+  "DeepNet's alpha": (
+    "glm-130b",
+    lambda cfg: dict(wiring=GlmDeepNorm(*deepnorm_coefficients(cfg.num_layers)["decoder"])),
+  ),
   "another eps": ("gpt2", lambda cfg: dict(norm=LayerNorm(1e-2))),
   "pairs of halves": ("glm", each_rope(layout="half")),
   "the whole head turned in pairs": ("glm", each_rope(rotary_dim=None)),
@@ -162,6 +177,13 @@ def heads_in_turn(attn, mlp):
   attn["q_norm"] = {"scale": attn["q_norm"]["scale"][::-1]}
 
 
+def heads_for_blocks(attn, mlp):
+  """[3, N, H] rows read as [N, 3, H]."""
+  fused = np.concatenate([attn[name]["w"] for name in "qkv"], 1).reshape(72, -1, 3, 12)
+  for i, name in enumerate("qkv"):
+    attn[name] = attn[name] | {"w": fused[:, :, i].reshape(72, -1)}
+
+
 def keys_for_queries(attn, mlp):
   attn["q"], attn["k"] = attn["k"], attn["q"]
 
@@ -174,6 +196,9 @@ WEIGHTS = {
   "up is the activated half of GLM": ("glm", gate_for_up),
   "weights of another head's norm": ("cohere", heads_in_turn),
   "slopes exchanged": ("apertus", slopes_exchanged),
+  "blocks read as fused heads": ("baichuan", heads_for_blocks),
+  "ChatGLM's fused heads read as blocks": ("chatglm-6b", blocks_for_heads),
+  "the first half is the activated one": ("glm-130b", gate_for_up),
 }
 
 

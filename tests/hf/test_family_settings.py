@@ -3,11 +3,11 @@
 import functools
 
 import pytest
-from family_cases import BASE, FULL, ROWS, SLIDING, YARN, built, from_tensors, tokens
+from family_cases import BASE, FULL, SLIDING, THEIRS, YARN, built, family_of, from_tensors, tokens
 from family_checks import program
 from model_checks import relative_error
 
-from jaxllm.hf.families import FAMILIES, ignored_settings, read_config, write_config
+from jaxllm.hf.families import ignored_settings, read_config, write_config
 
 theirs = pytest.importorskip("theirs")
 
@@ -75,8 +75,11 @@ WITH = {
 }
 
 
+FAMILIES = tuple(dict.fromkeys(map(family_of, THEIRS)))
+
+
 def row_of(name):
-  return next(row for row in ROWS if row.split(",")[0] == name)
+  return next(row for row in THEIRS if row.split(",")[0] == name)
 
 
 def plain_of(name):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoint_case import assert_equal_trees
-from family_cases import ROWS, built, settings
+from family_cases import THEIRS, built, settings
 from model_checks import relative_error
 from safetensors.numpy import save_file
 
@@ -34,7 +34,7 @@ def write(directory, row="llama", stored=None, **changes):
 
 
 @pytest.mark.parametrize(
-  "row", [row if row in LAYOUTS else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+  "row", [row if row in LAYOUTS else pytest.param(row, marks=pytest.mark.slow) for row in THEIRS]
 )
 def test_transformers_opens_what_was_saved(tmp_path, row):
   """Written by transformers, loaded, saved, and opened by transformers: the same tensors bit for bit, the same logits."""

@@ -77,7 +77,7 @@ CASES = {
 CASES |= {
   "odd llama": dataclasses.replace(CASES["llama"], vocab_size=61, num_kv_heads=2),
   "odd gemma2": dataclasses.replace(CASES["gemma2"], vocab_size=61, num_kv_heads=1),
-  "odd groups": model(vocab_size=61, num_heads=12, num_kv_heads=3, biases=("head", "k")),
+  "odd groups": model(vocab_size=61, num_heads=12, num_kv_heads=3, biases=("head", "k"), norm_head=True),
 }
 """The last three have key heads and a vocabulary that a tensor axis of four does not divide: k and v whole, padding."""
 MATRIX = ("llama", "phi3", "gemma2", "odd llama")
