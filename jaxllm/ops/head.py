@@ -34,6 +34,7 @@ def shrink_gradient(w: jax.Array, share: float) -> jax.Array:
 class Head:
   """logits = soft_cap(scale (x w + bias)), float32; w [D, V], an array or a `leaf.Matrix`.
 
+  inner: a matrix [D, E] that hidden states go through first, w being [E, V] then.
   vocab_size: how many logits there are, where w and bias were padded to a size that divides over a mesh; None: all of w's.
   """
 
@@ -42,9 +43,12 @@ class Head:
   softcap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
   scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
   vocab_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+  inner: jax.Array | Matrix | None = dataclasses.field(default=None, kw_only=True)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], computed in their type and accumulated in float32."""
+    if self.inner is not None:
+      x = einsum("...D,DE->...E", x, self.inner.astype(x.dtype), out_dtype=x.dtype)
     logits = einsum("...D,DV->...V", x, self.w.astype(x.dtype))
     logits = constrain(logits, ("B" + "-" * x.ndim)[: x.ndim - 1] + "V")
     if self.bias is not None:

@@ -13,7 +13,7 @@ from jaxllm.activation import Glu, Mlp
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.hf import rope
-from jaxllm.hf.family import Key, linear, norm
+from jaxllm.hf.family import Blocks, Key, linear, norm
 from jaxllm.hf.settings import COUNT, DEPTH, FLAG, POSITIVE, Kind, Settings, list_of, one_of
 from jaxllm.norm import QkNorm, RMSNorm
 from jaxllm.position import Rope
@@ -55,12 +55,14 @@ class Relative:
   """How one of Llama's relatives is set apart.
 
   kv_heads, head_dim, context, base, eps, activation: num_key_value_heads (None: as many as heads), head_dim (None:
-  hidden_size / num_attention_heads), max_position_embeddings, rope_theta, rms_norm_eps and the activation where missing.
+  hidden_size / num_attention_heads), max_position_embeddings, rope_theta, the eps of norms and the activation where missing.
   activations: what their names mean.  activation_key: the setting that has one; unread: one that only earlier versions read.
-  attention_bias, mlp_bias: whether there are such settings.
+  mlp: the feed-forward layer of an activation.
+  attention_bias, mlp_bias: whether there are such settings.  attention_biases: which ones attention_bias brings;
+  attention_biased: its value where it is missing.
   biases: those that all models of the family have.  divides: transformers refuses heads that do not divide hidden_size.
-  norm: its RMSNorm, but for eps; qk_over: what its norm of queries and keys covers (None: no such norm).  head: fields of
-  rope.Head beside these.
+  norm: its norm, but for eps, which the setting eps_key has (None: there is none, and norm has it); qk_over: what its norm of
+  queries and keys covers (None: no such norm).  head: fields of rope.Head beside these.
   """
 
   kv_heads: int | None = None
@@ -72,11 +74,15 @@ class Relative:
   activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: ACTIVATIONS)
   activation_key: str = "hidden_act"
   unread: str | None = None
+  mlp: Callable[[str], Any] = Glu
   attention_bias: bool = False
+  attention_biases: str = "qkvo"
+  attention_biased: bool = False
   mlp_bias: bool = False
   biases: tuple[str, ...] = ()
   divides: bool = False
-  norm: RMSNorm = RMSNorm(multiply_in="input")
+  norm: Any = RMSNorm(multiply_in="input")
+  eps_key: str | None = "rms_norm_eps"
   qk_over: str | None = None
   head: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -97,7 +103,10 @@ def read(
   if D % N and (H is None or kind.divides):
     raise s.error("num_attention_heads", f"a divisor of hidden_size = {D}")
   head = _head(kind, H or D // N, s.take("max_position_embeddings", COUNT, kind.context))
-  scale = dataclasses.replace(kind.norm, eps=float(s.take("rms_norm_eps", POSITIVE, kind.eps)))
+  scale = kind.norm
+  if kind.eps_key is not None:
+    scale = dataclasses.replace(scale, eps=float(s.take(kind.eps_key, POSITIVE, kind.eps)))
+  mlp = kind.mlp(_activation(s, kind))
   return ModelConfig(
     vocab_size=s.take("vocab_size", COUNT),
     embed_dim=D,
@@ -107,8 +116,8 @@ def read(
     head_dim=head.head_dim,
     mlp_dim=s.take("intermediate_size", COUNT),
     layers=pattern(layers(L, head) if layers else [Layer(rope.read(s, head))]),
-    mlp=Glu(_activation(s, kind)),
-    biases=_biases(s, kind),
+    mlp=mlp,
+    biases=_biases(s, kind, (*mlp.inputs, "down")),
     context_length=head.context,
     norm=scale,
     qk_norm=None if kind.qk_over is None else QkNorm(scale, kind.qk_over),
@@ -120,22 +129,22 @@ MLP = ("gate", "up", "down")
 
 
 def _activation(s: Settings, kind: Relative) -> str:
-  ours = kind.activations[s.take(kind.activation_key, ACTIVATION, kind.activation)]
+  ours = kind.activations[s.take(kind.activation_key, one_of(kind.activations), kind.activation)]
   if kind.unread is not None:
     same = [theirs for theirs, one in (ACTIVATIONS | {"gelu": "gelu_tanh"}).items() if one == ours]
     s.settle(kind.unread, *same, why=f"as {kind.activation_key}, which is what counts")
   return ours
 
 
-def _biases(s: Settings, kind: Relative) -> tuple[str, ...]:
+def _biases(s: Settings, kind: Relative, mlp: tuple[str, ...]) -> tuple[str, ...]:
   biases = list(kind.biases)
-  for name, there, which in (
-    ("attention_bias", kind.attention_bias, "qkvo"),
-    ("mlp_bias", kind.mlp_bias, MLP),
+  for name, there, which, default in (
+    ("attention_bias", kind.attention_bias, kind.attention_biases, kind.attention_biased),
+    ("mlp_bias", kind.mlp_bias, mlp, False),
   ):
     if not there:
       s.settle(name, False, why="this family has no such biases")
-    elif s.take(name, FLAG, False):
+    elif s.take(name, FLAG, default):
       biases += which
   return tuple(biases)
 
@@ -158,8 +167,8 @@ def write(cfg: ModelConfig, kind: Relative) -> dict[str, Any]:
     "head_dim": cfg.head_dim,
     kind.activation_key: activation_name(cfg.mlp),
     "max_position_embeddings": head.context,
-    "rms_norm_eps": cfg.norm.eps,
-    **({"attention_bias": bool(biases & {*"qkvo"})} if kind.attention_bias else {}),
+    **({kind.eps_key: cfg.norm.eps} if kind.eps_key else {}),
+    **({"attention_bias": bool(biases & {*kind.attention_biases})} if kind.attention_bias else {}),
     **({"mlp_bias": bool(biases & {*MLP})} if kind.mlp_bias else {}),
     **rope.write(rope_of(cfg), head),
   }
@@ -238,20 +247,34 @@ def window_settings(cfg: ModelConfig) -> dict[str, Any]:
 
 
 NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+QK_NORMS = {"q": "q_norm", "k": "k_norm"}
+GATE_UP = Blocks(lambda cfg: [cfg.mlp_dim] * 2)
 
 
-def keys(cfg: ModelConfig, norms: Mapping[str, str] = NORMS) -> list[Key]:
-  """Llama's tensors; `norms`: ours and theirs of a block's."""
+def keys(
+  cfg: ModelConfig,
+  norms: Mapping[str, str] = NORMS,
+  qk_norms: Mapping[str, str] = QK_NORMS,
+  gate_up: str | None = None,
+) -> list[Key]:
+  """Llama's tensors; `norms`, `qk_norms`: ours and theirs of a block's; gate_up: the name of what gate and up are fused to."""
   at, ours = "model.layers.{i}.", "layers/{i}/"
   out = [Key("model.embed_tokens.weight", ("embed",))]
   for name in "qkvo":
     out += linear(cfg, f"{at}self_attn.{name}_proj", f"{ours}attn/{name}")
   if cfg.qk_norm is not None:
-    for name in "qk":
-      out += norm(cfg.qk_norm.norm, f"{at}self_attn.{name}_norm", f"{ours}attn/{name}_norm")
-  for name in MLP:
-    out += linear(cfg, f"{at}mlp.{name}_proj", f"{ours}mlp/{name}")
-  return out + ends(cfg, at, norms)
+    for name, theirs in qk_norms.items():
+      out += norm(cfg.qk_norm.norm, f"{at}self_attn.{theirs}", f"{ours}attn/{name}_norm")
+  return out + feed_forward(cfg, at, gate_up) + ends(cfg, at, norms)
+
+
+def feed_forward(cfg: ModelConfig, at: str, gate_up: str | None = None) -> list[Key]:
+  """The matrices of the feed-forward layer, gate and up as two tensors or as the one named."""
+  ours = "layers/{i}/mlp/"
+  if gate_up is None:
+    return [key for x in (*cfg.mlp.inputs, "down") for key in linear(cfg, f"{at}mlp.{x}_proj", f"{ours}{x}")]
+  fused = linear(cfg, f"{at}mlp.{gate_up}", f"{ours}gate", f"{ours}up", layout=GATE_UP)
+  return fused + linear(cfg, f"{at}mlp.down_proj", f"{ours}down")
 
 
 def ends(cfg: ModelConfig, at: str, norms: Mapping[str, str]) -> list[Key]:
