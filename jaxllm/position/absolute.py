@@ -43,9 +43,9 @@ class Learned(Position):
   """Learned embedding: x + table[offset + pos], one row for each of `max_length` positions (GPT-2, BERT).
 
   offset: how many rows of the table come before that of position 0, as OPT's two, which nothing reads.
-  The table [offset + max_length, D] starts at a standard deviation of 0.02.  A position at or beyond max_length is a ConfigError
-  wherever the length is known on the host (`ModelConfig.check_length`), and NaN where only the device knows it: never
-  the row of another position.  Source: Gehring et al. (2017); Radford et al. (2019) for the initial scale.
+  The table [offset + max_length, D] starts at a standard deviation of 0.02.  A position at or beyond max_length is a
+  ConfigError wherever the length is known on the host (`ModelConfig.check_length`), and NaN where only the device knows it:
+  never the row of another position.  Source: Gehring et al. (2017); Radford et al. (2019) for the initial scale.
   """
 
   max_length: int | None = None

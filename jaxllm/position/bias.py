@@ -35,9 +35,10 @@ class Alibi(Position):
   By default the bias is not divided by sqrt(H) (paper, BLOOM, MPT).  It is relative to the query (0 on the diagonal): in
   the form m_h * j the nearest keys carry the largest numbers, where low precision cannot tell them apart.
 
-  bias_max: the paper's and BLOOM's 8, and MPT's `alibi_bias_max`.  slope_dtype: None for float32, or "bfloat16", in
-  which Falcon computes m_h j: slopes, positions j and their products are rounded to 8 bits each, so that from j = 256 on
-  neighbours share a bias, which depends on more than j - i; it is m_h j rounded, less m_h i rounded.  placement: "after" the division of the scores, or "before" it, softmax((q k^T + m_h (j - i)) / sqrt(H)), as in Falcon-RW.
+  bias_max: the paper's and BLOOM's 8, and MPT's `alibi_bias_max`.  slope_dtype: None for float32, or "bfloat16", in which
+  Falcon computes m_h j: slopes, positions j and their products are rounded to 8 bits each, so that from j = 256 on
+  neighbours share a bias, which depends on more than j - i: it is m_h j rounded, less m_h i rounded.  placement: "after" the
+  division of the scores, or "before" it, softmax((q k^T + m_h (j - i)) / sqrt(H)), as in Falcon-RW.
   Source: Press, Smith and Lewis (2021); transformers for what BLOOM, MPT and Falcon do.
   """
 

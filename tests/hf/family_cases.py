@@ -11,6 +11,7 @@ import json
 import zlib
 from pathlib import Path
 
+import family_rows_gpt
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -92,6 +93,7 @@ ROWS = {
   "gpt2": GPT2,
   "gpt2, scores not divided": GPT2 | dict(scale_attn_weights=False, activation_function="gelu"),
 }
+ROWS |= family_rows_gpt.ROWS
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
