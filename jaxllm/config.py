@@ -55,6 +55,9 @@ class ModelConfig:
   and cosines in float32: for logits equal to its own at long positions.  Exact angles are the better ones.
   biases: which of q, k, v, o, gate, up, down and head have one.
   tie_embeddings: the head is the embedding, transposed.  embed_scale: multiplies the token embeddings.
+  embed_width: the width E of the embedding and of what the head reads, where it is not D: x = embed[token] embed_in and
+  logits = (h embed_out) head, with embed_in [E, D] and embed_out [D, E].  Source of the embedding width: Zhang et al. (2022),
+  OPT-350m, and transformers' `word_embed_proj_dim`.
   embed_norm: `norm` over what enters the first layer.  Source of the embedding norm: Scao et al. (2022), BLOOM.
   embed_gradient: the share of its gradient that the embedding gets (`ops.head.shrink_gradient`), tied head included.
   attention_scale: what queries are multiplied by, None being head_dim ** -0.5.  Source of the attention scale: transformers'
@@ -86,6 +89,7 @@ class ModelConfig:
   biases: tuple[str, ...] = ()
   tie_embeddings: bool = False
   embed_scale: float = 1.0
+  embed_width: int | None = None
   embed_norm: bool = False
   embed_gradient: float = 1.0
   attention_scale: float | None = None
@@ -104,7 +108,8 @@ class ModelConfig:
 
   def __post_init__(self):
     sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-    for name in (*sizes, *(("context_length",) if self.context_length is not None else ())):
+    given = (name for name in ("embed_width", "context_length") if getattr(self, name) is not None)
+    for name in (*sizes, *given):
       if not _is_integer(value := getattr(self, name)) or value < 1:
         raise ConfigError(f"{name}: found {value!r}, expected an integer of at least 1")
     ids = self.eos_ids if isinstance(self.eos_ids, (tuple, list)) else (self.eos_ids,)  # JSON has lists
@@ -159,6 +164,11 @@ class ModelConfig:
         raise ConfigError(
           f"rotary_dim: found {self.rotary_dim(rope)}, expected {kind} of at most head_dim = {self.head_dim}"
         )
+
+  @property
+  def token_width(self) -> int:
+    """The width of the embedding and of the head's input: embed_width, or else embed_dim."""
+    return self.embed_dim if self.embed_width is None else self.embed_width
 
   @property
   def score_scale(self) -> float:

@@ -39,6 +39,7 @@ FEATURES = {
   "attention_scale": (ModelConfig, "attention scale", lambda cfg: cfg.attention_scale is not None),
   "logit_scale": (ModelConfig, "logit scale", lambda cfg: cfg.logit_scale != 1),
   "embed_norm": (ModelConfig, "embedding norm", lambda cfg: cfg.embed_norm),
+  "embed_width": (ModelConfig, "embedding width", lambda cfg: cfg.embed_width is not None),
   "branch_scale": (Pre, "branch scale", lambda cfg: getattr(cfg.wiring, "branch_scale", 1) != 1),
   "rope_precision": (Float32Table, "", lambda cfg: cfg.rope_precision != "exact"),
   "norm_head": (Head, "normed head", lambda cfg: cfg.norm_head),

@@ -61,6 +61,7 @@ MODELS = {name: model(name) for name in POSITIONS} | {
   "alibi, log-n": model("alibi", query_scale=LogN(2 * TRAINED, 0.0)),
   "yarn, llama4": model("yarn", query_scale=Llama4Scale(5, 0.25)),
   "rope, hf": model("rope", rope_precision="hf"),
+  "learned, after two rows": model("learned", dict(offset=2)),
   "alibi of Falcon": model("alibi", dict(bias_max=6.0, slope_dtype="bfloat16", placement="before")),
 }
 # A wiring or a feature of blocks and attention a row, on a method that needs no cached keys unrotated, with a rule of lengths.
@@ -78,6 +79,7 @@ BLOCKS = {
   "qk_norm over all": dict(qk_norm=QkNorm(RMSNorm(), "all")),
   "qk_norm of each": dict(qk_norm=QkNorm(LayerNorm(), "each")),
   "qk_norm after": dict(qk_norm=QkNorm(RMSNorm(), "head", "after")),
+  "embedding of another width": dict(embed_width=10, biases=("head",)),
   "soft caps": dict(attention_softcap=2.0, logit_softcap=4.0),
   "sinks": dict(attention_sinks=True, clip_qkv=1.5),
   "multipliers": dict(
@@ -109,7 +111,7 @@ each_model = table_of_models(MODELS)
 # A cache holds keys and values, whatever blocks do before and after: three of BLOCKS change what it holds, or how it is read.
 # What is capped, rounded or read of a table of three rows is so in other rows too.
 SLOW = BLOCKS.keys() - {"qk_norm after", "sinks", "deepnorm_glm"}
-SLOW |= {"rope, hf", "streaming, soft cap", "alibi of Falcon", "inv_leaky_rerope"}
+SLOW |= {"learned, after two rows", "rope, hf", "streaming, soft cap", "alibi of Falcon", "inv_leaky_rerope"}
 each_cached = table_of_models(MODELS, slow=SLOW)
 each_structure = table_of_models(STRUCTURES, core="rope")
 
@@ -119,6 +121,8 @@ def is_relative(cfg):
   absolute = ("DynamicNtkRope", "LongRope", "SelfExtendRope", "StreamingRope")  # lengths, groups, and sinks
   absolute += ("Sinusoidal", "Learned")
   if cfg.qk_norm is not None and cfg.qk_norm.place == "after":  # its weights are of turned coordinates
+    return False
+  if any(getattr(p, "slope_dtype", None) for p in cfg.positions):  # whose products are rounded
     return False
   if cfg.rope_precision == "hf" or cfg.query_scale is not None:
     return False

@@ -90,6 +90,12 @@ def slopes(heads):
   return slopes(power) + slopes(2 * power)[0::2][: heads - power]
 
 
+def eight_bits(x):
+  """Numbers of at least 0 with eight binary digits each, half to even."""
+  step = 2.0 ** (np.floor(np.log2(np.maximum(x, 1e-30))) - 7)
+  return np.round(x / step) * step
+
+
 def pairs(x, rotary_dim, layout):
   """The first rotary_dim coordinates as complex numbers [..., R/2], and the rest."""
   turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
@@ -185,7 +191,7 @@ def embedding(method, p, pos_T, width):
   """What a method adds to the token embeddings: [T, D], or 0."""
   name = type(method).__name__
   if name == "Learned":
-    return p["table"][pos_T]
+    return p["table"][method.offset + pos_T]
   if name == "Sinusoidal":  # section 3.5, a column at a time
     angle = lambda c: pos_T / method.base ** ((c - c % 2) / width)
     return np.stack([np.cos(angle(c)) if c % 2 else np.sin(angle(c)) for c in range(width)], axis=-1)
@@ -209,13 +215,13 @@ def scores(cfg, layer, q_BNTH, k_BNSH, pos_T, seq_len, learned):
     return rope_scores(method, q_BNTH, k_BNSH, pos_T, seq_len, cfg.rope_precision)
   out = np.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH)
   if type(method).__name__ == "Alibi":
-    steep = np.array(slopes(cfg.num_heads)) ** (method.bias_max / 8)
-    if method.slope_dtype == "bfloat16":  # half to even at 8 bits
-      step = 2.0 ** (np.floor(np.log2(steep)) - 7)
-      steep = np.round(steep / step) * step
+    steep_N1 = np.array(slopes(cfg.num_heads))[:, None] ** (method.bias_max / 8)
+    at_NT = steep_N1 * pos_T
+    if method.slope_dtype == "bfloat16":
+      at_NT = eight_bits(eight_bits(steep_N1) * eight_bits(pos_T))
     if method.placement == "before":
-      steep = steep / math.sqrt(cfg.head_dim)
-    out -= steep[:, None, None] * (pos_T[:, None] - pos_T[None])
+      at_NT = at_NT / math.sqrt(cfg.head_dim)
+    out -= at_NT[:, :, None] - at_NT[:, None]
   if type(method).__name__ == "T5Bias":
     out += t5_bias(method, learned[method]["table"], pos_T[:, None] - pos_T[None])
   return out
@@ -354,6 +360,8 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
   tokens_BT = np.asarray(tokens_BT)
   pos_T = np.arange(tokens_BT.shape[1]) if pos_T is None else np.asarray(pos_T, np.int64)
   x = p["embed"][tokens_BT] * cfg.embed_scale
+  if cfg.embed_width:
+    x = x @ p["embed_in"]
   methods = list(dict.fromkeys(layer.position for layer in cfg.layers))
   with_parameters = [m for m in methods if type(m).__name__ in ("Learned", "T5Bias")]
   learned = {m: p["positions"][str(i)] for i, m in enumerate(with_parameters)}
@@ -369,6 +377,7 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
     x = block(cfg, mine, x, attend, lambda h, f=mine["mlp"]: feed_forward(cfg, f, h))
   if type(cfg.wiring).__name__ not in ("Post", "DeepNorm"):
     x = norm(cfg.norm, p.get("final_norm", {}), x)
+  x = x @ p["embed_out"] if cfg.embed_width else x
   w_DV = p["embed"].T if cfg.tie_embeddings else p["head"]
   if cfg.norm_head:
     w_DV = w_DV / np.maximum(np.linalg.norm(w_DV, axis=0), 1e-12)

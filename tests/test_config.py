@@ -67,6 +67,7 @@ CHANGED = {
   "ModelConfig.rope_precision": (ROPE_1, one("rope_precision", "hf", ROPE_1)),
   "ModelConfig.tie_embeddings": (ROPE_1, one("tie_embeddings", True, ROPE_1)),
   "ModelConfig.embed_scale": (ROPE_1, one("embed_scale", 0.5, ROPE_1)),
+  "ModelConfig.embed_width": (ROPE_1, one("embed_width", 10, ROPE_1)),
   "ModelConfig.embed_norm": (ROPE_1, one("embed_norm", True, ROPE_1)),
   "ModelConfig.attention": (ROPE_1, TILES),
   "ModelConfig.attention_scale": (ROPE_1, one("attention_scale", 0.4, ROPE_1)),
@@ -135,11 +136,11 @@ VALUES |= dict(attention_factor=0.5, truncate=False)
 VALUES |= dict(beta_turns=(0.05, 0.15), gamma_turns=(0.2, 0.6), low_freq_factor=0.4, high_freq_factor=3.0)
 VALUES |= dict(short_factor=(1.0, 2.0) * 4, long_factor=(4.0, 1.0) * 4, proportion=0.3)
 VALUES |= dict(leak=2.0, group=3, sinks=1, scale_base=4.0, gamma=3.0)
-VALUES |= dict(max_length=28, num_buckets=6, max_distance=9)
+VALUES |= dict(max_length=28, offset=2, num_buckets=6, max_distance=9)
 VALUES |= dict(bias_max=4.0, slope_dtype="bfloat16", placement="before")
 YARN = dict(original_length=64, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5)
 STARTS = {"yarn": YARN, "alibi": dict(bias_max=1.3)}  # a bias_max whose slopes are far from bfloat16
-SHAPED = ("max_length", "num_buckets")
+SHAPED = ("max_length", "offset", "num_buckets")
 LENGTH_MATTERS = ("dynamic_ntk", "yarn", "rerope", "ntk_by_parts", "longrope", "llama3", "leaky_rerope")
 LENGTH_MATTERS += (
   "inv_leaky_rerope",
@@ -205,7 +206,9 @@ def test_a_shape_is_a_shape_of_the_parameters(field):
   assert diff(params(ROPE), params(one(field, SHAPES[field])))
 
 
-@pytest.mark.parametrize(("name", "field"), [("learned", "max_length"), ("t5", "num_buckets")])
+@pytest.mark.parametrize(
+  ("name", "field"), [("learned", "max_length"), ("learned", "offset"), ("t5", "num_buckets")]
+)
 def test_a_shape_of_a_table_is_one_of_the_parameters(name, field):
   after = small(name, {field: VALUES[field]})
   assert [line[:5] for line in diff(params(small(name)), params(after))] == ["shape"]
@@ -223,6 +226,7 @@ def test_every_field_is_in_the_table():
   fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
   elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")} | {
     "Learned.max_length",
+    "Learned.offset",
     "T5Bias.num_buckets",
   }
   assert fields == CHANGED.keys() | elsewhere
@@ -279,6 +283,7 @@ ERRORS = [
   (lambda: Llama4Scale(0), "Llama4Scale.original_length: found 0, expected an integer of at least 1"),
   (lambda: Llama4Scale(8, 0.0), "Llama4Scale.beta: found 0.0, expected a finite number above 0"),
   (lambda: Pre(-1.0), "Pre.branch_scale: found -1.0, expected a finite number above 0"),
+  (build(embed_width=0), "embed_width: found 0, expected an integer of at least 1"),
   (build(context_length=0), "context_length: found 0, expected an integer of at least 1"),
   *(
     (build(eos_ids=ids), f"eos_ids: found {bad!r}, expected integers from 0 to vocab_size - 1 = 28")

@@ -6,7 +6,7 @@ A family is settings and names only; everything that reads or writes files is sh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -105,10 +105,30 @@ def linear(
   return keys
 
 
+def linears(cfg: ModelConfig, at: str, names: Mapping[str, str]) -> list[Key]:
+  """The keys of a block's matrices, one of ours a matrix of theirs: {"attn/q": "self_attn.q_proj"}."""
+  return [key for ours, theirs in names.items() for key in linear(cfg, at + theirs, f"layers/{{i}}/{ours}")]
+
+
+def lm_head(cfg: ModelConfig, theirs: str = "lm_head") -> list[Key]:
+  """The keys of the head: its matrix where it is not the embedding, and its bias if it has one."""
+  keys = [] if cfg.tie_embeddings else [Key(f"{theirs}.weight", ("head",), "oi")]
+  return keys + ([Key(f"{theirs}.bias", ("head_bias",))] if "head" in cfg.biases else [])
+
+
 def norm(kind: Any, theirs: str, ours: str) -> list[Key]:
   """The keys of a normalisation's weight and bias, as far as it has them."""
   names = {"scale": "weight", "bias": "bias"}
   return [Key(f"{theirs}.{names[name]}", (f"{ours}/{name}",)) for name in kind.params(1)]
+
+
+def qk_norms(cfg: ModelConfig, at: str, names: Mapping[str, str]) -> list[Key]:
+  """The keys of the norms of queries and keys, if there are any, {"q": theirs}: with {j} in theirs, a tensor a head."""
+  heads, out = {"q": cfg.num_heads, "k": cfg.num_kv_heads}, []
+  for name, theirs in names.items() if cfg.qk_norm is not None else ():
+    keys = norm(cfg.qk_norm.norm, at + theirs, f"layers/{{i}}/attn/{name}_norm")
+    out += [dataclasses.replace(key, stack=heads[name] if "{j}" in theirs else 0) for key in keys]
+  return out
 
 
 @dataclasses.dataclass(frozen=True)

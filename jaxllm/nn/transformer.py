@@ -17,10 +17,13 @@ from jaxllm.nn.context import Cache, Context, Shared, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.ops.constrain import constrain
+from jaxllm.ops.einsum import einsum
 from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position import Position
 from jaxllm.position.base import Params
 from jaxllm.position.tables import PositionTables
+
+_MATRIX_INIT = nn.initializers.variance_scaling(1, "fan_in", "normal")
 
 
 class Block(nn.Module):
@@ -125,10 +128,13 @@ class Transformer(nn.Module):
     tables = self._tables(rope, context, cache, tokens_BT.shape[1])
 
     embed_VD = weight(
-      self, "embed", (cfg.vocab_size, cfg.embed_dim), nn.initializers.normal(cfg.embed_dim**-0.5)
+      self, "embed", (cfg.vocab_size, cfg.token_width), nn.initializers.normal(cfg.token_width**-0.5)
     )
     # in float32 whatever the type of the table, and rounded once, when all is added
     x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient).astype(jnp.float32) * cfg.embed_scale
+    if cfg.embed_width is not None:
+      w = weight(self, "embed_in", (cfg.embed_width, cfg.embed_dim), _MATRIX_INIT)
+      x_BTD = einsum("BTE,ED->BTD", x_BTD.astype(cfg.dtype), w.astype(cfg.dtype))
     shared = Shared(q_side, k_side, tables, LearnedPositions(cfg, name="positions")())
     for position in cfg.positions:  # an embedding is the model's, whichever layers name it
       x_BTD = position.embed(x_BTD, q_side.pos, shared.of(cfg, position)[1])
@@ -166,8 +172,9 @@ class Transformer(nn.Module):
     """The parameters of the head beside the embedding."""
     cfg, p = self.cfg, {}
     if not cfg.tie_embeddings:
-      init = nn.initializers.variance_scaling(1, "fan_in", "normal")
-      p["head"] = weight(self, "head", (cfg.embed_dim, cfg.vocab_size), init)
+      p["head"] = weight(self, "head", (cfg.token_width, cfg.vocab_size), _MATRIX_INIT)
+    if cfg.embed_width is not None:
+      p["embed_out"] = weight(self, "embed_out", (cfg.embed_dim, cfg.embed_width), _MATRIX_INIT)
     if "head" in cfg.biases:
       p["head_bias"] = weight(self, "head_bias", (cfg.vocab_size,), nn.initializers.zeros)
     return p
@@ -210,9 +217,9 @@ def head(cfg: ModelConfig, params) -> Head:
   w_DV = (
     Matrix(shrink_gradient(params["embed"], cfg.embed_gradient)) if cfg.tie_embeddings else params["head"]
   )
-  return Head(
-    w_DV, params.get("head_bias"), cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size, normed=cfg.norm_head
-  )
+  inner = None if cfg.embed_width is None else params["embed_out"]
+  bias, caps = params.get("head_bias"), (cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size)
+  return Head(w_DV, bias, *caps, normed=cfg.norm_head, inner=inner)
 
 
 def _last(x_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:

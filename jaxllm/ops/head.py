@@ -43,6 +43,7 @@ class Head:
 
   normed: each column of w counts as divided by its length, w_v / max(||w_v||_2, 1e-12), so that a logit is the hidden state's
   part along the token's direction.  Source of the normed head: Yang et al. (2023), Baichuan 2, NormHead.
+  inner: a matrix [D, E] that hidden states go through first, w being [E, V] then.
   vocab_size: how many logits there are, where w and bias were padded to a size that divides over a mesh; None: all of w's.
   """
 
@@ -52,9 +53,12 @@ class Head:
   scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
   vocab_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
   normed: bool = dataclasses.field(default=False, metadata=dict(static=True))
+  inner: jax.Array | Matrix | None = dataclasses.field(default=None, kw_only=True)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], computed in their type and accumulated in float32."""
+    if self.inner is not None:
+      x = einsum("...D,DE->...E", x, self.inner.astype(x.dtype), out_dtype=x.dtype)
     logits = einsum("...D,DV->...V", x, self.w.astype(x.dtype))
     if self.normed:
       logits = logits * jnp.expand_dims(inverse_lengths(self.w), range(x.ndim - 1))

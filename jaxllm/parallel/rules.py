@@ -25,6 +25,8 @@ _LAYER = r"(layers|blocks)/\d+/"
 PARAMETERS = (
   ("embed", "VD"),
   ("head", "DV"),
+  ("embed_in", "-D"),
+  ("embed_out", "D-"),
   ("head_bias", "V"),
   (r"(embed|final)_norm/(scale|bias)", "-"),
   (r"positions/\d+/\w+", "-"),
@@ -111,7 +113,8 @@ def place(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules, cfg: ModelC
     else:
       of_heads = letters[i] == "N" and cfg is not None
       size = cfg.num_heads if of_heads else shape[i]
-      name = "num_heads" if of_heads else _NAMES.get(letters[i], "the size")
+      of_tokens = path in ("embed", "head") and cfg is not None and cfg.embed_width is not None
+      name = "num_heads" if of_heads else "embed_width" if of_tokens else _NAMES.get(letters[i], "the size")
       if size % shards:
         hint = "; given cfg, k and v stay whole instead" if letters[i] == "K" else ""
         raise ConfigError(f"{path}: dimension {i}, {_indivisible(name, size, axes, shards)}{hint}")

@@ -40,26 +40,31 @@ class Sinusoidal(Position):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Position):
-  """Learned embedding: x + table[pos], one row for each of `max_length` positions (GPT-2, BERT).
+  """Learned embedding: x + table[offset + pos], one row for each of `max_length` positions (GPT-2, BERT).
 
-  The table [max_length, D] starts at a standard deviation of 0.02.  A position at or beyond max_length is a ConfigError
-  wherever the length is known on the host (`ModelConfig.check_length`), and NaN where only the device knows it: never
-  the row of another position.  Source: Gehring et al. (2017); Radford et al. (2019) for the initial scale.
+  offset: how many rows of the table come before that of position 0, as OPT's two, which nothing reads.
+  The table [offset + max_length, D] starts at a standard deviation of 0.02.  A position at or beyond max_length is a
+  ConfigError wherever the length is known on the host (`ModelConfig.check_length`), and NaN where only the device knows it:
+  never the row of another position.  Source: Gehring et al. (2017); Radford et al. (2019) for the initial scale.
   """
 
   max_length: int | None = None
+  offset: int = 0
 
   def __post_init__(self):
     length = self.max_length
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
       raise ConfigError(f"Learned.max_length: found {length!r}, expected an integer of at least 1")
+    if not isinstance(self.offset, int) or isinstance(self.offset, bool) or self.offset < 0:
+      raise ConfigError(f"Learned.offset: found {self.offset!r}, expected an integer of at least 0")
 
   @property
   def length_limit(self) -> int | None:
     return self.max_length
 
   def params(self, cfg):
-    return {"table": ((self.max_length, cfg.embed_dim), jax.nn.initializers.normal(0.02))}
+    return {"table": ((self.offset + self.max_length, cfg.embed_dim), jax.nn.initializers.normal(0.02))}
 
   def embed(self, x_BTD: jax.Array, pos_BT: jax.Array, p: Params) -> jax.Array:
-    return x_BTD + p["table"].at[pos_BT].get(mode="fill", fill_value=jnp.nan).astype(x_BTD.dtype)
+    rows_BTD = p["table"].at[self.offset + pos_BT].get(mode="fill", fill_value=jnp.nan)
+    return x_BTD + rows_BTD.astype(x_BTD.dtype)

@@ -35,9 +35,10 @@ class Alibi(Position):
   By default the bias is not divided by sqrt(H) (paper, BLOOM, MPT).  It is relative to the query (0 on the diagonal): in
   the form m_h * j the nearest keys carry the largest numbers, where low precision cannot tell them apart.
 
-  bias_max: the paper's and BLOOM's 8, and MPT's `alibi_bias_max`.  slope_dtype: "bfloat16" for slopes rounded once, as
-  Falcon's are; None for float32.  (Falcon rounds each product m_h * j as well, which is not done here.)  placement:
-  "after" the division of the scores, or "before" it, softmax((q k^T + m_h (j - i)) / sqrt(H)), as in Falcon-RW.
+  bias_max: the paper's and BLOOM's 8, and MPT's `alibi_bias_max`.  slope_dtype: None for float32, or "bfloat16", in which
+  Falcon computes m_h j: slopes, positions j and their products are rounded to 8 bits each, so that from j = 256 on
+  neighbours share a bias, which depends on more than j - i: it is m_h j rounded, less m_h i rounded.  placement: "after" the
+  division of the scores, or "before" it, softmax((q k^T + m_h (j - i)) / sqrt(H)), as in Falcon-RW.
   Source: Press, Smith and Lewis (2021); transformers for what BLOOM, MPT and Falcon do.
   """
 
@@ -62,11 +63,22 @@ class Alibi(Position):
   def bias(
     self, p: Params, q_pos_BT: jax.Array, k_pos_BS: jax.Array, num_heads: int, head_dim: int
   ) -> jax.Array:
-    distance_BTS = k_pos_BS[:, None, :] - q_pos_BT[:, :, None]
     slopes_N = self.slopes(num_heads)
+    if self.slope_dtype == "bfloat16":
+      k_BNS, q_BNT = (
+        _rounded(slopes_N[None, :, None] * _rounded(pos)[:, None]) for pos in (k_pos_BS, q_pos_BT)
+      )
+      bias_BNTS = k_BNS[:, :, None] - q_BNT[..., None]
+      return bias_BNTS * head_dim**-0.5 if self.placement == "before" else bias_BNTS
     if self.placement == "before":
       slopes_N = (slopes_N * head_dim**-0.5).astype(np.float32)
+    distance_BTS = k_pos_BS[:, None, :] - q_pos_BT[:, :, None]
     return jnp.asarray(slopes_N)[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+  """Numbers of bfloat16, as float32; a cast there and back would be dropped by XLA."""
+  return jax.lax.reduce_precision(jnp.asarray(x, jnp.float32), 8, 7)
 
 
 def t5_thresholds(num_buckets: int, max_distance: int) -> list[int]:

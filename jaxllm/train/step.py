@@ -15,7 +15,7 @@ from jaxllm.nn.transformer import Transformer, head
 from jaxllm.ops.losses import cross_entropy
 
 DECAYED = (
-  ("embed|head|head_bias", False),
+  ("embed|embed_in|embed_out|head|head_bias", False),
   (r"positions/\d+/\w+", False),
   (r".*/(scale|bias|sinks|alpha_p|alpha_n)", False),
   (r".*/w", True),

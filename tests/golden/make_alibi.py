@@ -53,6 +53,18 @@ def falcon(n):
   return build_falcon_alibi_tensor(torch.ones(1, 2), n, torch.float32)[:, 0, 1].tolist()
 
 
+FAR = (1, 100, 255, 256, 257, 259, 511, 2047, 100_003)
+"""Positions that bfloat16 holds and such that it rounds."""
+
+
+def falcon_products():
+  """Falcon's slope * position for 12 heads at FAR, a list a head: slope, position and product rounded to bfloat16."""
+  mask = torch.ones(
+    1, max(FAR) + 1, dtype=torch.long
+  )  # the model's: positions of a float mask are not rounded
+  return build_falcon_alibi_tensor(mask, 12, torch.float32)[:, 0, list(FAR)].tolist()
+
+
 def falcon_slopes():
   """{e: Falcon's slope}, from all head counts; each has one slope for an exponent."""
   found = {}
@@ -76,6 +88,8 @@ def main():
     "mpt_agrees": [n for n in heads if agree(mpt(n), n)],
     "mpt_agrees_with_bias_max": {m: [n for n in heads if agree(mpt(n, m), n, m)] for m in (4, 16)},
     "falcon_slope_of_exponent": falcon_slopes(),
+    "falcon_positions": FAR,
+    "falcon_products_of_12_heads": falcon_products(),
     "bloom": {n: [float(f"{v:.9g}") for v in bloom(n)] for n in (1, 2, 3, 8, 12, 40, 71, 112)},
   }
   text = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in parts.items())

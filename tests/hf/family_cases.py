@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import family_rows_glm
+import family_rows_gpt
 import family_rows_llama
 import numpy as np
 from family_bases import BASE, FULL, LLAMA, LLAMA3, SLIDING, YARN
@@ -84,6 +85,7 @@ ROWS = {
 }
 ROWS |= family_rows_llama.ROWS
 ROWS |= family_rows_glm.ROWS
+ROWS |= family_rows_gpt.ROWS
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"

@@ -47,7 +47,7 @@ def test_transformers_opens_what_was_saved(tmp_path, row):
   pinned = row == "phi3"
   hf.save(tmp_path / "b", cfg, params, pinned=pinned, family=row.split(",")[0], max_shard_bytes=100_000)
   after, info = theirs.transformers.AutoModelForCausalLM.from_pretrained(
-    tmp_path / "b", attn_implementation="eager", output_loading_info=True
+    tmp_path / "b", attn_implementation=theirs.attention_of(settings(row)), output_loading_info=True
   )
   assert not any(info.values()), info
   state = after.state_dict()

@@ -16,11 +16,18 @@ IN_MEMORY = {"gpt_neox": ("embed_out.weight", "lm_head.weight")}
 """By model_type, the name in the files that transformers gives another in memory, and that one."""
 
 
+def attention_of(plain):
+  """The attention to compare with: eager, but for Falcon's ALiBi, which 5.24 adds to the mask and to the scores there."""
+  return "sdpa" if plain["model_type"] == "falcon" and plain.get("alibi") else "eager"
+
+
 def config(plain):
   """transformers' config of the settings, of which it changes the objects it is given."""
   plain = copy.deepcopy(dict(plain))
   fields = {name: value for name, value in plain.items() if name != "model_type"}
-  return transformers.AutoConfig.for_model(plain["model_type"], attn_implementation="eager", **fields)
+  return transformers.AutoConfig.for_model(
+    plain["model_type"], attn_implementation=attention_of(plain), **fields
+  )
 
 
 def written(cfg):
@@ -29,8 +36,9 @@ def written(cfg):
 
 
 def model(plain, tensors, dtype=None):
-  """Its decoder with these tensors, eager attention, in evaluation; every tensor of its own is given."""
-  out = transformers.AutoModelForCausalLM.from_config(config(plain), attn_implementation="eager").eval()
+  """Its decoder with these tensors, in evaluation; every tensor of its own is given."""
+  kind = attention_of(plain)
+  out = transformers.AutoModelForCausalLM.from_config(config(plain), attn_implementation=kind).eval()
   in_files, in_memory = IN_MEMORY.get(plain["model_type"], ("", ""))
   named = {in_memory if name == in_files else name: torch.tensor(x) for name, x in tensors.items()}
   if out.config.tie_word_embeddings:

@@ -91,6 +91,29 @@ def test_bias_and_soft_cap_of_the_head(chunk):
   np.testing.assert_array_equal(correct, logits.argmax(-1) == LABELS)
 
 
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_a_head_of_two_matrices(chunk):
+  """Hidden states through [D, E] and [E, V], against float64; gradients reach both."""
+  inner = RNG.standard_normal((D, 3)).astype(np.float32)
+  w = RNG.standard_normal((3, V)).astype(np.float32)
+
+  def loss(inner, w):
+    return jnp.sum(cross_entropy(HIDDEN, Head(w, inner=inner), LABELS, chunk)[0])
+
+  found, (d_inner, d_w) = jax.jit(jax.value_and_grad(loss, (0, 1)))(inner, w)
+  narrow = HIDDEN.astype(np.float64) @ inner
+  logits = narrow @ w
+  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  d_logits = probs - np.eye(V)[LABELS]
+  np.testing.assert_allclose(found, -np.log((probs * np.eye(V)[LABELS]).sum(-1)).sum(), rtol=1e-6)
+  np.testing.assert_allclose(d_w, np.einsum("bte,btv->ev", narrow, d_logits), rtol=0, atol=5e-5)
+  np.testing.assert_allclose(
+    d_inner, np.einsum("btd,btv,ev->de", HIDDEN, d_logits, w, optimize=True), rtol=0, atol=5e-5
+  )
+  stored = Head(Matrix(w.T.copy()), inner=Matrix(inner.T.copy()))
+  np.testing.assert_allclose(stored(HIDDEN), logits, rtol=0, atol=1e-5)
+
+
 def test_a_padded_vocabulary_has_no_part_in_anything():
   """Columns and biases beyond the vocabulary, whatever they hold, change no loss and get no gradient."""
   bias = RNG.standard_normal(V).astype(np.float32)

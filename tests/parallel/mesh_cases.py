@@ -19,7 +19,7 @@ from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.ops.blockwise import Blockwise
 from jaxllm.position import POSITIONS, Rope
 from jaxllm.tree import flatten, unflatten
-from jaxllm.wiring import ParallelTwoNorms, PostOnly, Pre, Sandwich
+from jaxllm.wiring import ParallelTwoNorms, Post, PostOnly, Pre, Sandwich
 
 SHAPE = dict(vocab_size=64, embed_dim=32, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=48)
 FACTORS = dict(short_factor=(1.0, 1.1, 1.2, 1.3), long_factor=(1.0, 1.5, 2.0, 2.5))
@@ -52,6 +52,11 @@ CASES = {
     layer("learned", max_length=12),
     **dict(norm=LayerNorm(), mlp=Mlp("gelu_tanh"), biases=BIASES, num_kv_heads=8, tie_embeddings=True),
   ),
+  "opt": model(
+    layer("learned", max_length=12, offset=2),
+    **dict(norm=LayerNorm(), wiring=Post(), mlp=Mlp("relu"), biases=BIASES, num_kv_heads=8),
+    **dict(embed_width=16, tie_embeddings=True),
+  ),
   "bloom": model(
     layer("alibi"),
     **dict(norm=LayerNorm(), mlp=Mlp("gelu_tanh"), biases=BIASES, num_kv_heads=8, tie_embeddings=True),
@@ -80,7 +85,7 @@ CASES |= {
   "odd groups": model(vocab_size=61, num_heads=12, num_kv_heads=3, biases=("head", "k"), norm_head=True),
 }
 """The last three have key heads and a vocabulary that a tensor axis of four does not divide: k and v whole, padding."""
-MATRIX = ("llama", "phi3", "gemma2", "odd llama")
+MATRIX = ("llama", "phi3", "opt", "gemma2", "odd llama")
 """Whose matrices are held as [out, in], as those of a checkpoint are."""
 
 
@@ -108,7 +113,8 @@ def params(cfg, matrix=False):
 
 def as_loaded(params):
   """Parameters with the head and the matrices of layers held as [out, in]."""
-  stored = lambda path, x: Matrix(np.ascontiguousarray(x.T)) if path == "head" or path.endswith("/w") else x
+  is_matrix = lambda path: path in ("head", "embed_in", "embed_out") or path.endswith("/w")
+  stored = lambda path, x: Matrix(np.ascontiguousarray(x.T)) if is_matrix(path) else x
   return unflatten({path: stored(path, x) for path, x in flatten(params).items()})
 
 

@@ -23,7 +23,7 @@ from jaxllm.parallel import RULES
 @functools.cache
 def every():
   """{path: shape} of parameters of every kind."""
-  cases = [CASES[name] for name in ("gpt_oss", "bloom", "gemma2", "every other parameter")]
+  cases = [CASES[name] for name in ("gpt_oss", "bloom", "opt", "gemma2", "every other parameter")]
   cases.append(model(qk_norm=QkNorm(LayerNorm()), biases=("o", "down")))
   return {path: leaf.shape for cfg in cases for path, leaf in tree.flatten(abstract(cfg)).items()}
 
@@ -53,6 +53,8 @@ SPECS = {
   "embed": (P(), P(None, "fsdp"), P("tensor"), P("tensor", "fsdp")),
   "head": (P(), P("fsdp"), P(None, "tensor"), P("fsdp", "tensor")),
   "head_bias": (P(), P(), P("tensor"), P("tensor")),
+  "embed_in": (P(), P(None, "fsdp"), P(), P(None, "fsdp")),
+  "embed_out": (P(), P("fsdp"), P(), P("fsdp")),
   "layers/0/attn/q/w": (P(), P("fsdp"), P(None, "tensor"), P("fsdp", "tensor")),
   "layers/1/attn/v/bias": (P(), P(), P("tensor"), P("tensor")),
   "layers/1/attn/o/w": (P(), P(None, "fsdp"), P("tensor"), P("tensor", "fsdp")),

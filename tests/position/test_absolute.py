@@ -64,6 +64,22 @@ def test_a_learned_row_a_position():
   np.testing.assert_array_equal(found[0], 1 + np.asarray(table)[[0, 4, 2]])
 
 
+@pytest.mark.component("learned")
+def test_rows_before_the_first_position():
+  """OPT's table has two more rows than positions; what is beyond is NaN all the same."""
+  table = jnp.asarray(np.random.default_rng(0).standard_normal((7, 4)), jnp.float32)
+  method = POSITIONS["learned"](max_length=5, offset=2)
+  found = method.embed(jnp.ones((1, 4, 4)), jnp.array([[0, 4, 2, 5]], jnp.int32), {"table": table})
+  np.testing.assert_array_equal(found[0, :3], 1 + np.asarray(table)[[2, 6, 4]])
+  assert np.isnan(found[0, 3]).all() and method.length_limit == 5
+
+
+@pytest.mark.parametrize("bad", [None, -1, 2.0, True])
+def test_bad_offset(bad):
+  with pytest.raises(ConfigError, match=f"Learned.offset: found {bad!r}, expected an integer of at least 0"):
+    POSITIONS["learned"](max_length=5, offset=bad)
+
+
 def test_beyond_the_table_is_nan_and_not_the_last_row():
   found = LEARNED.embed(jnp.zeros((1, 3, 4)), jnp.array([[4, 5, 99]]), {"table": jnp.ones((5, 4))})
   assert np.isfinite(found[0, 0]).all() and np.isnan(found[0, 1:]).all()

@@ -67,6 +67,17 @@ def test_falcon_rounds_its_slopes(golden):
   assert np.max(np.abs(falcon.slopes(12) / alibi_slopes(12) - 1)) > 1e-4
 
 
+@pytest.mark.component("alibi")
+def test_falcon_rounds_its_products(golden):
+  """Slope, position and product, to the last bit; the bias of a pair is a difference of two of them."""
+  falcon, far = POSITIONS["alibi"](slope_dtype="bfloat16"), golden["alibi"]["falcon_positions"]
+  products_NP = np.array(golden["alibi"]["falcon_products_of_12_heads"])
+  expected = (products_NP[:, None] - products_NP[:, :, None]).astype(np.float32)
+  np.testing.assert_array_equal(bias(far, far, 12, falcon), expected)
+  exact = bias(far, far, 12)
+  assert np.max(np.abs(expected - exact)) > 1 and expected[0, far.index(257), far.index(256)] == 0
+
+
 def test_before_the_division_the_bias_is_divided_too():
   before = POSITIONS["alibi"](placement="before")
   np.testing.assert_array_equal(4 * bias(range(8), range(8), 12, before), bias(range(8), range(8), 12))

@@ -22,22 +22,30 @@ from jaxllm.hf.families.chatglm import CHATGLM
 from jaxllm.hf.families.chatglm_6b import CHATGLM_6B
 from jaxllm.hf.families.cohere import COHERE, COHERE2
 from jaxllm.hf.families.exaone4 import EXAONE4
+from jaxllm.hf.families.falcon import FALCON
 from jaxllm.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxllm.hf.families.glm import GLM, GLM4
 from jaxllm.hf.families.glm_130b import GLM_130B
-from jaxllm.hf.families.gpt2 import GPT2
+from jaxllm.hf.families.gpt2 import GPT2, GPT_BIGCODE
 from jaxllm.hf.families.gpt_neox import GPT_NEOX
+from jaxllm.hf.families.gptj import CODEGEN, GPTJ
 from jaxllm.hf.families.granite import GRANITE
 from jaxllm.hf.families.hunyuan import HUNYUAN
 from jaxllm.hf.families.llama import LLAMA
 from jaxllm.hf.families.mistral import MINISTRAL3, MISTRAL
 from jaxllm.hf.families.mpt import MPT
+from jaxllm.hf.families.nemotron import NEMOTRON
 from jaxllm.hf.families.olmo import OLMO, OLMO2, OLMO3
+from jaxllm.hf.families.opt import OPT
+from jaxllm.hf.families.persimmon import PERSIMMON
+from jaxllm.hf.families.phi import PHI
 from jaxllm.hf.families.phi3 import PHI3
 from jaxllm.hf.families.qwen import QWEN2, QWEN3
 from jaxllm.hf.families.relative import pattern
 from jaxllm.hf.families.seed_oss import SEED_OSS
 from jaxllm.hf.families.smollm3 import SMOLLM3
+from jaxllm.hf.families.stablelm import STABLELM
+from jaxllm.hf.families.starcoder2 import STARCODER2
 from jaxllm.hf.family import Family
 from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, one_of
 from jaxllm.ops.attention import Plain
@@ -46,6 +54,7 @@ from jaxllm.position import LogN, Position, Rope
 _ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE, SMOLLM3, MINISTRAL3)
 _ROWS += (GPT_NEOX, BLOOM, MPT, GPT2)
 _ROWS += (GLM, GLM4, COHERE, COHERE2, OLMO, OLMO3, EXAONE4, SEED_OSS, ARCEE, HUNYUAN, APERTUS)
+_ROWS += (STARCODER2, PHI, GPTJ, CODEGEN, FALCON, OPT, GPT_BIGCODE, NEMOTRON, PERSIMMON, STABLELM)
 _ROWS += (BAICHUAN, CHATGLM_6B, CHATGLM, GLM_130B)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
 """By name, in the order in which `write_config` tries them."""

@@ -1,0 +1,45 @@
+"""Rows of the families with LayerNorm: StarCoder 2, Phi, GPT-J, CodeGen, Falcon, OPT, GPT-BigCode, Nemotron and the like.
+
+And, for test_family_settings.py, what their settings are changed to there.
+"""
+
+SIZES = dict(vocab_size=199, hidden_size=72, num_hidden_layers=3, num_attention_heads=6, pad_token_id=None)
+NARROW = SIZES | dict(intermediate_size=100, num_key_value_heads=2, max_position_embeddings=256)
+WIDE = NARROW | dict(hidden_size=96)  # heads of 16, of which a quarter and a half are even
+ROPE = dict(rope_parameters=dict(rope_theta=500.0))
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.5)
+YARN |= ROPE["rope_parameters"]
+GPT = dict(vocab_size=199, n_positions=640, n_embd=72, n_layer=3, n_head=4, n_inner=100)
+FALCON = SIZES | dict(ffn_hidden_size=100, max_position_embeddings=256)
+FALCON_40B = FALCON | dict(hidden_size=96, new_decoder_architecture=True, num_kv_heads=2)
+OPT = SIZES | dict(ffn_dim=100, max_position_embeddings=640)
+
+ROWS = {
+  "starcoder2": dict(sliding_window=90, head_dim=20, **ROPE, **NARROW),
+  "starcoder2, no biases": dict(use_bias=False, tie_word_embeddings=False, **ROPE, **NARROW),
+  "phi": dict(head_dim=20, rope_parameters=YARN | dict(partial_rotary_factor=0.4), **NARROW),
+  "phi, normed queries": dict(qk_layernorm=True, hidden_act="gelu", **ROPE, **NARROW),
+  "gptj": dict(rotary_dim=8, **GPT),
+  "codegen": dict(rotary_dim=8, tie_word_embeddings=True, **GPT),
+  "falcon": FALCON | ROPE | dict(num_attention_heads=4),
+  "falcon, 40B form": FALCON_40B | ROPE,
+  "falcon, 11B form": FALCON_40B | ROPE | dict(num_ln_in_parallel_attn=1, tie_word_embeddings=False),
+  "falcon, RW form": FALCON
+  | dict(num_attention_heads=12, alibi=True, multi_query=False, parallel_attn=False, bias=True),
+  "opt": OPT,
+  "opt, 350m form": OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=40),
+  "opt, no biases": OPT
+  | dict(enable_bias=False, layer_norm_elementwise_affine=False, tie_word_embeddings=False),
+  "gpt_bigcode": GPT,
+  "gpt_bigcode, a key a query": GPT | dict(multi_query=False, scale_attn_weights=False),
+  "nemotron": dict(head_dim=20, attention_bias=True, mlp_bias=True, **ROPE, **NARROW),
+  "persimmon": {name: value for name, value in WIDE.items() if name != "num_key_value_heads"} | ROPE,
+  "stablelm": dict(
+    rope_parameters=ROPE["rope_parameters"] | dict(partial_rotary_factor=0.5),
+    **dict(use_qkv_bias=True, qk_layernorm=True),
+    **WIDE,
+  ),
+  "stablelm, side by side": dict(
+    rope_parameters=YARN | dict(partial_rotary_factor=0.5), use_parallel_residual=True, **WIDE
+  ),
+}
