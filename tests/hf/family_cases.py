@@ -11,7 +11,9 @@ import json
 import zlib
 from pathlib import Path
 
+import family_rows_moe
 import numpy as np
+from family_bases import BASE, FULL, LLAMA, LLAMA3, SLIDING, YARN
 from safetensors.numpy import save_file
 
 from jaxllm.hf import match
@@ -20,23 +22,10 @@ from jaxllm.tree import unflatten
 
 T = 600
 SCALE = 0.75
-LLAMA = dict(
-  vocab_size=199, hidden_size=72, intermediate_size=100, num_hidden_layers=3, num_attention_heads=6
-)
-LLAMA |= dict(
-  num_key_value_heads=2, head_dim=20, max_position_embeddings=256, eos_token_id=[3, 7], pad_token_id=None
-)
-BASE = {"rope_theta": 500.0}
-YARN = dict(
-  rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.5, **BASE
-)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=64, **BASE)
-LLAMA3 |= dict(low_freq_factor=0.5, high_freq_factor=3.0)
 SHORT, LONG = [1.0 + 0.1 * i for i in range(4)], [1.0 + 0.7 * i for i in range(4)]
 LONGROPE = dict(
   rope_type="longrope", short_factor=SHORT, long_factor=LONG, partial_rotary_factor=0.45, **BASE
 )
-FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS = dict(use_sliding_window=True, sliding_window=90, max_window_layers=1)
 NEOX = dict(vocab_size=199, hidden_size=72, intermediate_size=100, num_hidden_layers=3, num_attention_heads=3)
 NEOX |= dict(
@@ -92,6 +81,7 @@ ROWS = {
   "gpt2": GPT2,
   "gpt2, scores not divided": GPT2 | dict(scale_attn_weights=False, activation_function="gelu"),
 }
+ROWS |= family_rows_moe.ROWS
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"

@@ -12,18 +12,22 @@ from typing import Any
 
 from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.experts import Moe
 from jaxllm.hf import rope
 from jaxllm.hf.families.bloom import BLOOM
 from jaxllm.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxllm.hf.families.gpt2 import GPT2
 from jaxllm.hf.families.gpt_neox import GPT_NEOX
+from jaxllm.hf.families.gpt_oss import GPT_OSS
 from jaxllm.hf.families.granite import GRANITE
 from jaxllm.hf.families.llama import LLAMA
 from jaxllm.hf.families.mistral import MINISTRAL3, MISTRAL
+from jaxllm.hf.families.mixtral import MIXTRAL
 from jaxllm.hf.families.mpt import MPT
 from jaxllm.hf.families.olmo2 import OLMO2
 from jaxllm.hf.families.phi3 import PHI3
 from jaxllm.hf.families.qwen import QWEN2, QWEN3
+from jaxllm.hf.families.qwen_moe import QWEN3_MOE
 from jaxllm.hf.families.relative import pattern
 from jaxllm.hf.families.smollm3 import SMOLLM3
 from jaxllm.hf.family import Family
@@ -33,6 +37,7 @@ from jaxllm.position import LogN, Rope
 
 _ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE, SMOLLM3, MINISTRAL3)
 _ROWS += (GPT_NEOX, BLOOM, MPT, GPT2)
+_ROWS += (MIXTRAL, QWEN3_MOE, GPT_OSS)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 """By model_type, in the order in which `write_config` tries them."""
 
@@ -186,12 +191,19 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
       original_length=position.original_length if position.needs_original_length else None,
     )
 
+  def plain_mlp(mlp):
+    return dataclasses.replace(mlp, mlp_dim=mlp.mlp_dim or cfg.mlp_dim) if isinstance(mlp, Moe) else mlp
+
+  def plain_layer(layer):
+    mlp = None if layer.mlp == cfg.mlp or layer.mlp is None else plain_mlp(layer.mlp)
+    return dataclasses.replace(layer, position=plain_position(layer.position), mlp=mlp)
+
   qk_norm = cfg.qk_norm and dataclasses.replace(cfg.qk_norm, norm=plain_norm(cfg.qk_norm.norm))
-  layers = (dataclasses.replace(layer, position=plain_position(layer.position)) for layer in cfg.layers)
   usual = cfg.attention_scale == cfg.head_dim**-0.5
   return dataclasses.replace(
     cfg,
-    layers=pattern(layers),
+    layers=pattern(map(plain_layer, cfg.layers)),
+    mlp=plain_mlp(cfg.mlp),
     norm=plain_norm(cfg.norm),
     qk_norm=qk_norm,
     attention_scale=None if usual else cfg.attention_scale,

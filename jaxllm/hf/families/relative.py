@@ -57,7 +57,7 @@ class Relative:
   kv_heads, head_dim, context, base, eps, activation: num_key_value_heads (None: as many as heads), head_dim (None:
   hidden_size / num_attention_heads), max_position_embeddings, rope_theta, rms_norm_eps and the activation where missing.
   activations: what their names mean.  activation_key: the setting that has one; unread: one that only earlier versions read.
-  attention_bias, mlp_bias: whether there are such settings.
+  attention_bias, mlp_bias: whether there are such settings.  attention_biased: the value of the former where it is missing.
   biases: those that all models of the family have.  divides: transformers refuses heads that do not divide hidden_size.
   norm: its RMSNorm, but for eps; qk_over: what its norm of queries and keys covers (None: no such norm).  head: fields of
   rope.Head beside these.
@@ -73,6 +73,7 @@ class Relative:
   activation_key: str = "hidden_act"
   unread: str | None = None
   attention_bias: bool = False
+  attention_biased: bool = False
   mlp_bias: bool = False
   biases: tuple[str, ...] = ()
   divides: bool = False
@@ -129,13 +130,13 @@ def _activation(s: Settings, kind: Relative) -> str:
 
 def _biases(s: Settings, kind: Relative) -> tuple[str, ...]:
   biases = list(kind.biases)
-  for name, there, which in (
-    ("attention_bias", kind.attention_bias, "qkvo"),
-    ("mlp_bias", kind.mlp_bias, MLP),
+  for name, there, which, default in (
+    ("attention_bias", kind.attention_bias, "qkvo", kind.attention_biased),
+    ("mlp_bias", kind.mlp_bias, MLP, False),
   ):
     if not there:
       s.settle(name, False, why="this family has no such biases")
-    elif s.take(name, FLAG, False):
+    elif s.take(name, FLAG, default):
       biases += which
   return tuple(biases)
 
