@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "jaxllm").rglob("*.py"))
 FLOORS = [
   ("errors", "tree", "leaf"),
   ("ops",),
-  ("position", "norm", "activation", "wiring", "sampling"),
+  ("position", "norm", "activation", "experts", "wiring", "sampling"),
   ("config",),
   ("nn",),
   ("hf", "quant", "parallel", "train", "generate", "evaluate", "flops"),
@@ -25,6 +25,7 @@ SIBLINGS = {
   ("leaf", "tree"),
   ("evaluate", "generate"),
   ("hf", "parallel"),
+  ("experts", "activation"),
 }
 SIBLINGS |= {("train", "parallel"), ("doctor", "study")}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -64,6 +64,20 @@ class Grouped(Whole):
 
 
 @dataclasses.dataclass(frozen=True)
+class Interleaved(Whole):
+  """Two parameters in turn along the output axis: GPT-OSS's gate and up, in the even and the odd columns."""
+
+  def split(self, x, cfg, axis):
+    x = np.moveaxis(x, axis, 0)
+    return [np.moveaxis(x[i::2], 0, axis) for i in range(2)]
+
+  def join(self, parts, cfg, axis):
+    first, second = (np.moveaxis(part, axis, 0) for part in parts)
+    both = np.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+    return np.moveaxis(both, 0, axis)
+
+
+@dataclasses.dataclass(frozen=True)
 class Key:
   """One tensor of the files and the parameters it holds.
 

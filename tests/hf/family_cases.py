@@ -14,6 +14,7 @@ from pathlib import Path
 import family_rows_glm
 import family_rows_gpt
 import family_rows_llama
+import family_rows_moe
 import numpy as np
 from family_bases import BASE, FULL, LLAMA, LLAMA3, SLIDING, YARN
 from safetensors.numpy import save_file
@@ -86,6 +87,7 @@ ROWS = {
 ROWS |= family_rows_llama.ROWS
 ROWS |= family_rows_glm.ROWS
 ROWS |= family_rows_gpt.ROWS
+ROWS |= family_rows_moe.ROWS
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"

@@ -55,7 +55,7 @@ def matrices(row):
     if key.stored == "oi"
     for path in key.ours
   }
-  return unflatten({path: Matrix(x.T) if path in stored else x for path, x in flat.items()})
+  return unflatten({path: Matrix(x.swapaxes(-1, -2)) if path in stored else x for path, x in flat.items()})
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def test_gradients(row):
   loss, expected = theirs.gradients(theirs.row_model(row), ids)
   found_loss, grads = program("gradient", model.cfg)(model.params, ids, tables(model.cfg, row, 128))
   np.testing.assert_allclose(found_loss, loss, rtol=1e-5)
-  found = by_name(row, grads)
+  found = theirs.stacked(built(row).family.model_type, by_name(row, grads))
   assert found.keys() == expected.keys()
   error = max(relative_error(found[name], expected[name]) for name in expected)
   assert error <= 1e-4

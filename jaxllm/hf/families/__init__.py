@@ -13,6 +13,7 @@ from typing import Any
 from jaxllm.activation import Xielu
 from jaxllm.config import DTYPES, Layer, ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.experts import Moe
 from jaxllm.hf import rope
 from jaxllm.hf.families.apertus import APERTUS
 from jaxllm.hf.families.arcee import ARCEE
@@ -28,11 +29,13 @@ from jaxllm.hf.families.glm import GLM, GLM4
 from jaxllm.hf.families.glm_130b import GLM_130B
 from jaxllm.hf.families.gpt2 import GPT2, GPT_BIGCODE
 from jaxllm.hf.families.gpt_neox import GPT_NEOX
+from jaxllm.hf.families.gpt_oss import GPT_OSS
 from jaxllm.hf.families.gptj import CODEGEN, GPTJ
 from jaxllm.hf.families.granite import GRANITE
 from jaxllm.hf.families.hunyuan import HUNYUAN
 from jaxllm.hf.families.llama import LLAMA
 from jaxllm.hf.families.mistral import MINISTRAL3, MISTRAL
+from jaxllm.hf.families.mixtral import MIXTRAL
 from jaxllm.hf.families.mpt import MPT
 from jaxllm.hf.families.nemotron import NEMOTRON
 from jaxllm.hf.families.olmo import OLMO, OLMO2, OLMO3
@@ -41,6 +44,7 @@ from jaxllm.hf.families.persimmon import PERSIMMON
 from jaxllm.hf.families.phi import PHI
 from jaxllm.hf.families.phi3 import PHI3
 from jaxllm.hf.families.qwen import QWEN2, QWEN3
+from jaxllm.hf.families.qwen_moe import QWEN3_MOE
 from jaxllm.hf.families.relative import pattern
 from jaxllm.hf.families.seed_oss import SEED_OSS
 from jaxllm.hf.families.smollm3 import SMOLLM3
@@ -55,6 +59,7 @@ _ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GRANI
 _ROWS += (GPT_NEOX, BLOOM, MPT, GPT2)
 _ROWS += (GLM, GLM4, COHERE, COHERE2, OLMO, OLMO3, EXAONE4, SEED_OSS, ARCEE, HUNYUAN, APERTUS)
 _ROWS += (STARCODER2, PHI, GPTJ, CODEGEN, FALCON, OPT, GPT_BIGCODE, NEMOTRON, PERSIMMON, STABLELM)
+_ROWS += (MIXTRAL, QWEN3_MOE, GPT_OSS)
 _ROWS += (BAICHUAN, CHATGLM_6B, CHATGLM, GLM_130B)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
 """By name, in the order in which `write_config` tries them."""
@@ -245,17 +250,22 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
       original_length=position.original_length if position.needs_original_length else None,
     )
 
-  mlp = cfg.mlp
-  if isinstance(mlp, Xielu):  # where its slopes start
-    mlp = dataclasses.replace(mlp, alpha_p=1.0, alpha_n=mlp.beta + 1)
+  def plain_mlp(mlp):
+    if isinstance(mlp, Xielu):  # where its slopes start
+      return dataclasses.replace(mlp, alpha_p=1.0, alpha_n=mlp.beta + 1)
+    return dataclasses.replace(mlp, mlp_dim=mlp.mlp_dim or cfg.mlp_dim) if isinstance(mlp, Moe) else mlp
+
+  def plain_layer(layer):
+    mlp = None if layer.mlp == cfg.mlp or layer.mlp is None else plain_mlp(layer.mlp)
+    return dataclasses.replace(layer, position=plain_position(layer.position), mlp=mlp)
+
   qk_norm = cfg.qk_norm and dataclasses.replace(cfg.qk_norm, norm=plain_norm(cfg.qk_norm.norm))
-  layers = (dataclasses.replace(layer, position=plain_position(layer.position)) for layer in cfg.layers)
   usual = cfg.attention_scale == cfg.head_dim**-0.5
   return dataclasses.replace(
     cfg,
-    layers=pattern(layers),
+    layers=pattern(map(plain_layer, cfg.layers)),
+    mlp=plain_mlp(cfg.mlp),
     norm=plain_norm(cfg.norm),
-    mlp=mlp,
     qk_norm=qk_norm,
     attention_scale=None if usual else cfg.attention_scale,
     logit_scale=1 / (1 / cfg.logit_scale),  # as it comes back from its reciprocal
