@@ -73,6 +73,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("text", None, "with --model: UTF-8 text to test on, all of it, in place of --corpus")
 flags.DEFINE_string("mesh", None, "with --model: devices to lay it out on, such as fsdp=2,tensor=4")
 flags.DEFINE_string("rules", None, choices.RULES_HELP)
+flags.DEFINE_bool("verify", True, f"with --model: {choices.VERIFY_HELP}")
 flags.DEFINE_enum("attention", "auto", choices.CORES, "attention core; auto: by device, method and length")
 
 

@@ -210,13 +210,12 @@ def cache_bytes(cfg, context: int) -> int:
 
 
 def tokenizer_line(directory: Path, cfg) -> str:
-  """What encodes text for the model, or why nothing does."""
-  from jaxllm.errors import TokenizerError
-  from jaxllm.hf import load_tokenizer
+  """What encodes text for the model, or why nothing does; raises for a tokenizer that is damaged or of another model."""
+  from jaxllm.hf.tokenizer import NoTokenizerError, load_tokenizer
 
   try:
     tokenizer = load_tokenizer(directory, cfg)
-  except TokenizerError as e:
+  except NoTokenizerError as e:
     return f"tokenizer: none ({e})"
   spare = cfg.vocab_size - tokenizer.vocab_size
   rows = (

@@ -16,7 +16,7 @@ import sweep_case
 from experiments import evaluate
 from experiments.checkpoint import Checkpoint, sampled
 from jaxllm.evaluate import strided
-from jaxllm.hf import files
+from jaxllm.hf import files, header
 from jaxllm.study import interval, progress
 
 WINDOW, STRIDE = 24, 10
@@ -138,7 +138,7 @@ def test_a_checkpoint_is_told_by_samples_of_every_tensor(checkpoint, tmp_path):
   assert about(tmp_path / "copy") == about(checkpoint[0])
   path = tmp_path / "big.safetensors"
   safetensors.numpy.save_file({"a": np.zeros(8), "b": np.arange(1 << 19, dtype=float)}, path)
-  stored = files.read_header(path)
+  stored = header.read_header(path)
   digests = {sampled(path, stored.values())}
   small, big = stored["a"], stored["b"]
   gap = (big.stop - big.start) // 63

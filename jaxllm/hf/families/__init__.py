@@ -6,7 +6,6 @@ Adding one is a file with its settings and the names of its tensors, a row in FA
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from jaxllm.hf.families.qwen import QWEN2, QWEN3
 from jaxllm.hf.families.relative import pattern
 from jaxllm.hf.families.smollm3 import SMOLLM3
 from jaxllm.hf.family import Family
-from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, one_of
+from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, nearest, one_of
 from jaxllm.ops.attention import Plain
 from jaxllm.position import LogN, Rope
 
@@ -82,9 +81,8 @@ def family_of(s: Settings) -> Family:
   """The family that model_type names; raises ConfigError with the nearest name for another."""
   name = s.take("model_type", TEXT)
   if name not in FAMILIES:
-    near = difflib.get_close_matches(name, FAMILIES, 1, 0.4)
-    nearest = f" (nearest: {near[0]})" if near else ""
-    raise s.error("model_type", f"one of {', '.join(FAMILIES)}{nearest}")
+    near = nearest(name, FAMILIES, 0.4)
+    raise s.error("model_type", f"one of {', '.join(FAMILIES)}{f' (nearest: {near})' if near else ''}")
   return FAMILIES[name]
 
 
