@@ -178,9 +178,11 @@ class _Changed:
 
   def sizes(self) -> str:
     """ ", most by key = value": what the number of parameters depends on most."""
-    counts = [sizes.at_least(cfg) for _, cfg in self._models] if self._read is not None else []
-    most = max(range(1, len(counts)), key=lambda i: abs(counts[i] - counts[0]), default=0)
-    return f", most by {self._models[most][0]}" if most else ""
+    counts = {text: sizes.at_least(cfg) for text, cfg in self._models} if self._read is not None else {}
+    usual = counts.pop("", 0)
+    moved = {text: abs(count - usual) for text, count in counts.items()}
+    much = [text for text, move in moved.items() if move >= max(moved.values()) / 4 > 0]
+    return f", most by {max(much, key=lambda text: int(text.rpartition(' ')[2]))}" if much else ""
 
   def shape(self, key: Key) -> str:
     """ " (key = value, ...)": what the shape of a tensor depends on."""
