@@ -92,7 +92,8 @@ def record(settings: Settings, models, dtype: str) -> dict:
   attention = evaluate.core_reports(settings, models)
   return {
     **provenance.record(),
-    "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "verify")} | {"dtype": dtype},
+    "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "verify")}
+    | {"dtype": dtype},
     **models.record(),
     "evaluation": {
       "windows": settings.windows,

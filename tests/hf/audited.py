@@ -1,9 +1,9 @@
 """Loads directories in a process where nothing may be run, and prints what came of each.
 
 `python audited.py GOOD DIRECTORY...`: GOOD is loaded first, which imports all there is to import.  From then on an audit hook
-(PEP 578) ends the process where a pickle looks a global up, code is compiled or run, a program is started, a socket connected, or
-a file opened outside of the directories: what reads files here is written in Python, so that the hook sees every opening (tokenizers
-gets bytes, and safetensors is not asked).
+(PEP 578) ends the process where a pickle looks a global up, code is compiled or run, a program is started, a socket
+connected, or a file opened outside of the directories: what reads files here is written in Python, so that the hook sees every
+opening (tokenizers gets bytes, and safetensors is not asked).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Two hundred ways to have code run by whoever reads a model directory: pickles and modules, by what they call and where they lie."""
+"""Ways to have code run by whoever reads a model directory: pickles and modules, by what they call and where they lie."""
 
 import io
 import itertools
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import zipfile
 
-from bad_files import INDEX, SETTINGS, WEIGHTS
+from damage import INDEX, SETTINGS, WEIGHTS
 
 PROTOCOLS = range(6)
 
@@ -146,7 +146,7 @@ def make(root, good, count):
     itertools.cycle(itertools.product(PROTOCOLS, calls(str(root / "canary")))),
   )
   made = []
-  for i, (what, place), (protocol, call) in zip(range(count), kinds, payloads):
+  for i, (what, place), (protocol, call) in zip(range(count), kinds, payloads, strict=False):
     directory = root / f"{i:03}"
     shutil.copytree(good, directory)
     place(directory, pickle.dumps(Call(*call), protocol))
