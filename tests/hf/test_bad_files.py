@@ -322,9 +322,31 @@ def test_nothing_of_a_file_is_ever_run(whole, tmp_path):
     )
     assert (model == "ok") == loads, (text, model)
     assert (tokenizer == "ok") == reads or text.startswith("chat"), (text, tokenizer)
-  call, arguments = payloads.calls(str(tmp_path / "canary"))[0]
-  call(*arguments)  # the payloads are live
+  live, arguments = payloads.calls(str(tmp_path / "canary"))[0]
+  live(*arguments)
   assert (tmp_path / "canary").exists()
+
+
+WATCHED = {
+  "pickle.find_class": "import pickle; pickle.loads(pickle.dumps(print))",
+  "exec": "exec((lambda: 0).__code__)",
+  "compile": "compile('1', 'x', 'exec')",
+  "os.system": "import os; os.system('true')",
+  "subprocess.Popen": "import subprocess; subprocess.run(['true'])",
+  "socket.connect": "import socket; socket.socket().connect(('127.0.0.1', 9))",
+  "open": "open('/etc/hostname')",
+}
+
+
+@pytest.mark.parametrize("event", WATCHED)
+def test_the_hook_sees_it(event):
+  """Each of what may not happen, so that its absence says something."""
+  code = "import audited, pickle, subprocess, socket; audited.watch(['/none/'])"
+  code = f"{code}; {WATCHED[event]}"
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+  )
+  assert done.returncode == 99 and done.stderr.startswith(event), done.stderr
 
 
 def test_code_of_a_model_is_named_once(copy, caplog):
@@ -362,11 +384,8 @@ def test_fewer_ids_than_embeddings_are_fine_and_said(copy, caplog, capfd, monkey
     assert hf.load_tokenizer(directory).vocab_size == 5
   assert "56 rows of the embedding of" in caplog.text and "padding, which is fine" in caplog.text
   monkeypatch.setattr(doctor, "machine_lines", lambda: ([], []))
-  with flagsaver.as_parsed(), pytest.raises(SystemExit) as e:
-    run_app(doctor.main, doctor.check, ["doctor", f"--model={directory}", "--context=8"], doctor.FLAGS)
-  assert (
-    e.value.code == 0 and "tokenizer: 5 ids, 56 rows of the embedding without one" in capfd.readouterr().out
-  )
+  assert call(f"--model={directory}", "--context=8") == 0
+  assert "tokenizer: 5 ids, 56 rows of the embedding without one" in capfd.readouterr().out
 
 
 def test_a_file_that_shrinks_while_it_is_read(copy):
