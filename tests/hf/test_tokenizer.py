@@ -239,8 +239,9 @@ def test_there_are_payloads_enough():
 
 
 @pytest.mark.parametrize("template", ATTACKS + LARGE)
-def test_templates_stay_in_the_sandbox(template):
+def test_templates_stay_in_the_sandbox(template, monkeypatch):
   """Each fails with the place it is from; none has read or run anything."""
+  monkeypatch.setattr(chat, "MEMORY", 1 << 28)  # soon full
   with pytest.raises(TokenizerError, match="here: the chat template failed") as e:
     chat.render(template, {"messages": [{"role": "user", "content": "x"}]}, "here")
   assert "root:" not in str(e.value) and "uid=" not in str(e.value) and len(str(e.value)) < 1000
