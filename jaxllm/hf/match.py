@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, JaxllmError
+from jaxllm.hf import sizes
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.files import Checkpoint, Stored, shown
+from jaxllm.hf.files import Checkpoint, shown
+from jaxllm.hf.header import Stored
 from jaxllm.hf.scan import INFINITIES
 from jaxllm.nn import Transformer
 
@@ -99,6 +102,11 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
   layers = _count_layers(checkpoint, family, cfg)
   if cfg.num_layers > max(2 * layers, 1000):  # no list of what is missing
     raise CheckpointError(f"{source.path}: says {cfg.num_layers:,} layers, but the files hold {layers}")
+  values = sum(math.prod(stored.shape) for stored in checkpoint.tensors.values())
+  if (problem := sizes.problem(cfg, values)) is not None:
+    raise CheckpointError(
+      f"{source.path}: {problem}{_Changed(source).sizes()}; mend it, or fetch the files again"
+    )
   shapes, keys = expected_shapes(cfg), all_keys(family, cfg)
   paths = [path for key in keys if not key.part for path in key.ours]
   assert sorted(paths) == sorted(shapes), f"keys of {family.name}"
@@ -197,6 +205,14 @@ class _Changed:
   def layers(self) -> str:
     """ " (key = value)": what the number of layers depends on; nothing where that is not known."""
     return self._dependent(lambda i: self._models[i][1].num_layers)
+
+  def sizes(self) -> str:
+    """ ", most by key = value": what the number of parameters depends on most."""
+    counts = {text: sizes.at_least(cfg) for text, cfg in self._models} if self._read is not None else {}
+    usual = counts.pop("", 0)
+    moved = {text: abs(count - usual) for text, count in counts.items()}
+    much = [text for text, move in moved.items() if move >= max(moved.values()) / 4 > 0]
+    return f", most by {max(much, key=lambda text: int(text.rpartition(' ')[2]))}" if much else ""
 
   def shape(self, key: Key) -> str:
     """ " (key = value, ...)": what the shape of a tensor depends on."""

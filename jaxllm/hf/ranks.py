@@ -13,6 +13,8 @@ import numpy as np
 from jaxllm.errors import CheckpointError
 from jaxllm.hf import files
 from jaxllm.hf.family import Family, Share
+from jaxllm.hf.header import Stored, read_header
+from jaxllm.hf.plain import plain_file
 
 _NAME = re.compile(r"mp_rank_([0-9]{2})(_model_states)?\.safetensors")
 _CONVERT = (
@@ -43,7 +45,7 @@ class _RankFile(files.Checkpoint):
   def __init__(self, directory: Path, name: str):
     self.directory, self.tensors, self._maps = (
       directory,
-      files.read_header(files.plain_file(directory, name)),
+      read_header(plain_file(directory, name)),
       {},
     )
 
@@ -100,11 +102,11 @@ class RankedCheckpoint(files.Checkpoint):
     blocks = [np.split(part, share.blocks, share.axis) for part in parts]
     return np.concatenate([part for block in zip(*blocks, strict=True) for part in block], share.axis)
 
-  def _share(self, stored: files.Stored) -> Share | None:
+  def _share(self, stored: Stored) -> Share | None:
     found = (share for pattern, share in self._family.ranks if re.fullmatch(pattern, stored.name))
     return next(found, None)
 
-  def _merged(self, stored: files.Stored) -> files.Stored:
+  def _merged(self, stored: Stored) -> Stored:
     share = self._share(stored)
     if share is None:
       return stored

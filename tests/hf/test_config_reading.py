@@ -10,7 +10,7 @@ from family_cases import FULL, ROWS, SLIDING, THEIRS, built, family_of, settings
 
 from jaxllm.errors import ConfigError
 from jaxllm.hf.families import FAMILIES, differences, ignored_settings, read_config, write_config
-from jaxllm.hf.settings import IGNORED
+from jaxllm.hf.settings import IGNORED, Settings
 from jaxllm.position import NoPE, Rope
 from jaxllm.position.rope import YarnRope
 from jaxllm.position.scalings import Llama3Rope, LongRope
@@ -145,6 +145,63 @@ def test_any_value_of_any_setting_is_read_or_refused_by_its_key(name):
       except ConfigError as error:
         assert mentions(str(error), key), f"{key} = {value!r}: {error}"
       else:
+        assert cfg.num_layers <= 10_000
+
+
+BAD_NUMBERS = [
+  True,
+  False,
+  "12",
+  "",
+  [],
+  [1],
+  {},
+  -1,
+  0,
+  0.5,
+  -0.5,
+  2**31,
+  2**64,
+  10**400,
+  math.nan,
+  math.inf,
+]
+
+
+def numbers_read(plain):
+  """{path of a setting: its kind} of all that may be a number among what a family takes while it reads these settings."""
+  kinds, take = {}, Settings.take
+
+  def recorded(self, name, kind, *args, **kwargs):
+    kinds[(*filter(None, self.path.split(".")), name)] = kind
+    return take(self, name, kind, *args, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Settings, "take", recorded)
+    read_config(plain)
+  return {path: kind for path, kind in kinds.items() if any(map(kind.fits, (1, 2, 64, 1.5)))}
+
+
+@each_row
+def test_every_number_that_a_family_reads(row):
+  """Whether the settings say it or not, inside rope_parameters too: what it may not be is an error by its key."""
+  plain = json.loads(json.dumps(plain_of(row)))
+  kinds = numbers_read(plain)
+  assert len(kinds) >= 6
+  for (*above, key), kind in kinds.items():
+    for value in BAD_NUMBERS:
+      changed = json.loads(json.dumps(plain))
+      group = changed
+      for name in above:
+        group[name] = group = group.get(name) or {}  # from left to right
+      group[key] = value
+      try:
+        cfg = read_config(changed)[1]
+      except ConfigError as error:
+        named = mentions(str(error), key) or any(name in str(error) for name in above)
+        assert named, f"{above} {key} = {value!r}: {error}"
+      else:
+        assert kind.fits(value), f"{key} = {value!r}"
         assert cfg.num_layers <= 10_000
 
 

@@ -6,7 +6,6 @@ Adding one is a file with its settings and the names of its tensors, a row in FA
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +50,7 @@ from jaxllm.hf.families.smollm3 import SMOLLM3
 from jaxllm.hf.families.stablelm import STABLELM
 from jaxllm.hf.families.starcoder2 import STARCODER2
 from jaxllm.hf.family import Family
-from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, one_of
+from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, nearest, one_of
 from jaxllm.ops.attention import Plain
 from jaxllm.position import LogN, Position, Rope
 
@@ -115,9 +114,8 @@ def family_of(s: Settings) -> Family:
   if found := [family for family in FAMILIES.values() if family.model_type == name]:
     return next((family for family in found if family.fits(s)), found[-1])
   known = list(dict.fromkeys(family.model_type for family in FAMILIES.values()))
-  near = difflib.get_close_matches(name, known, 1, 0.4)
-  nearest = f" (nearest: {near[0]})" if near else ""
-  raise s.error("model_type", f"one of {', '.join(known)}{nearest}")
+  near = nearest(name, known, 0.4)
+  raise s.error("model_type", f"one of {', '.join(known)}{f' (nearest: {near})' if near else ''}")
 
 
 def _check_architecture(s: Settings, family: Family) -> None:
