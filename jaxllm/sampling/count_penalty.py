@@ -15,6 +15,10 @@ from jaxllm.sampling.history import Remembers, counts
 class CountPenalty(Remembers):
   """z_v <- z_v - penalty * weight(c_v), c_v = how often v is among the tokens that count."""
 
+  def weight(self, count_BV):
+    """How many times a token of each count pays the penalty."""
+    return count_BV
+
   def __post_init__(self):
     largest = float(np.finfo(np.float32).max)
     checked(self, "penalty", lambda p: np.abs(p) <= largest, "a finite number (0 is off)")
@@ -62,6 +66,3 @@ class FrequencyPenalty(CountPenalty):
   penalty: Any = 0.0
   last_n: Any = -1
   prompt: Any = False
-
-  def weight(self, count_BV):
-    return count_BV

@@ -1,5 +1,7 @@
 """Every filter with its parameters as scalars and as one a row, and texts in which all of them act."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +30,20 @@ CASES = {  # name: parameters of each case
   "presence_penalty": [
     {"penalty": 0.7},
     {"penalty": 0.7, "prompt": True},
-    {"penalty": [0.5, 2.0, -2.0, 0.0, 1.0, 0.1], "prompt": [True, False] * 3, "last_n": [-1, 0, 1, 3, 100, 4]},
+    {
+      "penalty": [0.5, 2.0, -2.0, 0.0, 1.0, 0.1],
+      "prompt": [True, False] * 3,
+      "last_n": [-1, 0, 1, 3, 100, 4],
+    },
   ],
   "frequency_penalty": [
     {"penalty": 0.7},
     {"penalty": 0.7, "prompt": True, "last_n": 5},
-    {"penalty": [0.5, 2.0, -2.0, 0.0, 1.0, 0.1], "prompt": [True, False] * 3, "last_n": [-1, 0, 1, 3, 100, 4]},
+    {
+      "penalty": [0.5, 2.0, -2.0, 0.0, 1.0, 0.1],
+      "prompt": [True, False] * 3,
+      "last_n": [-1, 0, 1, 3, 100, 4],
+    },
   ],
   "no_repeat_ngram": [{"n": 2}, {"n": [0, 1, 2, 3, 4, 1000]}],
   "logit_bias": [{"bias": BIAS[0]}, {"bias": BIAS}],
@@ -81,6 +91,13 @@ def padded(prompts, width=None):
   """(tokens [B, T], lengths [B]), padded with a token that occurs, which only a wrong mask would count."""
   width = width or max(map(len, prompts))
   return np.array([row + [1] * (width - len(row)) for row in prompts]), np.array(list(map(len, prompts)))
+
+
+@functools.cache
+def case(name, index):
+  """(sampler, its state) of a case."""
+  sampler = build(name, index)
+  return sampler, started(sampler)
 
 
 def started(sampler, rows=range(B), width=None):

@@ -46,8 +46,9 @@ def row(sampler, index):
   return jax.tree.map(lambda leaf: leaf if np.ndim(leaf) == 0 else leaf[index : index + 1], sampler)
 
 
-NAMES = """greedy temperature top_k top_p min_p typical epsilon eta top_n_sigma repetition_penalty presence_penalty
-  frequency_penalty no_repeat_ngram logit_bias banned_tokens forced_tokens min_new_tokens xtc dry mirostat chain""".split()
+NAMES = ["greedy", "temperature", "top_k", "top_p", "min_p", "typical", "epsilon", "eta", "top_n_sigma"]
+NAMES += ["repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "logit_bias"]
+NAMES += ["banned_tokens", "forced_tokens", "min_new_tokens", "xtc", "dry", "mirostat", "chain"]
 ON = {"greedy", "mirostat"}  # which have no off
 TABLES = {"logit_bias", "banned_tokens", "forced_tokens", "min_new_tokens"}  # which need one
 
