@@ -69,8 +69,13 @@ STATED = [  # (name, parameters) in order, of the prompt TEXT
   [("no_repeat_ngram", {"n": 2})],
   [("dry", {"multiplier": 0.8, "allowed_length": 1})],
   [("mirostat", {"tau": 1.5})],
-  [("repetition_penalty", {"penalty": 1.2}), ("temperature", {"temperature": 0.5}), ("top_k", {"k": 9})]
-  + [("top_p", {"p": 0.9}), ("min_p", {"min_p": 0.02})],
+  [
+    ("repetition_penalty", {"penalty": 1.2}),
+    ("temperature", {"temperature": 0.5}),
+    ("top_k", {"k": 9}),
+    ("top_p", {"p": 0.9}),
+    ("min_p", {"min_p": 0.02}),
+  ],
   [("xtc", {"probability": 0.3, "threshold": 0.08})],
 ]
 
