@@ -32,6 +32,7 @@ from jaxllm.sampling import (
 
 core = pytest.mark.core
 KEY, V = jax.random.key(7), 64
+NONE = token_mask([], V)
 
 
 def every(scale=1.0):
@@ -54,29 +55,37 @@ def every(scale=1.0):
   )
 
 
-@core
-def test_a_row_does_not_depend_on_its_batch_and_parameters_are_data(shallow, prompts):
+@pytest.fixture(scope="module")
+def usual(shallow, prompts):
   model, params = shallow
-  key_B = jax.random.split(KEY, 3)
-  usual = {"max_new_tokens": 20, "sampler": every(), "key": key_B, "stop_ids": ()}
-  together = generate(model, params, prompts, **usual).tokens
-  order = [2, 0, 1]
-  moved = generate(
-    model, params, [prompts[row] for row in order], **(usual | {"key": key_B[jnp.array(order)]})
-  ).tokens
-  assert moved == [together[row] for row in order]
-  with compilations() as seen:
-    other = generate(model, params, prompts, **(usual | {"sampler": every(0.5)})).tokens
-  assert not seen
-  assert other != together
-  assert generate(model, params, prompts, chunk=7, **usual).tokens == together
+  arguments = {"sampler": every(), "key": jax.random.split(KEY, 3), "max_new_tokens": 20, "stop_ids": ()}
+  arguments |= {"model": model, "params": params, "prompts": prompts}
+  return arguments, generate(**arguments).tokens
+
+
+@core
+def test_texts_obey_and_do_not_depend_on_the_batch_and_parameters_are_data(usual):
+  arguments, together = usual
   for text in together:
     assert text[0] == 9 and text[2] == 8
     assert not {1, 2} & set(text)
-  # alone, in a bucket of another length
-  longer = [list(range(10, 40)), prompts[1]]
-  two = generate(model, params, longer, **(usual | {"key": key_B[:2]})).tokens
-  assert two[1] == together[1]
+  order = [2, 0, 1]
+  at = {"prompts": [arguments["prompts"][row] for row in order], "key": arguments["key"][jnp.array(order)]}
+  weaker = every(0.5)
+  with compilations() as seen:
+    moved = generate(**arguments | at).tokens
+    other = generate(**arguments | {"sampler": weaker}).tokens
+  assert not seen
+  assert moved == [together[row] for row in order]
+  assert other != together
+
+
+@pytest.mark.slow
+def test_texts_do_not_depend_on_chunk_and_bucket(usual):
+  arguments, together = usual
+  assert generate(**arguments, chunk=7).tokens == together
+  longer = {"prompts": [list(range(10, 40)), arguments["prompts"][1]], "key": arguments["key"][:2]}
+  assert generate(**arguments | longer).tokens[1] == together[1]
 
 
 def grams(text, n):
@@ -105,13 +114,23 @@ def test_a_text_does_not_end_before_its_least_length(shallow, prompts):
 
 def test_penalties_and_dry_change_the_greedy_text_of_a_repeating_model(shallow, prompts):
   model, params = shallow
-  usual = {"key": KEY, "max_new_tokens": 40, "stop_ids": ()}
-  text = lambda sampler: generate(model, params, prompts, sampler=sampler, **usual).tokens
-  cold = lambda sampler: in_order([sampler, TopK(1)])
-  greedy = text(TopK(1))
-  for strong in (RepetitionPenalty(5.0), PresencePenalty(20.0), FrequencyPenalty(20.0), Dry(50.0)):
-    repeated = lambda texts: sum(len(tokens) - len(set(grams(tokens, 3))) for tokens in texts)
-    assert repeated(text(cold(strong))) < repeated(greedy), strong
+
+  def repeated(repetition=1.0, presence=0.0, frequency=0.0, dry=0.0):
+    """How many trigrams a greedy text has twice."""
+    penalties = [
+      RepetitionPenalty(repetition),
+      PresencePenalty(presence),
+      FrequencyPenalty(frequency),
+      Dry(dry),
+    ]
+    sampler = in_order([*penalties, TopK(1)])
+    out = generate(model, params, prompts, sampler=sampler, key=KEY, max_new_tokens=40, stop_ids=())
+    return sum(len(grams(tokens, 3)) - len(set(grams(tokens, 3))) for tokens in out.tokens)
+
+  greedy = repeated()
+  assert greedy > 3
+  for kind, strong in (("repetition", 5.0), ("presence", 20.0), ("frequency", 20.0), ("dry", 50.0)):
+    assert repeated(**{kind: strong}) < greedy / 2, kind
 
 
 @core
@@ -127,17 +146,22 @@ def test_where_the_sampler_leaves_nothing_the_row_and_token_are_named(shallow):
   assert sorted(out.tokens[1] + [2, 3, 4]) == list(range(V))
 
 
+@pytest.mark.slow
 def test_a_row_that_has_ended_may_be_left_nothing(shallow):
+  """The second row ends with the last id that it may draw, which the first may not."""
   model, params = shallow
-  usual = {"sampler": NoRepeatNgram([0, 1]), "key": KEY, "max_new_tokens": 90}
-  first = generate(model, params, [[1], [2, 3, 4]], **(usual | {"max_new_tokens": V - 3}), stop_ids=()).tokens
-  last = first[1][-1]
-  # the second row ends with the last id that it may draw; the first, which draws that id too, when it does
-  out = generate(model, params, [[1], [2, 3, 4]], **usual, stop_ids=(last,))
-  assert out.reasons[1] == "stop" and out.tokens[1] == first[1]
-  assert out.tokens[0][: V - 3] == first[0][: len(out.tokens[0])][: V - 3]
+  usual = {"key": KEY, "prompts": [[1], [2, 3, 4]], "model": model, "params": params}
+  sampler = lambda *banned: in_order(
+    [NoRepeatNgram([0, 1]), BannedTokens(np.stack([token_mask(banned, V), NONE]))]
+  )
+  first = generate(**usual, sampler=sampler(), max_new_tokens=V - 3, stop_ids=()).tokens[1]
+  out = generate(**usual, sampler=sampler(first[-1]), max_new_tokens=90, stop_ids=first[-1:])
+  assert out.reasons == ["length", "stop"]
+  assert out.tokens[1] == first
+  assert len(out.tokens[0]) == 90
 
 
+@pytest.mark.slow
 def test_a_history_holds_the_longest_text_that_a_learned_table_serves(shallow):
   """The cache ends with the table, below the bucket of the prompt and the new tokens."""
   model, _ = shallow

@@ -117,17 +117,20 @@ KEPT = [  # sampler, logits, the ids it keeps after the text 3 1 3, of which not
 
 
 @jax.jit
-def filter_and_draw(sampler, key_B, logits_BV, text_BT):
-  state = sampler.toss(key_B, sampler.init(text_BT, jnp.array([len(TEXT)])))
-  return sampler.filter(logits_BV, state), sampler(key_B, logits_BV, state)[0]
+def filtered(sampler, key_B, logits_BV, text_BT):
+  state = sampler.init(text_BT, jnp.array([len(TEXT)]))
+  return sampler.filter(logits_BV, sampler.toss(key_B, state))
+
+
+draw = jax.jit(Chain(()))
 
 
 def run(sampler, logits):
-  logits_BV = jnp.asarray([logits], jnp.float32)
+  """(filtered [1, V], a token drawn from them)."""
+  key_B = jax.random.split(jax.random.key(0), 1)
   with jax.debug_nans(True):
-    return filter_and_draw(
-      sampler, jax.random.split(jax.random.key(0), 1), logits_BV, jnp.array([[*TEXT, 0]])
-    )
+    filtered_BV = filtered(sampler, key_B, jnp.asarray([logits], jnp.float32), jnp.array([[*TEXT, 0]]))
+  return filtered_BV, draw(key_B, filtered_BV, ())[0]
 
 
 @pytest.mark.parametrize(("sampler", "logits", "kept"), KEPT)

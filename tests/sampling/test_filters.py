@@ -17,14 +17,24 @@ every_filter = pytest.mark.parametrize(
 
 
 @jax.jit
-def compiled(sampler, key_B, logits_BV, state):
-  filtered_BV = sampler.filter(logits_BV, state)
-  return filtered_BV, sampler(key_B, logits_BV, state)[0]
+def filtered(sampler, logits_BV, state):
+  return sampler.filter(logits_BV, state)
 
 
 @jax.jit
-def compiled_filter(sampler, logits_BV, state):
-  return sampler.filter(logits_BV, state)
+def calls(samplers, key_B, logits_BV, states):
+  """name: (what a draw is from, the tokens) of many samplers: one program compiles sooner than many."""
+  one = lambda sampler, state: (
+    sampler.filter(logits_BV, sampler.toss(key_B, state)),
+    sampler(key_B, logits_BV, state)[0],
+  )
+  return {name: one(sampler, states[name]) for name, sampler in samplers.items()}
+
+
+def last_cases():
+  """({name: sampler}, {name: state}) of each kind's last case, whose parameters are one a row."""
+  cases = {name: case(name, len(CASES[name]) - 1) for name in CASES}
+  return {name: x for name, (x, _) in cases.items()}, {name: x for name, (_, x) in cases.items()}
 
 
 TOLD = {"xtc": "chance", "mirostat": "mu"}
@@ -57,7 +67,7 @@ def test_the_filter_is_the_float64_one(name, index):
       logits_BV = jnp.round(logits_BV)
     if kind == 3:
       logits_BV = logits_BV.at[:, ::4].set(-jnp.inf)
-    found_BV = np.asarray(compiled(sampler, keys(), logits_BV, state)[0])
+    found_BV = np.asarray(filtered(sampler, logits_BV, state))
     wanted_BV, margin_B = expected(name, index, logits_BV, state)
     decided = margin_B > 2e-6
     assert decided.mean() >= 0.8
@@ -71,82 +81,93 @@ def test_the_filter_is_the_float64_one(name, index):
   measured(name, "float64", worst)
 
 
-@every_filter
-def test_filters_compute_in_float32(name, index):
+def test_filters_compute_in_float32():
+  samplers, states = last_cases()
   half_BV = logits().astype(jnp.bfloat16)
-  sampler, state = case(name, index)
-  filtered_BV = compiled_filter(sampler, half_BV, state)
-  assert filtered_BV.dtype == jnp.float32
-  np.testing.assert_array_equal(filtered_BV, compiled(sampler, keys(), half_BV.astype(jnp.float32), state)[0])
+  found, wanted = (calls(samplers, keys(), z_BV, states) for z_BV in (half_BV, half_BV.astype(jnp.float32)))
+  for name in samplers:
+    assert found[name][0].dtype == jnp.float32
+    np.testing.assert_array_equal(found[name][0], wanted[name][0], name)
+    np.testing.assert_array_equal(found[name][1], wanted[name][1], name)
 
 
-@every_filter
-def test_eager_is_jit_and_what_is_excluded_is_never_drawn(name, index):
-  sampler, state = case(name, index)
+def test_what_is_excluded_is_never_drawn():
+  samplers, states = last_cases()
   for seed in range(8):
     logits_BV = logits(seed) if seed % 2 else logits(seed).at[:, ::2].set(-jnp.inf)
-    filtered_BV, tokens_B = compiled(sampler, keys(seed), logits_BV, state)
-    drawn_from_BV, _ = compiled(sampler, keys(seed), logits_BV, sampler.toss(keys(seed), state))
-    assert tokens_B.dtype == jnp.int32
-    assert np.isfinite(np.asarray(drawn_from_BV)[np.arange(B), tokens_B]).all()
-    if name != "forced_tokens":  # which says what is drawn whatever the model says
-      assert not np.isfinite(drawn_from_BV)[~np.isfinite(logits_BV)].any()
-  eager_BV, eager_B = sampler.filter(logits_BV, state), sampler(keys(seed), logits_BV, state)[0]
-  np.testing.assert_allclose(filtered_BV, eager_BV, rtol=3e-7, atol=1e-6)  # XLA fuses a product and a sum
-  np.testing.assert_array_equal(eager_B, tokens_B)
+    for name, (drawn_from_BV, tokens_B) in calls(samplers, keys(seed), logits_BV, states).items():
+      assert tokens_B.dtype == jnp.int32
+      assert np.isfinite(np.asarray(drawn_from_BV)[np.arange(B), tokens_B]).all(), name
+      if name != "forced_tokens":  # which says what is drawn whatever the model says
+        assert not np.isfinite(drawn_from_BV)[~np.isfinite(logits_BV)].any(), name
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_row_alone_and_vmap_are_the_batch(name):
+def test_a_row_alone_is_the_row_of_the_batch():
   """With parameters of its own, in a batch of one whose prompt is padded to another width."""
-  index, logits_BV = len(CASES[name]) - 1, logits()
-  sampler, state = case(name, index)
-  together_BV, tokens_B = compiled(sampler, keys(), logits_BV, state)
+  (samplers, states), logits_BV = last_cases(), logits()
+  together = calls(samplers, keys(), logits_BV, states)
   for row in (0, 3, 5):
-    own, one = started(one_row(sampler, row), [row], width=17), slice(row, row + 1)
-    alone_BV, alone_B = compiled(one_row(sampler, row), keys()[one], logits_BV[one], own)
-    np.testing.assert_array_equal(alone_BV, together_BV[one])
-    assert int(alone_B[0]) == int(tokens_B[row])
+    one = slice(row, row + 1)
+    own = {name: one_row(sampler, row) for name, sampler in samplers.items()}
+    started_alone = {name: started(sampler, [row], width=17) for name, sampler in own.items()}
+    for name, (alone_BV, alone_B) in calls(own, keys()[one], logits_BV[one], started_alone).items():
+      np.testing.assert_array_equal(alone_BV, together[name][0][one], name)
+      assert int(alone_B[0]) == int(together[name][1][row]), name
+
+
+def test_the_same_key_draws_the_same_token_at_another_place_of_the_batch():
+  samplers = {name: build(name, 0) for name in CASES}  # parameters that all rows share
+  states = {name: case(name, 0)[1] for name in CASES}
+  order = np.array([4, 2, 0, 5, 1, 3])
+  moved_states = {name: started(sampler, list(order)) for name, sampler in samplers.items()}
+  found = calls(samplers, keys(), logits(), states)
+  moved = calls(samplers, keys()[order], logits()[order], moved_states)
+  for name in samplers:
+    np.testing.assert_array_equal(moved[name][1], found[name][1][order], name)
+
+
+@pytest.mark.slow
+@every_filter
+def test_eager_and_vmap_are_jit(name, index):
+  (sampler, state), logits_BV = case(name, index), logits()
+  ((drawn_from_BV, tokens_B),) = calls({name: sampler}, keys(), logits_BV, {name: state}).values()
+  eager_BV = sampler.filter(logits_BV, sampler.toss(keys(), state))
+  np.testing.assert_allclose(drawn_from_BV, eager_BV, rtol=3e-7, atol=1e-6)  # XLA fuses a product and a sum
+  np.testing.assert_array_equal(sampler(keys(), logits_BV, state)[0], tokens_B)
 
   def of_one(sampler, key, logits_V, state):
     sampler, state = (jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x) for x in (sampler, state))
-    return compiled(sampler, key[None], logits_V[None], state)
+    return calls({name: sampler}, key[None], logits_V[None], {name: state})[name]
 
   own_leaf = lambda leaf: np.ndim(leaf) and np.shape(leaf)[0] == B
   rows = lambda leaf: leaf if own_leaf(leaf) else np.broadcast_to(leaf, (B, *np.shape(leaf)))
   mapped_BV, mapped_B = jax.vmap(of_one)(jax.tree.map(rows, sampler), keys(), logits_BV, state)
-  np.testing.assert_allclose(mapped_BV[:, 0], together_BV, rtol=3e-7, atol=1e-6)
+  np.testing.assert_allclose(mapped_BV[:, 0], drawn_from_BV, rtol=3e-7, atol=1e-6)
   np.testing.assert_array_equal(mapped_B[:, 0], tokens_B)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_key_draws_the_same_token_at_another_place_of_the_batch(name):
-  sampler, state = case(name, 0)  # parameters that all rows share
-  order = np.array([4, 2, 0, 5, 1, 3])
-  _, tokens_B = compiled(sampler, keys(), logits(), state)
-  _, moved_B = compiled(sampler, keys()[order], logits()[order], started(sampler, list(order)))
-  np.testing.assert_array_equal(moved_B, tokens_B[order])
 
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-@every_filter
-def test_a_new_value_does_not_compile_again(name, index):
-  sampler, state = case(name, index)
-  changed = {key: np.roll(x, 1, axis=0) if np.ndim(x) else x for key, x in CASES[name][index].items()}
-  others = [jax.tree.map(lambda leaf: leaf / 2 if isinstance(leaf, float) else leaf, sampler)]
+@pytest.mark.parametrize("which", ["scalars", "rows"])
+def test_a_new_value_does_not_compile_again(which):
+  index = {name: 0 if which == "scalars" else len(CASES[name]) - 1 for name in CASES}
+  samplers = {name: build(name, index[name]) for name in CASES}
+  states = {name: case(name, index[name])[1] for name in CASES}
+  calls(samplers, keys(), logits(), states)
+  others = [jax.tree.map(lambda leaf: leaf / 2 if isinstance(leaf, float) else leaf, samplers)]
   for form in (float, np.float32, jnp.float32):  # a scalar keeps its type, whatever NumPy or JAX gave it
-    others.append(
-      SAMPLERS[name](**{key: form(x) if isinstance(x, float) else x for key, x in changed.items()})
+    change = lambda x, form=form: (
+      np.roll(x, 1, axis=0) if np.ndim(x) else form(x) if isinstance(x, float) else x
     )
-  compiled(sampler, keys(), logits(), state)
+    changed = {name: {key: change(x) for key, x in CASES[name][index[name]].items()} for name in CASES}
+    others.append({name: SAMPLERS[name](**kw) for name, kw in changed.items()})
   seen = []
   listener = lambda event, duration, **_: seen.append(event) if event == COMPILED else None
   jax.monitoring.register_event_duration_secs_listener(listener)
   try:
     for other in others:
-      compiled(other, keys(), logits(), state)
+      calls(other, keys(), logits(), states)
   finally:
     jax.monitoring.unregister_event_duration_listener(listener)
   assert not seen
