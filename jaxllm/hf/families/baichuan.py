@@ -14,7 +14,7 @@ import dataclasses
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.hf import rope
 from jaxllm.hf.families import relative
-from jaxllm.hf.families.phi3 import QKV
+from jaxllm.hf.families.relative import QKV
 from jaxllm.hf.family import Family, Key, linear
 from jaxllm.hf.settings import COUNT, FLAG, NUMBER, Settings
 from jaxllm.position import Alibi, Rope

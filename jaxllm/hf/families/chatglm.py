@@ -17,7 +17,7 @@ import math
 
 from jaxllm.activation import Glu
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.hf.families.phi3 import GATE_UP, QKV
+from jaxllm.hf.families.relative import GATE_UP, QKV
 from jaxllm.hf.family import Family, Grouped, Key, Whole, linear, norm
 from jaxllm.hf.settings import COUNT, DEPTH, FLAG, POSITIVE, Settings
 from jaxllm.norm import LayerNorm, RMSNorm

@@ -19,7 +19,7 @@ from __future__ import annotations
 from jaxllm.activation import Glu
 from jaxllm.config import ModelConfig
 from jaxllm.hf.families import chatglm_6b
-from jaxllm.hf.families.phi3 import GATE_UP
+from jaxllm.hf.families.relative import GATE_UP
 from jaxllm.hf.family import Family, Key, Share, linear
 from jaxllm.hf.settings import COUNT, Settings
 from jaxllm.position import Rope

@@ -290,7 +290,9 @@ def rope_in_windows(s: Settings, head: rope.Head, windows: Iterable[int | None])
 
 NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 QK_NORMS = {"q": "q_norm", "k": "k_norm"}
+QKV = Blocks(lambda cfg: [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)])
 GATE_UP = Blocks(lambda cfg: [cfg.mlp_dim] * 2)
+"""Fused projections, one after the other."""
 
 
 def keys(
