@@ -94,6 +94,10 @@ CHANGED = {
   "GlmDeepNorm.beta": (GLM_1, one("wiring", GlmDeepNorm(1.5, 0.1), GLM_1)),
   "Layer.position": (ROPE, one("layers", (*ROPE.layers[:2], Layer(position("nope"))))),
   "Layer.window": (ROPE, one("layers", (Layer(position("rope"), 3), *ROPE.layers[1:]))),
+  "Layer.mlp": (
+    ROPE,
+    one("layers", (dataclasses.replace(ROPE.layers[0], mlp=Glu("relu")), *ROPE.layers[1:])),
+  ),
   "LogN.train_length": (LOG_N, one("query_scale", LogN(16), LOG_N)),
   "LogN.floor": (LOG_N, one("query_scale", LogN(8, 0.9), LOG_N)),
   "Llama4Scale.original_length": (LLAMA_4, one("query_scale", Llama4Scale(7, 0.5), LLAMA_4)),

@@ -29,3 +29,14 @@ ROWS = {
     num_local_experts=5, num_experts_per_tok=2, attention_bias=False, sliding_window=90, **MOE
   ),
 }
+
+FLAGS = {"qwen3_moe": ("norm_topk_prob", "mlp_only_layers"), "gpt_oss": ("attention_bias",)}
+"""By family, settings that say which tensors there are, or which both values are rows of: several rows have several values."""
+APART = {
+  "num_experts",
+  "num_local_experts",
+  "moe_intermediate_size",
+  "mlp_only_layers",
+  "decoder_sparse_step",
+}
+OTHER = dict(num_experts_per_tok=4, norm_topk_prob=True, swiglu_alpha=3.0, swiglu_limit=0.2)

@@ -8,8 +8,9 @@ from family_cases import GOLDEN, KEPT, T, built, tokens
 from family_checks import context, program, tables
 from model_checks import relative_error
 
-from jaxllm.activation import Glu, Mlp, Xielu
+from jaxllm.activation import ClampedGlu, Glu, Mlp, Xielu
 from jaxllm.config import Layer
+from jaxllm.experts import SoftmaxRouter
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.position import Alibi, NoPE, NtkOldRope
 from jaxllm.wiring import GlmDeepNorm, ParallelTwoNorms, Pre, deepnorm_coefficients
@@ -34,6 +35,10 @@ def each_rope(**fields):
 
 def window(by):
   return each_layer(lambda layer: {"window": layer.window and layer.window + by})
+
+
+def moe(**fields):
+  return lambda cfg: dict(mlp=dataclasses.replace(cfg.mlp, **fields))
 
 
 # bug: row, changed fields of its config
@@ -127,6 +132,12 @@ CONFIGS = {
     "hunyuan_v1_dense",
     each_layer(lambda layer: {"position": NtkOldRope(layer.position.base, factor=layer.position.factor)}),
   ),
+  "weights that do not sum to 1": ("mixtral", moe(router=SoftmaxRouter(renormalize=False))),
+  "weights that sum to 1": ("qwen3_moe", moe(router=SoftmaxRouter())),
+  "an expert too many": ("mixtral", moe(top_k=3)),
+  "an expert too few": ("gpt_oss", moe(top_k=2)),
+  "a gate that is not clamped": ("gpt_oss", moe(expert=ClampedGlu(1.3, 1e3))),
+  "the usual gate": ("gpt_oss", moe(expert=Glu())),
   "xIELU without its line": ("apertus", lambda cfg: dict(mlp=Xielu(beta=0.01))),
 }
 BY_DEFAULT = ("a window of one more", "fused heads read as blocks")
@@ -188,6 +199,24 @@ def keys_for_queries(attn, mlp):
   attn["q"], attn["k"] = attn["k"], attn["q"]
 
 
+def halves_for_turns(attn, mlp):
+  """Gate and up of an expert, which take turns, read as two halves."""
+  parts = {one: mlp["experts"][one] for one in ("gate", "up")}
+  fused = np.stack([part["w"] for part in parts.values()], -1)
+  halves = np.split(fused.reshape(*fused.shape[:2], -1), 2, -1)
+  mlp["experts"] = mlp["experts"] | {
+    one: part | {"w": half} for (one, part), half in zip(parts.items(), halves, strict=True)
+  }
+
+
+def no_sinks(attn, mlp):
+  attn["sinks"] = np.full_like(attn["sinks"], -1e9)
+
+
+def experts_in_turn(attn, mlp):
+  mlp["experts"] = mlp["experts"] | {"down": {"w": mlp["experts"]["down"]["w"][::-1]}}
+
+
 # bug: row, change of the parameters of each layer
 WEIGHTS = {
   "up is the activated half": ("phi3", gate_for_up),
@@ -196,6 +225,9 @@ WEIGHTS = {
   "up is the activated half of GLM": ("glm", gate_for_up),
   "weights of another head's norm": ("cohere", heads_in_turn),
   "slopes exchanged": ("apertus", slopes_exchanged),
+  "gate and up as halves": ("gpt_oss", halves_for_turns),
+  "no sinks": ("gpt_oss", no_sinks),
+  "the matrices of another expert": ("mixtral", experts_in_turn),
   "blocks read as fused heads": ("baichuan", heads_for_blocks),
   "ChatGLM's fused heads read as blocks": ("chatglm-6b", blocks_for_heads),
   "the first half is the activated one": ("glm-130b", gate_for_up),

@@ -2,6 +2,8 @@
 
 import functools
 
+import family_rows_gpt
+import family_rows_moe
 import pytest
 from family_cases import BASE, FULL, SLIDING, THEIRS, YARN, built, family_of, from_tensors, tokens
 from family_checks import program
@@ -36,8 +38,9 @@ APART |= {
   "use_qk_norm",
 }
 APART |= {"eos_token_id", "torch_dtype", "max_position_embeddings"}  # the last computes dynamic NTK only
+APART |= family_rows_gpt.APART | family_rows_moe.APART
 
-LEARNED = {("apertus", "hidden_act")}
+LEARNED = {("apertus", "hidden_act"), ("gpt_oss", "hidden_act")}
 """Of one family: an activation that has tensors of its own."""
 
 OTHER = dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), "relu")
@@ -51,6 +54,7 @@ OTHER |= dict(layer_types=[FULL, SLIDING, SLIDING], no_rope_layers=[0, 0, 1], us
 OTHER |= dict(logit_scale=0.1, clip_qkv=0.3)
 OTHER |= dict(apply_residual_connection_post_layernorm=True, scale_attn_weights=False)
 OTHER |= dict(rope_scaling={"rope_type": "linear", "factor": 3.0}, attn_config={"clip_qkv": 0.5})
+OTHER |= family_rows_gpt.OTHER | family_rows_moe.OTHER
 SIX = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [5.0] * 6}
 LISTS = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [5.0] * 4}
 # of one family: what else has to change with a setting, None for a key that is left out
@@ -73,6 +77,8 @@ WITH = {
   ("glm4", "partial_rotary_factor"): {"partial_rotary_factor": 0.3},
   ("olmo3", "rope_parameters"): {"rope_parameters": {FULL: YARN | {"factor": 9.0}, SLIDING: BASE}},
 }
+
+WITH |= family_rows_gpt.WITH
 
 
 FAMILIES = tuple(dict.fromkeys(map(family_of, THEIRS)))
@@ -118,6 +124,14 @@ def test_what_we_write_has_the_logits_of_the_row(name):
 def test_every_setting_moves_their_logits(name, key):
   moved = theirs.logits(theirs.model(changed(name, key), built(row_of(name)).tensors), tokens()[:, :LENGTH])
   assert relative_error(moved, base(name)) > 1e-3
+
+
+def test_what_says_which_tensors_there_are_has_several_values():
+  """And so is held by the logits of rows, not by a change of one row's settings, which its tensors would not fit."""
+  for name, keys in (family_rows_gpt.FLAGS | family_rows_moe.FLAGS).items():
+    rows = [row for row in THEIRS if row.split(",")[0] == name]
+    written = [write_config(built(row).cfg, name, pinned=True)[1] for row in rows]
+    assert not [key for key in keys if len({str(plain[key]) for plain in written}) < 2], name
 
 
 @pytest.mark.slow

@@ -88,9 +88,11 @@ def test_types(tmp_path, stored, named, wanted, types):
   assert ({leaf.dtype.name for leaf in jax.tree.leaves(params)}, cfg.dtype) == ({types[0]}, types[1])
 
 
-def test_on_a_mesh(tmp_path):
+@pytest.mark.parametrize("row", ["llama", "mixtral"])
+def test_on_a_mesh(tmp_path, row):
+  """Experts too, which are a tensor each in the files, and one parameter here."""
   mesh = parallel.make_mesh("fsdp=4,tensor=2")
-  cfg, params = hf.load(write(tmp_path), mesh=mesh)
+  cfg, params = hf.load(write(tmp_path, row), mesh=mesh)
   whole = parallel.shard(hf.load(tmp_path)[1], mesh, parallel.RULES["fsdp_tensor"], cfg)
   for mine, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True):
     assert mine.sharding == theirs.sharding

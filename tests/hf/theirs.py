@@ -22,7 +22,7 @@ EXPERTS = {
 
 
 def attention_of(plain):
-  """The attention to compare with: eager, but for Falcon's ALiBi, which 5.24 adds to the mask and to the scores there."""
+  """The attention to compare with: eager, but for Falcon's ALiBi, which version 5.24 adds twice there: to mask and scores."""
   return "sdpa" if plain["model_type"] == "falcon" and plain.get("alibi") else "eager"
 
 
