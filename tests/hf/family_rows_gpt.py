@@ -34,6 +34,12 @@ ROWS = {
   "gpt_bigcode, a key a query": GPT | dict(multi_query=False, scale_attn_weights=False),
   "nemotron": dict(head_dim=20, attention_bias=True, mlp_bias=True, **ROPE, **NARROW),
   "persimmon": {name: value for name, value in WIDE.items() if name != "num_key_value_heads"} | ROPE,
+  "persimmon, RoPE scaled": dict(
+    qk_layernorm=False,
+    tie_word_embeddings=True,
+    rope_parameters=YARN,
+    **{name: value for name, value in WIDE.items() if name != "num_key_value_heads"},
+  ),
   "stablelm": dict(
     rope_parameters=ROPE["rope_parameters"] | dict(partial_rotary_factor=0.5),
     **dict(use_qkv_bias=True, qk_layernorm=True),
@@ -42,4 +48,22 @@ ROWS = {
   "stablelm, side by side": dict(
     rope_parameters=YARN | dict(partial_rotary_factor=0.5), use_parallel_residual=True, **WIDE
   ),
+}
+
+FLAGS = {
+  "starcoder2": ("use_bias",),
+  "phi": ("qk_layernorm",),
+  "falcon": ("bias", "multi_query", "new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn"),
+  "opt": ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "word_embed_proj_dim"),
+  "gpt_bigcode": ("multi_query",),
+  "persimmon": ("qk_layernorm",),
+  "stablelm": ("qk_layernorm", "use_parallel_residual", "use_qkv_bias"),
+}
+"""Settings that say which tensors there are: rows of a family have several values of each."""
+APART = {"ffn_dim", "ffn_hidden_size", "num_kv_heads", *(name for names in FLAGS.values() for name in names)}
+OTHER = dict(activation="relu", norm_epsilon=0.1, norm_eps=0.1, rotary_dim=4, alibi=True)
+WITH = {
+  ("phi", "partial_rotary_factor"): {"partial_rotary_factor": 0.8},
+  ("nemotron", "partial_rotary_factor"): {"partial_rotary_factor": 0.8},
+  ("opt", "activation_function"): {"activation_function": "gelu"},
 }

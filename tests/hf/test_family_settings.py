@@ -2,6 +2,7 @@
 
 import functools
 
+import family_rows_gpt
 import pytest
 from family_cases import FULL, ROWS, SLIDING, YARN, built, from_tensors, tokens
 from family_checks import program
@@ -34,6 +35,7 @@ APART |= {
   "mlp_bias",
 }
 APART |= {"eos_token_id", "torch_dtype", "max_position_embeddings"}  # the last computes dynamic NTK only
+APART |= family_rows_gpt.APART
 
 OTHER = dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), "relu")
 OTHER |= dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), 0.1)
@@ -45,6 +47,7 @@ OTHER |= dict(sliding_window=20, max_window_layers=3, use_sliding_window=False, 
 OTHER |= dict(layer_types=[FULL, SLIDING, SLIDING], no_rope_layers=[0, 0, 1], use_parallel_residual=False)
 OTHER |= dict(apply_residual_connection_post_layernorm=True, scale_attn_weights=False)
 OTHER |= dict(rope_scaling={"rope_type": "linear", "factor": 3.0}, attn_config={"clip_qkv": 0.5})
+OTHER |= family_rows_gpt.OTHER
 SIX = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [5.0] * 6}
 LISTS = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [5.0] * 4}
 # of one family: what else has to change with a setting, None for a key that is left out
@@ -64,6 +67,8 @@ WITH = {
   },
   ("ministral3", "rope_parameters"): {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.9}},
 }
+
+WITH |= family_rows_gpt.WITH
 
 
 def row_of(name):
@@ -105,6 +110,14 @@ def test_what_we_write_has_the_logits_of_the_row(name):
 def test_every_setting_moves_their_logits(name, key):
   moved = theirs.logits(theirs.model(changed(name, key), built(row_of(name)).tensors), tokens()[:, :LENGTH])
   assert relative_error(moved, base(name)) > 1e-3
+
+
+def test_what_says_which_tensors_there_are_has_several_values():
+  """And so is held by the logits of rows, not by a change of one row's settings, which its tensors would not fit."""
+  for name, keys in family_rows_gpt.FLAGS.items():
+    rows = [row for row in ROWS if row.split(",")[0] == name]
+    written = [write_config(built(row).cfg, name)[1] for row in rows]
+    assert not [key for key in keys if len({plain[key] for plain in written}) < 2], name
 
 
 @pytest.mark.slow

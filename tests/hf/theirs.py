@@ -17,7 +17,7 @@ IN_MEMORY = {"gpt_neox": ("embed_out.weight", "lm_head.weight")}
 
 
 def attention_of(plain):
-  """The attention to compare with: eager, but for Falcon's ALiBi, which version 5.24 adds to the mask and to the scores there."""
+  """The attention to compare with: eager, but for Falcon's ALiBi, which version 5.24 adds twice there: to mask and scores."""
   return "sdpa" if plain["model_type"] == "falcon" and plain.get("alibi") else "eager"
 
 
