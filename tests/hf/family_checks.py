@@ -121,3 +121,10 @@ def by_name(row, grads):
     parts = [key.to_stored(part if key.part is None else part[key.part]) for part in parts]
     out[key.theirs] = key.layout.join(parts, model.cfg, key.axis(parts[0].ndim))
   return out
+
+
+def vanishing(row):
+  """Tensors whose gradient is rounding alone: a bias of keys that nothing turns adds the same to all scores of a query."""
+  model = built(row)
+  keys = () if model.cfg.ropes else match.all_keys(model.family, model.cfg)
+  return {key.theirs for key in keys if len(key.ours) == 1 and key.ours[0].endswith("attn/k/bias")}
