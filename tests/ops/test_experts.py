@@ -16,7 +16,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.experts import Moe, SoftmaxRouter
 from jaxllm.leaf import Matrix
 from jaxllm.ops.experts import experts
-from jaxllm.ops.grouped import _blocks, _native, group, grouped_dot
+from jaxllm.ops.grouped import _native, group, grouped_dot
 
 SIZES = ((3, 0, 70, 1, 0), (0, 0, 5, 0, 0), (32, 33, 31, 0, 64), (1, 1, 1, 1, 1))
 """Rows of each group: none, one, blocks of 32 that are full and that are not."""
@@ -53,7 +53,7 @@ def test_gradients_of_the_loops_are_those_of_plain_products(sizes, stored):
   owner = np.repeat(np.arange(len(sizes)), sizes)
   value = w if stored == "io" else np.ascontiguousarray(w.swapaxes(1, 2))
   plain = lambda x, value: jnp.einsum("RD,RDF->RF" if stored == "io" else "RD,RFD->RF", x, value[owner])
-  loops = lambda x, value: _blocks(x, value, counts, stored, 32)
+  loops = lambda x, value: grouped_dot(x, Matrix(value, stored), counts)
   loss = lambda f: jax.jit(jax.grad(lambda *args: jnp.sum(jnp.sin(f(*args))), argnums=(0, 1)))(x, value)
   for found, expected in zip(loss(loops), loss(plain), strict=True):
     assert relative_error(found, expected) <= 1e-5
@@ -156,10 +156,8 @@ def test_gradients_go_through_the_router_and_the_experts(name):
 
   step = 1e-7  # so small that no token changes its experts
   slope = (by_loop(step) - by_loop(-step)) / (2 * step)
-  found = sum(
-    float(np.sum(np.asarray(g, np.float64) * d))
-    for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True)
-  )
+  pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True)
+  found = sum(float(np.sum(np.asarray(g, np.float64) * d)) for g, d in pairs)
   assert abs(found - slope) <= 1e-4 * max(abs(slope), 1.0), (found, slope)
 
 
