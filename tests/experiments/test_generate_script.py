@@ -64,10 +64,15 @@ def test_the_flags_of_samplers_reach_the_text(finished, capfd):
   args = (f"--run={finished[0]}", "--method=none", "--prompt=ab", "--tokens=30", "--temperature=0")
   assert call(*args) == 0
   greedy = capfd.readouterr().out
-  assert call(*args, "--no_repeat_ngram_size=1") == 0
-  text = capfd.readouterr().out
-  assert text != greedy
-  assert call(*args, "--repetition_penalty=2", "--dry_multiplier=1", "--min_p=0.1", "--mirostat_tau=3") == 0
+  more = (
+    "--no_repeat_ngram_size=1",
+    "--repetition_penalty=2",
+    "--dry_multiplier=1",
+    "--min_p=0.1",
+    "--mirostat_tau=3",
+  )
+  assert call(*args, *more) == 0
+  assert capfd.readouterr().out != greedy
 
 
 @pytest.mark.parametrize(

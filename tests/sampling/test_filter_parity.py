@@ -125,19 +125,25 @@ def compare(name, make, theirs, told, kind, rows, vocabulary):
   text_BT = texts(rows, vocabulary)
   given = logits_BV.astype(np.float16) if kind == "float16" else logits_BV
   found_BV = np.asarray(ours(make(vocabulary), given, text_BT))
-  wanted_BV = theirs()(torch.tensor(text_BT), torch.tensor(logits_BV)).numpy()
+  # Over a full vocabulary transformers' own float32 errs, by up to 59 tokens of typical at 0.99: there it gets float64.
+  wide = bool(told) and vocabulary > 1000
+  scores = torch.tensor(logits_BV.astype(np.float64) if wide else logits_BV)
+  wanted_BV = theirs()(torch.tensor(text_BT), scores).numpy()
   decided = np.ones(rows, bool)
   if told:  # where a cutoff is within float32 rounding of a token, either set is right
-    # transformers compares probabilities and we their logarithms: 1e-5 in the exponent covers both
     form = lambda row: getattr(filter_reference, name)(row.astype(np.float64), [], 0, **told)[1] > 1e-5
     decided = np.array([form(row) for row in logits_BV])
-    assert decided.mean() > (0.85 if vocabulary < 1000 else 0.5)
-  np.testing.assert_array_equal(np.isfinite(found_BV)[decided], np.isfinite(wanted_BV)[decided])
+    assert wide or decided.mean() > 0.8
+  wrong_B = (np.isfinite(found_BV) != np.isfinite(wanted_BV)).sum(-1)
+  np.testing.assert_array_equal(wrong_B[decided], 0)
+  assert not wide or wrong_B.max() <= 2  # the tokens at the cutoff
   kept = np.isfinite(wanted_BV) & decided[:, None]
   # the penalty: torch divides, and we multiply by the inverse: two roundings of 2^-24
   np.testing.assert_allclose(
     found_BV[kept], wanted_BV[kept], rtol=1.2e-7 if name == "repetition_penalty" else 0
   )
+  if not kept.any():
+    return
   size = np.where(found_BV[kept] == wanted_BV[kept], 1, np.abs(wanted_BV[kept]))
   measured(name, "transformers", np.max(np.abs(found_BV[kept] - wanted_BV[kept]) / size))
 

@@ -146,6 +146,19 @@ def test_eager_and_vmap_are_jit(name, index):
   np.testing.assert_array_equal(mapped_B[:, 0], tokens_B)
 
 
+@pytest.mark.slow
+def test_a_vocabulary_split_over_devices_draws_the_same_tokens():
+  if jax.device_count() < 3:
+    pytest.skip("needs three devices")
+  mesh = jax.make_mesh((3,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
+  samplers, states = last_cases()
+  found = calls(samplers, keys(), jax.device_put(logits(), split), states)
+  for name, (drawn_from_BV, tokens_B) in calls(samplers, keys(), logits(), states).items():
+    np.testing.assert_allclose(found[name][0], drawn_from_BV, rtol=3e-7, atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(found[name][1], tokens_B, name)
+
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
