@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import family_rows_gpt
 import pytest
 from family_cases import FULL, ROWS, SLIDING, built, settings
 
@@ -25,7 +26,7 @@ SIZES = {
   "intermediate_size",
   "model_type",
 }
-SIZES |= {"n_layer", "n_head", "n_layers", "n_heads", "d_model", "n_embd"}
+SIZES |= {"n_layer", "n_head", "n_layers", "n_heads", "d_model", "n_embd", "ffn_dim"}
 """What has to be there: a default would be another model's."""
 
 
@@ -52,7 +53,9 @@ def test_some_family_has_every_model(row):
   cfg = built(row).cfg
   family, plain = write_config(cfg, pinned=True)
   assert differences(cfg, read_config(plain)[1]) == []
-  if row.startswith(("llama", "bloom", "mpt", "gpt", "gemma", "olmo2", "qwen3", "ministral3")):
+  alone = ("llama", "bloom", "mpt", "gpt2", "gpt_neox", "gemma", "olmo2", "qwen3", "ministral3", "starcoder2")
+  alone += ("phi", "gptj", "falcon", "opt", "nemotron", "persimmon", "stablelm")
+  if row.startswith(alone) and row != "persimmon, RoPE scaled":  # which is a GPT-NeoX, too
     assert family.model_type == row.split(",")[0]
 
 
@@ -419,6 +422,9 @@ def test_bad_settings(changes, message):
 def test_bad_rope_settings(parameters, message):
   with pytest.raises(ConfigError, match=rf"^config.json: .*{message}"):
     read_config(LLAMA | dict(rope_parameters=parameters))
+
+
+BAD_ELSEWHERE += family_rows_gpt.BAD
 
 
 @pytest.mark.parametrize(("row", "changes", "message"), BAD_ELSEWHERE)

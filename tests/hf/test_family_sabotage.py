@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import family_bugs_gpt
 import numpy as np
 import pytest
 from family_cases import GOLDEN, KEPT, built, tokens
@@ -76,6 +77,7 @@ CONFIGS = {
   "projections not clipped": ("mpt", lambda cfg: dict(clip_qkv=None)),
   "another eps": ("gpt2", lambda cfg: dict(norm=LayerNorm(1e-2))),
 }
+CONFIGS |= family_bugs_gpt.CONFIGS
 BY_DEFAULT = ("a window of one more", "fused heads read as blocks")
 
 
@@ -125,6 +127,7 @@ WEIGHTS = {
   "fused heads read as blocks": ("bloom", blocks_for_heads),
   "keys before queries": ("mpt", keys_for_queries),
 }
+WEIGHTS |= family_bugs_gpt.WEIGHTS
 
 
 @each(WEIGHTS)

@@ -1,5 +1,6 @@
 """Settings as published checkpoints have them, legacy keys included: accepted, and read as their authors mean them."""
 
+import published_gpt
 import pytest
 
 from jaxllm.hf.families import ignored_settings, read_config
@@ -208,6 +209,8 @@ PUBLISHED = {
   "MPT 7B": (MPT, Alibi(), None, dict(clip_qkv=None, context_length=2048, mlp_dim=16384)),
   "GPT-2": (GPT2, Learned(1024), None, dict(mlp_dim=3072, length_limit=1024)),
 }
+
+PUBLISHED |= published_gpt.PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
