@@ -16,7 +16,7 @@ OPT = SIZES | dict(ffn_dim=100, max_position_embeddings=640)
 
 ROWS = {
   "starcoder2": dict(sliding_window=90, head_dim=20, **ROPE, **NARROW),
-  "starcoder2, no biases": dict(use_bias=False, tie_word_embeddings=False, **ROPE, **NARROW),
+  "starcoder2, no biases": dict(use_bias=False, tie_word_embeddings=False, **ROPE, **WIDE),
   "phi": dict(head_dim=20, rope_parameters=YARN | dict(partial_rotary_factor=0.4), **NARROW),
   "phi, normed queries": dict(qk_layernorm=True, hidden_act="gelu", **ROPE, **NARROW),
   "gptj": dict(rotary_dim=8, **GPT),
@@ -49,6 +49,8 @@ ROWS = {
     rope_parameters=YARN | dict(partial_rotary_factor=0.5), use_parallel_residual=True, **WIDE
   ),
 }
+VARIANTS = tuple(row for row in ROWS if "," in row and row not in ("falcon, RW form", "opt, 350m form"))
+"""Rows of which the default set has the kept logits alone."""
 
 FLAGS = {
   "starcoder2": ("use_bias",),
