@@ -205,6 +205,17 @@ def embeddings_that_count_from_zero_in_every_call(monkeypatch):
   wrap_method(monkeypatch, absolute.Learned, "embed", again)
 
 
+@bug(check_oracle, "learned, after two rows", 0)
+def positions_from_the_first_row(monkeypatch):
+  first = lambda embed, self, *args: embed(dataclasses.replace(self, offset=0), *args)
+  wrap_method(monkeypatch, absolute.Learned, "embed", first)
+
+
+@bug(check_oracle, "alibi of Falcon", 0)
+def slopes_rounded_and_products_not(monkeypatch):
+  monkeypatch.setattr(bias, "_rounded", lambda x: jnp.asarray(x, jnp.float32))
+
+
 @bug(check_oracle, "sinusoidal", 0)
 def sines_and_cosines_swapped(monkeypatch):
   wrap(monkeypatch, phase, "cos_sin", lambda cos_sin, *args: cos_sin(*args)[::-1])

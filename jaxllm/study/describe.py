@@ -14,8 +14,10 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
   heads = f"{cfg.num_heads} heads" + (
     f" ({cfg.num_kv_heads} of keys and values)" if cfg.num_kv_heads != cfg.num_heads else ""
   )
+  narrow = getattr(cfg, "embed_width", None)
+  width = f"width {cfg.embed_dim}" + (f" (embeddings of {narrow})" if narrow is not None else "")
   lines = [
-    f"model: {cfg.num_layers} layers, width {cfg.embed_dim}, {heads} of {cfg.head_dim}, hidden width {cfg.mlp_dim}, vocabulary "
+    f"model: {cfg.num_layers} layers, {width}, {heads} of {cfg.head_dim}, hidden width {cfg.mlp_dim}, vocabulary "
     f"{cfg.vocab_size}, head {'tied to the embedding' if cfg.tie_embeddings else 'of its own'}"
     f"{', each token normalised' if cfg.norm_head else ''}"
   ]

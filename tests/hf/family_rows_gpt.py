@@ -16,7 +16,7 @@ OPT = SIZES | dict(ffn_dim=100, max_position_embeddings=640)
 
 ROWS = {
   "starcoder2": dict(sliding_window=90, head_dim=20, **ROPE, **NARROW),
-  "starcoder2, no biases": dict(use_bias=False, tie_word_embeddings=False, **ROPE, **NARROW),
+  "starcoder2, no biases": dict(use_bias=False, tie_word_embeddings=False, **ROPE, **WIDE),
   "phi": dict(head_dim=20, rope_parameters=YARN | dict(partial_rotary_factor=0.4), **NARROW),
   "phi, normed queries": dict(qk_layernorm=True, hidden_act="gelu", **ROPE, **NARROW),
   "gptj": dict(rotary_dim=8, **GPT),
@@ -49,6 +49,8 @@ ROWS = {
     rope_parameters=YARN | dict(partial_rotary_factor=0.5), use_parallel_residual=True, **WIDE
   ),
 }
+VARIANTS = tuple(row for row in ROWS if "," in row and row not in ("falcon, RW form", "opt, 350m form"))
+"""Rows of which the default set has the kept logits alone."""
 
 FLAGS = {
   "starcoder2": ("use_bias",),
@@ -67,3 +69,49 @@ WITH = {
   ("nemotron", "partial_rotary_factor"): {"partial_rotary_factor": 0.8},
   ("opt", "activation_function"): {"activation_function": "gelu"},
 }
+BAD = [
+  ("starcoder2", dict(norm_type="rms_norm"), "norm_type: found 'rms_norm', expected 'layer_norm'"),
+  ("starcoder2", dict(mlp_type="gated"), "mlp_type: found 'gated'"),
+  ("starcoder2", dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon: found 1e-06, expected 1e-05"),
+  (
+    "phi, normed queries",
+    dict(head_dim=20),
+    "head_dim: found 20, expected hidden_size / num_attention_heads",
+  ),
+  ("phi", dict(partial_rotary_factor=0.5), "partial_rotary_factor: found 0.4, expected 0.5"),
+  ("gptj", dict(rotary_dim=7), "rotary_dim: found 7, expected an even number up to 18"),
+  ("gptj", dict(rotary_dim=20), "rotary_dim: found 20, expected an even number up to 18"),
+  ("gptj", dict(rotary_dim=None), "rotary_dim: found null, .*without it, 64 are turned"),
+  ("gptj", dict(rotary=False), "rotary: found false, expected true"),
+  ("gptj", dict(rope_theta=1e6), "unknown settings.*rope_theta"),
+  ("codegen", dict(n_embd=66, n_head=3), "n_embd: found 66, expected a multiple of 4"),
+  ("falcon", dict(num_attention_heads=5), "num_attention_heads: found 5, expected a divisor of hidden_size"),
+  (
+    "falcon",
+    dict(multi_query=False, num_kv_heads=2),
+    "num_kv_heads: found 2, expected num_attention_heads = 4",
+  ),
+  ("falcon", dict(num_ln_in_parallel_attn=2), "num_ln_in_parallel_attn: found 2, expected 1"),
+  (
+    "falcon",
+    dict(apply_residual_connection_post_layernorm=True),
+    "post_layernorm: found true, expected false",
+  ),
+  ("falcon, 40B form", dict(num_kv_heads=4), "num_kv_heads: found 4, expected a divisor"),
+  ("falcon, 40B form", dict(parallel_attn=False), "parallel_attn: found false, expected true"),
+  (
+    "falcon, 40B form",
+    dict(num_ln_in_parallel_attn=3),
+    "num_ln_in_parallel_attn: found 3, expected one of 1, 2",
+  ),
+  ("opt", dict(_remove_final_layer_norm=True), "_remove_final_layer_norm: found true, expected false"),
+  ("opt", dict(word_embed_proj_dim=0), "word_embed_proj_dim: found 0"),
+  ("gpt_bigcode", dict(num_key_value_heads=4), "num_key_value_heads: found 4, expected 1"),
+  ("gpt_bigcode", dict(add_cross_attention=True), "add_cross_attention: found true"),
+  ("nemotron", dict(rms_norm_eps=1e-6), r"unknown settings.*rms_norm_eps"),
+  ("persimmon", dict(num_key_value_heads=2), "num_key_value_heads: found 2, expected 6"),
+  ("persimmon", dict(head_dim=20), "head_dim: found 20, expected 16"),
+  ("stablelm", dict(head_dim=20), "head_dim: found 20, expected 16"),
+  ("stablelm", dict(rope_pct=0.25), "unknown settings.*rope_pct"),
+]
+"""A row, changes of its settings, and what the error says."""

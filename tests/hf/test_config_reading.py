@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import family_rows_gpt
 import pytest
 from family_cases import FULL, ROWS, SLIDING, THEIRS, built, family_of, settings
 
@@ -54,8 +55,9 @@ def test_some_family_has_every_model(row):
   cfg = built(row).cfg
   family, plain = write_config(cfg, pinned=True)
   assert differences(cfg, read_config(plain)[1]) == []
-  own = ("llama", "bloom", "mpt", "gpt", "gemma", "olmo2", "qwen3", "ministral3")
-  if row.startswith(own) and row != "gpt_bigcode, a key a query":  # which is a GPT-2
+  alone = ("llama", "bloom", "mpt", "gpt2", "gpt_neox", "gemma", "olmo2", "qwen3", "ministral3", "starcoder2")
+  alone += ("gpt_oss", "phi", "gptj", "falcon", "opt", "nemotron", "persimmon", "stablelm")
+  if row.startswith(alone) and row != "persimmon, RoPE scaled":  # which is a GPT-NeoX, too
     assert family.model_type == row.split(",")[0]
 
 
@@ -116,9 +118,8 @@ def test_missing_settings_have_the_defaults_of_transformers(row):
 @each_family
 def test_sizes_have_no_default(name):
   plain = plain_of(row_of(name))
-  has_one = (
-    {"ffn_hidden_size"} if name == "falcon" else set()
-  )  # four times the width, as in all of its models
+  # Falcon's is four times the width, as in all of its models
+  has_one = {"ffn_hidden_size"} if name == "falcon" else set()
   for key in plain.keys() & SIZES - {"model_type"} - has_one:
     with pytest.raises(ConfigError, match=rf"config.json: {key}: found nothing.*expected an integer"):
       read_config({one: value for one, value in plain.items() if one != key})
@@ -482,6 +483,9 @@ def test_bad_settings(changes, message):
 def test_bad_rope_settings(parameters, message):
   with pytest.raises(ConfigError, match=rf"^config.json: .*{message}"):
     read_config(LLAMA | dict(rope_parameters=parameters))
+
+
+BAD_ELSEWHERE += family_rows_gpt.BAD
 
 
 @pytest.mark.parametrize(("row", "changes", "message"), BAD_ELSEWHERE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import family_bugs_gpt
 import numpy as np
 import pytest
 from family_cases import GOLDEN, KEPT, T, built, tokens
@@ -140,6 +141,7 @@ CONFIGS = {
   "the usual gate": ("gpt_oss", moe(expert=Glu())),
   "xIELU without its line": ("apertus", lambda cfg: dict(mlp=Xielu(beta=0.01))),
 }
+CONFIGS |= family_bugs_gpt.CONFIGS
 BY_DEFAULT = ("a window of one more", "fused heads read as blocks")
 
 
@@ -232,6 +234,7 @@ WEIGHTS = {
   "ChatGLM's fused heads read as blocks": ("chatglm-6b", blocks_for_heads),
   "the first half is the activated one": ("glm-130b", gate_for_up),
 }
+WEIGHTS |= family_bugs_gpt.WEIGHTS
 
 
 @each(WEIGHTS)

@@ -1,6 +1,7 @@
 """Settings as published checkpoints have them, legacy keys included: accepted, and read as their authors mean them."""
 
 import published_glm
+import published_gpt
 import published_llama
 import pytest
 
@@ -211,6 +212,8 @@ PUBLISHED = {
   "GPT-2": (GPT2, Learned(1024), None, dict(mlp_dim=3072, length_limit=1024)),
 }
 PUBLISHED |= published_llama.PUBLISHED | published_glm.PUBLISHED
+
+PUBLISHED |= published_gpt.PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
