@@ -16,7 +16,7 @@ from jaxllm import parallel
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.evaluate.text import Text, check_ids, of_tokens
-from jaxllm.hf import files, loading, tokenizer
+from jaxllm.hf import header, loading, tokenizer
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.choose import CORES
 from jaxllm.position import POSITIONS, PiRope, PositionTables
@@ -44,6 +44,7 @@ class Checkpoint:
     mesh: str | None = None,
     rules: str | None = None,
     rope_precision: str = "exact",
+    verify: bool = True,
   ) -> Checkpoint:
     """The checkpoint of a directory or a repository; every error of settings, and none of weights, is raised here."""
     made = None if mesh is None else parallel.make_mesh(mesh)
@@ -52,7 +53,7 @@ class Checkpoint:
       raise ConfigError(f"--rules={rules}: not known{near}; expected one of {', '.join(parallel.RULES)}")
     if made is not None and rules is None:
       rules = parallel.default_rules(made)
-    opened = loading.open_checkpoint(model, dtype, rope_precision)
+    opened = loading.open_checkpoint(model, dtype, rope_precision, verify)
     if made is not None:
       for path, shape in opened.matched.shapes.items():
         parallel.place(path, shape, made, parallel.RULES[rules], opened.cfg)
@@ -65,8 +66,8 @@ class Checkpoint:
 
   @property
   def family(self) -> str:
-    """Its model_type."""
-    return self.opened.family.model_type
+    """Its name in FAMILIES."""
+    return self.opened.family.name
 
   def params(self):
     """The parameters, on the mesh if there is one."""
@@ -74,7 +75,7 @@ class Checkpoint:
 
   def text(self, text: str, source: str) -> Text:
     """A text as the model reads it; windows begin as its tokenizer begins a text."""
-    own = tokenizer.load_tokenizer(self.directory, self.cfg)
+    own = tokenizer.load_tokenizer(self.directory, self.cfg, verify=bool(self.opened.kept.digests))
     ids, ends = own.encode_ends(text)
     ids = np.asarray(ids, np.int32)
     check_ids(ids, self.cfg.vocab_size, source)
@@ -103,7 +104,7 @@ class Checkpoint:
   def _digests(self) -> dict[str, str]:
     """{name of a file: SHA-256}: of all of the settings and the tokenizer, of a sample of each tensor of the weights."""
     found = {path.name: _digest(path) for path in self.directory.iterdir() if path.suffix in KEPT}
-    by_file: dict[Path, list[files.Stored]] = {}
+    by_file: dict[Path, list[header.Stored]] = {}
     for tensor in self.opened.checkpoint.tensors.values():
       by_file.setdefault(tensor.file, []).append(tensor)
     return dict(
@@ -124,7 +125,7 @@ class Checkpoint:
 KEPT = (".json", ".model", ".txt")
 
 
-def sampled(path: Path, tensors: Iterable[files.Stored]) -> str:
+def sampled(path: Path, tensors: Iterable[header.Stored]) -> str:
   """SHA-256 of a file's size, its header and a sample of each tensor: both ends and what is evenly spaced between, or all of
   BLOCKS * BLOCK bytes and less.
 

@@ -77,6 +77,7 @@ flags.DEFINE_enum(
   "angles: exact, or the float32 ones of transformers",
   flag_values=FLAGS,
 )
+flags.DEFINE_bool("verify", True, choices.VERIFY_HELP, flag_values=FLAGS)
 flags.DEFINE_string(
   "out",
   None,
@@ -131,7 +132,7 @@ def main(f) -> int:
   from jaxllm.study.stop import StopFlag
   from jaxllm.train import data
 
-  checkpoint = Checkpoint.open(f.model, f.dtype, f.attention, f.mesh, f.rules, f.rope_precision)
+  checkpoint = Checkpoint.open(f.model, f.dtype, f.attention, f.mesh, f.rules, f.rope_precision, f.verify)
   window, stride = lengths(f, checkpoint.trained_length)
   checkpoint.cfg.check_length(window, "--window")
   method_on(checkpoint, f.method, f.factor, f.train_length, window)  # refused before the text is read

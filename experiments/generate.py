@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.study import choices, methods, run_app
+from jaxllm.study import choices, methods, run_app, samplers
 
 flags.DEFINE_string("run", "runs/length_extrapolation", "the --out of the run that trained the model")
 flags.DEFINE_enum("scheme", "rope", list(methods.SCHEMES), "which of its models")
@@ -21,9 +21,7 @@ flags.DEFINE_enum("method", "rerope", list(methods.METHODS), "position method")
 flags.DEFINE_float(
   "factor", None, "context multiplier of the method; default: the whole text over the trained length"
 )
-flags.DEFINE_float("temperature", 0.7, "0 is greedy")
-flags.DEFINE_integer("top_k", 0, "keep the k most likely bytes; 0 keeps all")
-flags.DEFINE_float("top_p", 0.95, "keep the smallest set of bytes with this probability; 1 keeps all")
+samplers.define("bytes")
 
 
 def check(f) -> None:
@@ -38,13 +36,7 @@ def check(f) -> None:
     raise ConfigError(
       f"--factor={f.factor} with --method={f.method}, which takes no factor; leave it out, or use one of {stretching}"
     )
-  for name, good, allowed in (
-    ("temperature", 0 <= f.temperature < math.inf, "a number of at least 0"),
-    ("top_k", f.top_k >= 0, "0 or more"),
-    ("top_p", 0 <= f.top_p <= 1, "a number from 0 to 1"),
-  ):
-    if not good:
-      raise ConfigError(f"--{name}={f[name].value}: expected {allowed}")
+  samplers.check(f)
   if f.prompt == "":
     raise ConfigError("--prompt=: empty, expected text to continue")
 
@@ -111,7 +103,6 @@ def main(f) -> None:
   from jaxllm.generate.loop import generate
   from jaxllm.nn import Transformer
   from jaxllm.position import LogN
-  from jaxllm.sampling import SAMPLERS
 
   method = methods.METHODS[f.method]
   train_length = json.loads((Path(f.run) / "config.json").read_text())["settings"]["train_length"]
@@ -123,18 +114,11 @@ def main(f) -> None:
     )
   if method.log_n:
     cfg = dataclasses.replace(cfg, query_scale=LogN(train_length, floor=1.0))
-  sampler = SAMPLERS["chain"](
-    samplers=(
-      SAMPLERS["temperature"](f.temperature),
-      SAMPLERS["top_k"](f.top_k),
-      SAMPLERS["top_p"](f.top_p),
-    )
-  )
   out = generate(
     Transformer(cfg),
     params,
     [list(prompt)],
-    sampler=sampler,
+    sampler=samplers.sampler(f),
     key=jax.random.key(f.seed),
     max_new_tokens=f.tokens,
   )

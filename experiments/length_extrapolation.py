@@ -73,6 +73,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("text", None, "with --model: UTF-8 text to test on, all of it, in place of --corpus")
 flags.DEFINE_string("mesh", None, "with --model: devices to lay it out on, such as fsdp=2,tensor=4")
 flags.DEFINE_string("rules", None, choices.RULES_HELP)
+flags.DEFINE_bool("verify", True, f"with --model: {choices.VERIFY_HELP}")
 flags.DEFINE_enum("attention", "auto", choices.CORES, "attention core; auto: by device, method and length")
 
 
@@ -91,7 +92,8 @@ def record(settings: Settings, models, dtype: str) -> dict:
   attention = evaluate.core_reports(settings, models)
   return {
     **provenance.record(),
-    "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"} | {"dtype": dtype},
+    "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "verify")}
+    | {"dtype": dtype},
     **models.record(),
     "evaluation": {
       "windows": settings.windows,

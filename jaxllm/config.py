@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxllm.activation import MLPS, Glu
 from jaxllm.errors import ConfigError, check_choice, check_positive
+from jaxllm.experts import EXPERTS, ROUTERS, Moe
 from jaxllm.norm import NORMS, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
 from jaxllm.ops.choose import CORES
@@ -23,10 +24,14 @@ PRECISIONS = ("exact", "hf")
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One place of the repeating layer pattern: its position method, and the nearest `window` keys it sees (None: all)."""
+  """One place of the repeating layer pattern: its position method, the nearest `window` keys it sees (None: all), and its mlp.
+
+  mlp: a feed-forward layer of its own (None: the config's), such as the dense ones among those of experts.
+  """
 
   position: Position = dataclasses.field(default_factory=Rope)
   window: int | None = None
+  mlp: Any = None
 
   def __post_init__(self):
     if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
@@ -53,7 +58,7 @@ class ModelConfig:
   query_scale: queries scaled by position, as a LogN or a Llama4Scale says.
   rope_precision: "exact", or "hf" for the angles of transformers, which computes frequencies, their products with positions,
   and cosines in float32: for logits equal to its own at long positions.  Exact angles are the better ones.
-  biases: which of q, k, v, o, gate, up, down and head have one.
+  biases: which of q, k, v, o, gate, up, down, head and the router of experts have one.
   tie_embeddings: the head is the embedding, transposed.  embed_scale: multiplies the token embeddings.
   embed_width: the width E of the embedding and of what the head reads, where it is not D: x = embed[token] embed_in and
   logits = (h embed_out) head, with embed_in [E, D] and embed_out [D, E].  Source of the embedding width: Zhang et al. (2022),
@@ -66,6 +71,7 @@ class ModelConfig:
   and logits become cap tanh(x / cap).  logit_scale: multiplies the logits, before their cap.  Source of the logit scale:
   transformers' `logit_scale` (Cohere) and 1 / `logits_scaling` (Granite).  attention_sinks: a learned logit a head that takes
   a share of each query's attention (Xiao et al., 2023, section 3.3; GPT-OSS).  layer_scaling: see `nn.attention.Attention`.
+  norm_head: see `ops.head.Head`.
   attention: the core (one of ops.choose.CORES), which changes speed and memory and not the result.
   dtype: the compute type; parameters may be of any type.
   context_length: how many tokens the model is said to serve, for information only.  eos_ids: the tokens that end a text, where
@@ -99,6 +105,7 @@ class ModelConfig:
   logit_scale: float = 1.0
   attention_sinks: bool = False
   layer_scaling: bool = False
+  norm_head: bool = False
   attention: Any = Plain()
   dtype: str = "float32"
   context_length: int | None = None
@@ -127,9 +134,11 @@ class ModelConfig:
       )
     object.__setattr__(self, "biases", tuple(self.biases))  # JSON has lists
     for name in self.biases:
-      if name not in (allowed := ("q", "k", "v", "o", *self.mlp.inputs, "down", "head")):
+      inputs = dict.fromkeys(one for mlp in self.mlps for one in mlp.inputs)
+      if name not in (allowed := ("q", "k", "v", "o", *inputs, "down", "head")):
         raise ConfigError(f"biases: found {name!r}, expected some of {', '.join(allowed)}")
     check_choice(self, "embed_norm", (True, False))
+    check_choice(self, "norm_head", (True, False))
     check_choice(self, "rope_precision", PRECISIONS)
     check_positive(self, embed_gradient=self.embed_gradient, logit_scale=self.logit_scale)
     if self.embed_gradient > 1:
@@ -175,6 +184,15 @@ class ModelConfig:
   def layer(self, index: int) -> Layer:
     """The kind of layer `index`."""
     return self.layers[index % len(self.layers)]
+
+  def mlp_of(self, layer: Layer) -> Any:
+    """The feed-forward layer of a kind of layer."""
+    return self.mlp if layer.mlp is None else layer.mlp
+
+  @property
+  def mlps(self) -> tuple[Any, ...]:
+    """The distinct feed-forward layers, in order of appearance."""
+    return tuple(dict.fromkeys(map(self.mlp_of, self.layers)))
 
   def rotary_dim(self, rope: Rope) -> int:
     """How many coordinates of a head this RoPE turns."""
@@ -278,7 +296,9 @@ def _is_integer(value: Any) -> bool:
 _KINDS: dict[str, Mapping[str, type]] = {
   "position": POSITIONS,
   "norm": NORMS,
-  "mlp": MLPS,
+  "mlp": MLPS | {"moe": Moe},
+  "expert": EXPERTS,
+  "router": ROUTERS,
   "wiring": WIRINGS,
   "query_scale": QUERY_SCALES,
   "qk_norm": {"qk_norm": QkNorm},
@@ -286,6 +306,7 @@ _KINDS: dict[str, Mapping[str, type]] = {
 }
 """The fields whose value is one of several kinds, by name: JSON has {"name": kind, ... its fields}."""
 _OPTIONAL = ("query_scale", "qk_norm")
+_LAYER_FIELDS = tuple(f.name for f in dataclasses.fields(Layer))
 
 
 def _dump_fields(value: Any) -> dict[str, Any]:
@@ -302,10 +323,11 @@ def _dump(field: str, value: Any) -> Any:
 
 
 def _build_layer(plain: Any) -> Layer:
-  if not isinstance(plain, Mapping) or not {"position"} <= set(plain) <= {"position", "window"}:
+  if not isinstance(plain, Mapping) or not {"position"} <= set(plain) <= set(_LAYER_FIELDS):
     raise ConfigError(
-      f"layers: found {plain!r}, expected position, window (which may be left out) and no other"
+      f"layers: found {plain!r}, expected position, window, mlp (which may be left out) and no other"
     )
+  plain = {name: value for name, value in plain.items() if name != "mlp" or value is not None}
   return Layer(**_build_fields(Layer, "layers", plain))
 
 

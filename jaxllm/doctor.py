@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxllm.errors import ConfigError
-from jaxllm.study import run_app
+from jaxllm.study import choices, run_app
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -27,6 +27,12 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer(
   "context", None, "tokens that the cache is to hold; default what the model serves", flag_values=FLAGS
+)
+flags.DEFINE_bool(
+  "verify",
+  True,
+  f"of settings, the tokenizer, and weights that do not fit them: {choices.VERIFY_HELP}",
+  flag_values=FLAGS,
 )
 
 NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors", "absl-py", "einops")
@@ -121,7 +127,7 @@ def memory_of(devices) -> Memory | None:
   return None if found is None else Memory(1024 * int(found[1]), 1, "this machine")
 
 
-def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | None]]:
+def model_lines(model: str, context: int | None, verify: bool = True) -> Iterator[tuple[str, str | None]]:
   """(a line of what the checkpoint is, and what is wrong with that, if anything); raises what loading raises before weights."""
   import jax
 
@@ -130,9 +136,9 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
 
   directory = hub.find(model, weights=False)
   if not Path(model).expanduser().is_dir() and files.missing_weights(directory):
-    yield from _unfetched_lines(directory, context)
+    yield from _unfetched_lines(directory, context, verify)
     return
-  opened = loading.open_checkpoint(directory)
+  opened = loading.open_checkpoint(directory, verify=verify)
   checkpoint, family, cfg, source = opened.checkpoint, opened.family, opened.cfg, opened.source
   match.check_heads(checkpoint, opened.matched, source)
   found, shapes = opened.matched.found, opened.matched.shapes
@@ -141,7 +147,7 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
     sizes[stored.dtype.name] = sizes.get(stored.dtype.name, 0) + stored.stop - stored.start
   count = sum(_product(shape) for shape in shapes.values())
   types = ", ".join(f"{gib(size)} {name}" for name, size in sizes.items())
-  yield f"checkpoint: {checkpoint.directory}, family {family.model_type}, {count:,} parameters, {types}", None
+  yield f"checkpoint: {checkpoint.directory}, family {family.name}, {count:,} parameters, {types}", None
   for line in describe.model_lines(cfg, context or cfg.context_length):
     yield line, None
   yield fit(cfg, sum(sizes.values()), context or cfg.context_length, memory_of(jax.devices()))
@@ -149,10 +155,10 @@ def model_lines(model: str, context: int | None) -> Iterator[tuple[str, str | No
   yield f"settings that change no logit, ignored: {', '.join(ignored) or 'none'}", None
   unused = sorted(set(checkpoint.tensors) - {stored.name for _, stored in found})
   yield f"tensors that hold no parameters, unused: {_few(unused)}", None
-  yield tokenizer_line(checkpoint.directory, cfg), None
+  yield tokenizer_line(checkpoint.directory, cfg, verify), None
 
 
-def _unfetched_lines(directory: Path, context: int | None) -> Iterator[tuple[str, str | None]]:
+def _unfetched_lines(directory: Path, context: int | None, verify: bool) -> Iterator[tuple[str, str | None]]:
   """`model_lines` of a repository whose weights are not here: sizes by the shapes of the model that config.json asks for."""
   import jax
   import numpy as np
@@ -164,7 +170,7 @@ def _unfetched_lines(directory: Path, context: int | None) -> Iterator[tuple[str
   count = sum(_product(shape) for shape in match.expected_shapes(cfg).values())
   size = count * np.dtype(cfg.dtype).itemsize
   yield (
-    f"checkpoint: {directory}, family {family.model_type}, {count:,} parameters, {gib(size)} if all are {cfg.dtype}: by "
+    f"checkpoint: {directory}, family {family.name}, {count:,} parameters, {gib(size)} if all are {cfg.dtype}: by "
     "config.json, as the weights are not in the cache; their tensors are not checked",
     None,
   )
@@ -173,7 +179,7 @@ def _unfetched_lines(directory: Path, context: int | None) -> Iterator[tuple[str
   yield fit(cfg, size, context or cfg.context_length, memory_of(jax.devices()))
   ignored = families.ignored_settings(source.plain, source.path)
   yield f"settings that change no logit, ignored: {', '.join(ignored) or 'none'}", None
-  yield tokenizer_line(directory, cfg), None
+  yield tokenizer_line(directory, cfg, verify), None
 
 
 def fit(cfg, weights: int, context: int | None, memory: Memory | None) -> tuple[str, str | None]:
@@ -209,14 +215,13 @@ def cache_bytes(cfg, context: int) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
-def tokenizer_line(directory: Path, cfg) -> str:
-  """What encodes text for the model, or why nothing does."""
-  from jaxllm.errors import TokenizerError
-  from jaxllm.hf import load_tokenizer
+def tokenizer_line(directory: Path, cfg, verify: bool = True) -> str:
+  """What encodes text for the model, or why nothing does; raises for a tokenizer that is damaged or of another model."""
+  from jaxllm.hf.tokenizer import NoTokenizerError, load_tokenizer
 
   try:
-    tokenizer = load_tokenizer(directory, cfg)
-  except TokenizerError as e:
+    tokenizer = load_tokenizer(directory, cfg, verify)
+  except NoTokenizerError as e:
     return f"tokenizer: none ({e})"
   spare = cfg.vocab_size - tokenizer.vocab_size
   rows = (
@@ -255,7 +260,7 @@ def main(f) -> int:
   for problem in wrong:
     print(f"\n*** {problem}\n", file=sys.stderr)
   if f.model is not None:
-    for line, problem in model_lines(f.model, f.context):
+    for line, problem in model_lines(f.model, f.context, f.verify):
       print(line, flush=True)
       if problem:
         print(f"\n*** {problem}\n", file=sys.stderr)

@@ -19,7 +19,7 @@ from jaxllm.config import _KINDS, ModelConfig
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Context
 from jaxllm.norm import NORMS, BatchNorm, QkNorm
-from jaxllm.ops.head import shrink_gradient, soft_cap
+from jaxllm.ops.head import Head, shrink_gradient, soft_cap
 from jaxllm.position import POSITIONS
 from jaxllm.position.tables import Float32Table
 from jaxllm.sampling import SAMPLERS
@@ -42,6 +42,7 @@ FEATURES = {
   "embed_width": (ModelConfig, "embedding width", lambda cfg: cfg.embed_width is not None),
   "branch_scale": (Pre, "branch scale", lambda cfg: getattr(cfg.wiring, "branch_scale", 1) != 1),
   "rope_precision": (Float32Table, "", lambda cfg: cfg.rope_precision != "exact"),
+  "norm_head": (Head, "normed head", lambda cfg: cfg.norm_head),
   "embed_gradient": (shrink_gradient, "", lambda cfg: cfg.embed_gradient != 1),
   "prefix": (Context, "prefix", lambda cfg: False),  # an argument of a call
 }

@@ -71,7 +71,7 @@ BLOCKS = {
   "sandwich": dict(wiring=Sandwich(), norm=RMSNorm(scale="1+w")),
   "parallel": dict(wiring=Parallel(), mlp=Mlp("gelu_tanh")),
   "parallel_two_norms": dict(wiring=ParallelTwoNorms(), biases=("q", "k", "v")),
-  "deepnorm": dict(wiring=DeepNorm(1.6, 0.5), norm=LayerNorm(), biases=("o", "down", "head")),
+  "deepnorm": dict(wiring=DeepNorm(1.6, 0.5), norm=LayerNorm(), biases=("o", "down", "head"), norm_head=True),
   "deepnorm_glm": dict(
     wiring=GlmDeepNorm(1.6, 0.5), norm=LayerNorm(), layer_scaling=True, biases=("gate", "up")
   ),

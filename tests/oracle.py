@@ -314,9 +314,33 @@ def hidden(mlp, p, *inputs):
   return out * inputs[1] if name == "Glu" else out
 
 
-def feed_forward(cfg, p, x):
+def feed_forward(cfg, p, x, mlp=None):
+  mlp = mlp or cfg.mlp
+  if type(mlp).__name__ == "Moe":
+    return mixture(mlp, p, x)
   inputs = [linear(p[name], x) for name in ("gate", "up") if name in p]
-  return linear(p["down"], hidden(cfg.mlp, p, *inputs))
+  return linear(p["down"], hidden(mlp, p, *inputs))
+
+
+def chosen(moe, logits_E):
+  """[(expert, weight)] of one token: by the probabilities of all experts, renormalised over the chosen."""
+  assert type(moe.router).__name__ == "SoftmaxRouter", moe.router
+  p_E = np.exp(logits_E - logits_E.max())
+  p_E = p_E / p_E.sum()
+  best = sorted(range(len(p_E)), key=lambda e: (-logits_E[e], e))[: moe.top_k]
+  total = sum(p_E[e] for e in best) if moe.router.renormalize else 1.0
+  return [(e, p_E[e] / total) for e in best]
+
+
+def mixture(moe, p, x):
+  """A mixture of experts, a token and an expert at a time."""
+  out = np.zeros_like(x)
+  for at in np.ndindex(x.shape[:-1]):
+    for e, share in chosen(moe, linear(p["router"], x[at])):
+      mine = {name: {kind: w[e] for kind, w in part.items()} for name, part in p["experts"].items()}
+      inputs = [linear(mine[name], x[at]) for name in ("gate", "up") if name in mine]
+      out[at] += share * linear(mine["down"], hidden(moe.expert, {}, *inputs))
+  return out
 
 
 def float64(tree):
@@ -374,10 +398,13 @@ def logits(cfg, params, tokens_BT, pos_T=None, seq_len=None, prefix=0):
     attend = lambda h, a=mine["attn"], layer=layer: attention(
       cfg, layer, a, h, pos_T, seq_len, prefix, learned
     )
-    x = block(cfg, mine, x, attend, lambda h, f=mine["mlp"]: feed_forward(cfg, f, h))
+    x = block(cfg, mine, x, attend, lambda h, f=mine["mlp"], m=layer.mlp: feed_forward(cfg, f, h, m))
   if type(cfg.wiring).__name__ not in ("Post", "DeepNorm"):
     x = norm(cfg.norm, p.get("final_norm", {}), x)
   x = x @ p["embed_out"] if cfg.embed_width else x
-  x = x @ (p["embed"].T if cfg.tie_embeddings else p["head"]) + p.get("head_bias", 0.0)
+  w_DV = p["embed"].T if cfg.tie_embeddings else p["head"]
+  if cfg.norm_head:
+    w_DV = w_DV / np.maximum(np.linalg.norm(w_DV, axis=0), 1e-12)
+  x = x @ w_DV + p.get("head_bias", 0.0)
   x = x * cfg.logit_scale
   return cfg.logit_softcap * np.tanh(x / cfg.logit_softcap) if cfg.logit_softcap else x

@@ -79,6 +79,7 @@ CHANGED = {
   "ModelConfig.attention_softcap": (ROPE_1, one("attention_softcap", 2.0, ROPE_1)),
   "ModelConfig.logit_softcap": (ROPE_1, one("logit_softcap", 2.0, ROPE_1)),
   "ModelConfig.logit_scale": (ROPE_1, one("logit_scale", 0.3, ROPE_1)),
+  "ModelConfig.norm_head": (ROPE_1, one("norm_head", True, ROPE_1)),
   "ModelConfig.context_length": (ROPE_1, one("context_length", 8, ROPE_1)),
   "ModelConfig.eos_ids": (ROPE_1, one("eos_ids", (3, 0), ROPE_1)),
   "ModelConfig.attention_sinks": (ROPE_1, one("attention_sinks", True, ROPE_1)),
@@ -93,6 +94,10 @@ CHANGED = {
   "GlmDeepNorm.beta": (GLM_1, one("wiring", GlmDeepNorm(1.5, 0.1), GLM_1)),
   "Layer.position": (ROPE, one("layers", (*ROPE.layers[:2], Layer(position("nope"))))),
   "Layer.window": (ROPE, one("layers", (Layer(position("rope"), 3), *ROPE.layers[1:]))),
+  "Layer.mlp": (
+    ROPE,
+    one("layers", (dataclasses.replace(ROPE.layers[0], mlp=Glu("relu")), *ROPE.layers[1:])),
+  ),
   "LogN.train_length": (LOG_N, one("query_scale", LogN(16), LOG_N)),
   "LogN.floor": (LOG_N, one("query_scale", LogN(8, 0.9), LOG_N)),
   "Llama4Scale.original_length": (LLAMA_4, one("query_scale", Llama4Scale(7, 0.5), LLAMA_4)),
@@ -290,6 +295,7 @@ ERRORS = [
   ),
   (build(rope_precision="float32"), "ModelConfig.rope_precision: found 'float32', expected one of exact, hf"),
   (build(embed_norm=1), "ModelConfig.embed_norm: found 1, expected one of True, False"),
+  (build(norm_head=1), "ModelConfig.norm_head: found 1, expected one of True, False"),
   (
     build(attention_scale=0.1, layers=(Layer(position("alibi", placement="before")),)),
     r"attention_scale: found 0.1, expected None with .* \(Alibi\(placement='before'\)\)",

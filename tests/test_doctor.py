@@ -4,21 +4,20 @@ import dataclasses
 import json
 import re
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from doctor_case import call
 
 from jaxllm import doctor, hf
 from jaxllm.activation import Glu
 from jaxllm.config import Layer, ModelConfig
+from jaxllm.hf import sums
 from jaxllm.nn import Transformer, init_cache
 from jaxllm.norm import RMSNorm
 from jaxllm.position import Rope
-from jaxllm.study import run_app
 from jaxllm.wiring import Sandwich
 
 CFG = ModelConfig(
@@ -133,19 +132,8 @@ def checkpoint(tmp_path_factory):
   shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
   params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, jnp.bfloat16), shapes)
   hf.save(root, cfg, params, hf.byte_tokenizer())
+  (root / sums.NAME).unlink()  # as tests change its files
   return root
-
-
-def call(*args):
-  """The exit code of doctor with these flags."""
-  handler, saved = signal.getsignal(signal.SIGTERM), flagsaver.save_flag_values(doctor.FLAGS)
-  try:
-    with pytest.raises(SystemExit) as e:
-      run_app(doctor.main, doctor.check, argv=["doctor", *args], values=doctor.FLAGS)
-  finally:
-    flagsaver.restore_flag_values(saved, doctor.FLAGS)
-    signal.signal(signal.SIGTERM, handler)
-  return e.value.code
 
 
 @pytest.mark.core

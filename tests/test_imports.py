@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "jaxllm").rglob("*.py"))
 FLOORS = [
   ("errors", "tree", "leaf"),
   ("ops",),
-  ("position", "norm", "activation", "wiring", "sampling"),
+  ("position", "norm", "activation", "experts", "wiring", "sampling"),
   ("config",),
   ("nn",),
   ("hf", "quant", "parallel", "train", "generate", "evaluate", "flops"),
@@ -25,6 +25,7 @@ SIBLINGS = {
   ("leaf", "tree"),
   ("evaluate", "generate"),
   ("hf", "parallel"),
+  ("experts", "activation"),
 }
 SIBLINGS |= {("train", "parallel"), ("doctor", "study")}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -98,6 +99,37 @@ def test_no_foreign_framework_and_no_pickle():
     if name.split(".")[0] in FOREIGN | UNSAFE
   }
   assert found <= FALLBACK
+
+
+RUNS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "runpy.run_path"}
+"""Calls that run what they are given."""
+
+
+def called(node):
+  """The full name of what a call calls, as far as it is written out."""
+  parts = []
+  node = node.func
+  while isinstance(node, ast.Attribute):
+    parts.append(node.attr)
+    node = node.value
+  return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else ""
+
+
+def test_nothing_read_is_run():
+  """No call that runs text or code, no arrays of objects; in hf a program is started for chat templates only."""
+  found = set()
+  for path in FILES:
+    place = path.relative_to(ROOT / "jaxllm").as_posix()
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call):
+        name = called(node)
+        allowed = any(
+          keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False" for keyword in node.keywords
+        )
+        if name in RUNS or allowed or name.startswith("importlib.util") or name.startswith("subprocess."):
+          found.add((place, name))
+  assert {one for one in found if one[0].startswith("hf/")} == {("hf/chat.py", "subprocess.run")}
+  assert not {name for _, name in found} & RUNS
 
 
 def test_the_study_package_starts_fast():

@@ -163,3 +163,12 @@ def test_the_method_of_the_contribution_guide_works():
   assert new.ropes[0].hi.shape == plain.ropes[0].hi.shape and not np.array_equal(
     new.ropes[0].hi, plain.ropes[0].hi
   )
+
+
+def test_the_family_of_the_contribution_guide_is_in_the_tree():
+  """Each block stands as it is in the file named last before it."""
+  section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a model family")[2].partition("\n## ")[0]
+  shown = re.findall(r"`((?:jaxllm|tests)/[\w/]+\.py)`[^`]*\n\n```python\n(.*?)^```$", section, re.M | re.S)
+  assert len(shown) == len(re.findall("^```python$", section, re.M)) == 4
+  for path, code in shown:
+    assert code in (ROOT / path).read_text(), f"{path} has no\n{code}"

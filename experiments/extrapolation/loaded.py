@@ -25,7 +25,8 @@ class Loaded(Models):
 
   def __init__(self, settings: LoadSettings):
     self.checkpoint = Checkpoint.open(
-      settings.model, settings.dtype, settings.attention, settings.mesh, settings.rules
+      *(settings.model, settings.dtype, settings.attention, settings.mesh, settings.rules),
+      verify=settings.verify,
     )
     cfg, scheme = self.checkpoint.cfg, scheme_of(self.checkpoint.cfg)
     self.settings = settings = settings.settled(scheme, self.checkpoint.trained_length)

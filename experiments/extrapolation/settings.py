@@ -22,7 +22,7 @@ TRAINING = ("steps", "other_steps", "batch_size", "embed_dim", "num_layers", "nu
 SIZES = ("train_length", "seeds", "windows", *TRAINING)
 ONLY_TRAINED = ("schemes", "seeds", "learning_rate", *TRAINING)
 """Flags that say how models are trained, and nothing about one that is loaded."""
-ONLY_LOADED = ("text", "mesh", "rules")
+ONLY_LOADED = ("text", "mesh", "rules", "verify")
 MULTIPLES = (1, 2, 4, 8, 16)
 LOADED_MULTIPLES = (1, 2, 4)
 """Of the trained length, of a loaded model: thousands of tokens, where the models trained here have a hundred."""
@@ -75,6 +75,7 @@ class LoadSettings(Settings):
   text: str | None
   mesh: str | None
   rules: str | None
+  verify: bool
   asked: str
 
   def settled(self, scheme: methods.Scheme, train_length: int | None) -> LoadSettings:
@@ -180,6 +181,7 @@ def _loaded(f) -> LoadSettings:
     text=f.text,
     mesh=f.mesh,
     rules=f.rules,
+    verify=f.verify,
     asked=f.methods,
     **values,
   )

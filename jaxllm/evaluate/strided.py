@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxllm.errors import ConfigError, DataError
+from jaxllm.evaluate.text import check_ids
 from jaxllm.evaluate.windows import TOKENS_AT_ONCE, score_windows
 from jaxllm.nn.transformer import Transformer
 from jaxllm.position.tables import PositionTables
@@ -85,7 +86,9 @@ def score_text(
 
   loss_t = -ln p(token t | the tokens before it in its window); a hit is a token that is the most likely one.  One compiled
   program serves all calls.  `tables`: those of one method, pinned at windows.length.  Windows `first` to `last` - 1 are scored.
+  Raises TokenizerError for an id outside the vocabulary, of which JAX would read the last row.
   """
+  check_ids(ids if bos is None else np.append(ids, bos), model.cfg.vocab_size, "score_text")
   stacked = jax.tree.map(lambda leaf: np.asarray(leaf)[None], tables)
   last = len(windows) if last is None else last
   for start in range(first, last, at_once):

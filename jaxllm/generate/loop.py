@@ -15,7 +15,7 @@ from jaxllm.errors import SamplingError
 from jaxllm.generate import request
 from jaxllm.nn import Cache, Context, Transformer, init_cache
 from jaxllm.position import PositionTables
-from jaxllm.sampling import Greedy, Sampler, check_logits
+from jaxllm.sampling import NOTHING, Greedy, Sampler, check_logits
 
 ENDED = -1
 """Stands where a token would, in rows that ended before."""
@@ -38,7 +38,7 @@ class State:
   """What decoding carries: `step` tokens a row were drawn, and all but the newest are in the cache.
 
   memory: the sampler's state; key [B]: each row's own, from which a step folds its own; token [B]: the
-  newest; done [B]: the row met a stop id; bad [B]: its logits are no distribution.
+  newest; done [B]: the row met a stop id; bad [B]: its logits are no distribution, or the sampler left nothing.
   """
 
   cache: Cache
@@ -78,9 +78,9 @@ def generate(
 
   Compiled once a batch size, bucket of prompt lengths (powers of two) and cache capacity (SLOTS apart);
   sampler parameters, stop ids, tables and max_new_tokens are data.  Raises DataError for an empty prompt,
-  TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite,
-  ConfigError for the other arguments, and where a learned table has fewer positions than the longest prompt with
-  its new tokens.
+  TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite, or
+  of which the sampler leaves nothing, ConfigError for the other arguments, and where a learned table has fewer
+  positions than the longest prompt with its new tokens.
   """
   cfg = model.cfg
   max_new_tokens, chunk = request.count("max_new_tokens", max_new_tokens), request.count("chunk", chunk)
@@ -103,8 +103,8 @@ def generate(
   if bad_B.any():
     raise SamplingError(
       f"row {bad_B.argmax()}: found NaN, +inf or nothing finite in the logits of new token "
-      f"{int(state.step) - 1}, expected finite ones (or -inf for some); check the parameters and the model's "
-      f"dtype = {cfg.dtype}"
+      f"{int(state.step) - 1}, expected finite ones (or -inf for some), of which the sampler leaves one; check the "
+      f"parameters, the model's dtype = {cfg.dtype} and what the sampler excludes"
     )
   tokens = [[token for token in row if token != ENDED] for row in np.concatenate(chunks, axis=1).tolist()]
   return Generated(tokens, ["stop" if done else "length" for done in done_B])
@@ -127,7 +127,7 @@ def prefill(
   context = Context(valid=jnp.arange(T)[None] < length_B[:, None])
   cache = init_cache(model.cfg, B, capacity)
   logits_B1V, cache = model.apply({"params": params}, tokens_BT, context, cache, tables, logits="last")
-  none_B, memory = jnp.zeros((B,), bool), sampler.init(tokens_BT, length_B)
+  none_B, memory = jnp.zeros((B,), bool), sampler.init(tokens_BT, length_B, capacity - T)
   state = State(cache, memory, key_B, jnp.zeros((B,), jnp.int32), jnp.int32(0), done=none_B, bad=none_B)
   state, new_B = draw(sampler, stop_V, logits_B1V[:, 0], state)
   return state, new_B[:, None]
@@ -165,7 +165,8 @@ def draw(sampler: Sampler, stop_V: jax.Array, logits_BV: jax.Array, state: State
   """The next token of every row: (state, new ids [B], ENDED where the row ended before)."""
   key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, state.step)
   token_B, memory = sampler(key_B, logits_BV, state.memory)
-  bad_B = ~state.done & ~check_logits(logits_BV)
+  bad_B = ~state.done & (~check_logits(logits_BV) | (token_B == NOTHING))
+  token_B = jnp.maximum(token_B, 0)  # an ended row, whose filters may leave nothing, is still read
   new_B = jnp.where(state.done, ENDED, token_B)
   done_B = state.done | stop_V[token_B]
   return State(state.cache, memory, state.key, token_B, state.step + 1, done=done_B, bad=bad_B), new_B

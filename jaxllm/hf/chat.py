@@ -1,33 +1,38 @@
-"""Chat templates, which are programs of the checkpoint's author, in Jinja's sandbox and nowhere else."""
+"""Chat templates, which are programs of the checkpoint's author, in Jinja's sandbox, in a process of their own."""
 
 from __future__ import annotations
 
-import datetime
 import json
+import os
 import re
-import time
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import TokenizerError
 from jaxllm.hf import hub
 
-CHARACTERS, SECONDS = 4_000_000, 5.0
-"""No chat comes near: a template that writes more, or for longer, is stopped."""
+CHARACTERS, SECONDS, MEMORY = 4_000_000, 5.0, 1 << 30
+"""No chat comes near: a template that writes more, for longer, or with more bytes of memory, is stopped."""
 SAFE_JINJA = (3, 1, 6)
 """Earlier sandboxes have known ways out."""
+PROCESS = Path(__file__).with_name("chat_process.py")
+KEPT = ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
+"""What the process gets of the environment, which may hold secrets: what it needs to start, and the time zone."""
 
 
 def render(template: str, values: Mapping[str, Any], source: str) -> str:
   """The text that a template writes for its variables, as transformers would render it.
 
   In an ImmutableSandboxedEnvironment, with plain JSON values: no attribute that leads out of them, no change to them, no files,
-  no imports.  Raises TokenizerError for whatever goes wrong, what the template itself refuses included.
+  no imports.  The sandbox does not stop a loop or a text that grows, so it is in a process of its own, which is ended when it
+  takes longer than SECONDS (it starts in a tenth of one).  Raises TokenizerError for whatever goes wrong, what the template
+  itself refuses included.
   """
   try:
     import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
   except ImportError:
     raise TokenizerError(
       f"{source}: the package jinja2 renders its chat template; install the extra `hub` ({hub.INSTALL})"
@@ -37,49 +42,41 @@ def render(template: str, values: Mapping[str, Any], source: str) -> str:
       f"{source}: its chat template is not rendered by jinja2 {jinja2.__version__}, whose sandbox has holes; "
       f"pip install -U 'jinja2>={'.'.join(map(str, SAFE_JINJA))}'"
     )
+  request = {
+    "path": [path for path in sys.path if path],
+    "template": template,
+    "values": dict(values),
+    "characters": CHARACTERS,
+    "memory": MEMORY,
+  }
   try:
-    plain = json.loads(json.dumps(dict(values)))
-  except (TypeError, ValueError) as e:
+    text = json.dumps(request)
+  except (TypeError, ValueError, RecursionError) as e:
     raise TokenizerError(
       f"messages: {e}; expected lists, objects, texts and numbers only, as JSON has them"
     ) from None
+  answer = _answer(text.encode(), source)
+  if "error" in answer:
+    raise TokenizerError(f"{source}: the chat template failed ({answer['error']})")
+  return answer["text"]
 
-  class Generation(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} marks what training learns from, and writes what is in it."""
 
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-      line = next(parser.stream).lineno
-      body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-      return jinja2.nodes.Scope(body, lineno=line)
-
-  def refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-  )
-  environment.filters["tojson"] = _json
-  environment.globals |= {
-    "raise_exception": refuse,
-    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-  }
-  del environment.globals["lipsum"]
-  pieces, length, end = [], 0, time.monotonic() + SECONDS
+def _answer(request: bytes, source: str) -> dict[str, str]:
+  """What the process answers."""
+  command = [sys.executable, "-I", "-X", "utf8", str(PROCESS)]
+  environment = {name: os.environ[name] for name in KEPT if name in os.environ}
   try:
-    for piece in environment.from_string(template).generate(**plain):
-      pieces.append(piece)
-      length += len(piece)
-      if length > CHARACTERS or time.monotonic() > end:
-        refuse(f"stopped after {length:,} characters; expected at most {CHARACTERS:,} in {SECONDS:g} s")
-  except Exception as e:  # the template is somebody's program
-    raise TokenizerError(f"{source}: the chat template failed ({type(e).__name__}: {str(e)[:300]})") from None
-  return "".join(pieces)
-
-
-def _json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  """As text, where Jinja's own filter would escape it for HTML."""
-  return json.dumps(
-    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-  )
+    done = subprocess.run(
+      command, input=request, capture_output=True, timeout=SECONDS, env=environment, check=False
+    )
+  except subprocess.TimeoutExpired:
+    raise TokenizerError(
+      f"{source}: the chat template failed (stopped after {SECONDS:g} s; expected an answer within that)"
+    ) from None
+  try:
+    return json.loads(done.stdout)
+  except ValueError:  # ended by the system, for its memory say
+    last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
+    raise TokenizerError(
+      f"{source}: the chat template failed (its process ended with {done.returncode}: {last or 'no message'})"
+    ) from None

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.hf.settings import Settings
+from jaxllm.position import Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,20 @@ class Grouped(Whole):
     rest = moved[0].shape[1:]
     heads = [part.reshape(cfg.num_kv_heads, -1, cfg.head_dim, *rest) for part in moved]
     return np.moveaxis(np.concatenate(heads, axis=1).reshape(-1, *rest), 0, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved(Whole):
+  """Two parameters in turn along the output axis: GPT-OSS's gate and up, in the even and the odd columns."""
+
+  def split(self, x, cfg, axis):
+    x = np.moveaxis(x, axis, 0)
+    return [np.moveaxis(x[i::2], 0, axis) for i in range(2)]
+
+  def join(self, parts, cfg, axis):
+    first, second = (np.moveaxis(part, axis, 0) for part in parts)
+    both = np.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+    return np.moveaxis(both, 0, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +146,33 @@ def qk_norms(cfg: ModelConfig, at: str, names: Mapping[str, str]) -> list[Key]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+  """How tensor-parallel ranks share a tensor: equal parts along `axis`, of each of `blocks` that follow one another there.
+
+  A rank's part of a fused [x1; x2] is [its x1; its x2]: two blocks.
+  """
+
+  axis: int
+  blocks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
   """A row of FAMILIES.
 
   model_type, architecture: as in config.json.  read: a ModelConfig from the settings, every one of which it takes or the
   family ignores (`ignored`, besides settings.IGNORED), but for those that all families have (`families.read_config`).  write:
   the family's settings of a ModelConfig; what it does not say the reading refuses, as `write_config` reads back what it
-  writes.  keys: all tensors of a model.  tied, eos: tie_word_embeddings and eos_token_id where config.json has none.
+  writes.  keys: all tensors of a model.  tied, eos: tie_word_embeddings and eos_token_id where config.json has none; a tuple of
+  eos is where it is null, too.  constants: the names of tensors that hold a number of the config, and that number: files may
+  lack them, but have no other.  ropes: RoPEs that this family alone has.
   prefix: what the names of `keys` start with and files of the bare model leave out.  unused: regular expressions of
   tensors that hold no parameters (masks, inverse frequencies).
+
+  name: what FAMILIES calls it, model_type unless another family has the same one; fits: whether settings are of it and not of
+  a later one of that model_type.  remote: transformers has no such family, and opens it with its authors' code only, if at
+  all: it is written where it is asked for by name.  also: other architectures that are the same model.  ranks: the tensors of
+  a family whose files may be those of tensor-parallel ranks, and how these share them, by regular expressions.
   """
 
   model_type: str
@@ -148,7 +181,17 @@ class Family:
   write: Callable[[ModelConfig], dict[str, Any]]
   keys: Callable[[ModelConfig], list[Key]]
   tied: bool = False
-  eos: int | None = None
+  eos: int | tuple[int, ...] | None = None
   prefix: str = "model."
   ignored: tuple[str, ...] = ()
   unused: tuple[str, ...] = ()
+  constants: Callable[[ModelConfig], dict[str, float]] = lambda cfg: {}
+  ropes: tuple[type[Rope], ...] = ()
+  name: str = ""
+  fits: Callable[[Settings], bool] = lambda s: True
+  remote: bool = False
+  also: tuple[str, ...] = ()
+  ranks: tuple[tuple[str, Share], ...] = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, "name", self.name or self.model_type)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +18,11 @@ from jax.sharding import Mesh
 from jaxllm import tree
 from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.hf import families, files, hub, scan
+from jaxllm.hf import families, files, hub, ranks, scan, sizes, sums
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.match import Matched, Source, check_heads, match
+from jaxllm.hf.header import Stored
+from jaxllm.hf.match import Matched, Source, check_constants, check_heads, match
+from jaxllm.hf.plain import SETTINGS_LIMIT, plain_file, read_json
 from jaxllm.hf.settings import TOKENS, Settings
 from jaxllm.leaf import Matrix
 from jaxllm.parallel.mesh import default_rules
@@ -26,6 +30,10 @@ from jaxllm.parallel.rules import RULES, Rules, layout
 
 THREADS = 8
 """At most; NumPy copies without holding the interpreter's lock, and two or three threads take all the memory can give."""
+
+SETTINGS = (files.CONFIG, files.GENERATION_CONFIG)
+LARGE = 1e4
+"""Weights beyond it are said: no model trained well has them."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,17 +44,21 @@ def load(
   mesh: Mesh | None = None,
   rules: Rules | None = None,
   rope_precision: str = "exact",
+  verify: bool = True,
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """(cfg, params) of a checkpoint: a directory, or "owner/name" (and @revision) of the Hugging Face Hub.
 
   dtype: "auto" keeps each parameter in the type it is stored in, and computes in the type config.json names, or else in that of
   the files; "float32", "bfloat16" or "float16" is both.  mesh, rules: every shard is read straight onto its device; rules are
-  by default those of `parallel.RULES` that use all axes of the mesh.  rope_precision: see `ModelConfig`.
+  by default those of `parallel.RULES` that use all axes of the mesh.  rope_precision: see `ModelConfig`.  verify: compare all
+  files with their SHA-256 while they are read, where `sums.of` finds any, as `save` writes them; else the log says that nothing
+  was verified.
 
   Matrices stay [out, in] as `leaf.Matrix` where `matrix_layout` says so.  Raises CheckpointError for files that are damaged,
-  that do not fit config.json, or with values that are NaN or infinite; ConfigError for what no model here can be.
+  that do not fit config.json, or with values that are NaN or infinite; ConfigError for what no model here can be.  A matrix
+  of zeros only, and values beyond 10,000, are a warning that names the tensors.
   """
-  opened = open_checkpoint(path_or_repo, dtype, rope_precision)
+  opened = open_checkpoint(path_or_repo, dtype, rope_precision, verify)
   return opened.cfg, opened.params(mesh, rules)
 
 
@@ -54,7 +66,8 @@ def load(
 class Opened:
   """A checkpoint whose settings and headers are read, and fit each other, and whose weights are not read.
 
-  cast: the type that parameters get, None: each its own.
+  cast: the type that parameters get, None: each its own.  kept: the sums of its files that are to be checked; those of
+  its settings were.
   """
 
   checkpoint: files.Checkpoint
@@ -63,27 +76,48 @@ class Opened:
   source: Source
   matched: Matched
   cast: str | None
+  kept: sums.Sums
 
   def params(self, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
     """The parameters, as `load` gives them."""
-    return load_params(
-      self.checkpoint, self.family, self.cfg, self.source, self.cast, mesh, rules, self.matched
+    weights = {stored.file.name for stored in self.checkpoint.tensors.values()}
+    with self.kept.checking(weights):
+      params = load_params(
+        self.checkpoint, self.family, self.cfg, self.source, self.cast, mesh, rules, self.matched
+      )
+    verified = sorted(weights & self.kept.digests.keys())
+    _log.info(
+      "%s: %s",
+      self.checkpoint.directory,
+      f"{len(verified)} of {len(weights)} files of weights have the sums that were kept of them"
+      if verified
+      else f"the files were not verified, as there is no {sums.NAME} beside them, or verify=False was given",
     )
+    return params
 
 
 def open_checkpoint(
-  path_or_repo: str | os.PathLike, dtype: str = "auto", rope_precision: str = "exact"
+  path_or_repo: str | os.PathLike, dtype: str = "auto", rope_precision: str = "exact", verify: bool = True
 ) -> Opened:
   """What `load` would load, as far as settings and headers tell; raises as it does, for all but weights."""
   if dtype not in ("auto", *DTYPES):
     raise ConfigError(f"dtype: found {dtype!r}, expected one of auto, {', '.join(DTYPES)}")
   directory = hub.find(path_or_repo)
-  family, cfg, source = load_config(directory)
-  checkpoint = files.Checkpoint(directory)
-  compute = dtype if dtype != "auto" else _compute_type(cfg, source, checkpoint)
-  cfg = dataclasses.replace(cfg, dtype=compute, rope_precision=rope_precision)
-  matched = match(checkpoint, family, cfg, source)
-  return Opened(checkpoint, family, cfg, source, matched, None if dtype == "auto" else dtype)
+  kept = sums.of(directory) if verify else sums.Sums(directory)
+  kept.check({name for name in kept.digests if not name.endswith(files.WEIGHTS)})
+  try:
+    family, cfg, source = load_config(directory)
+    checkpoint = ranks.open_files(directory, family)
+    kept.require(
+      checkpoint.read_files | {path.name for path in (directory / one for one in SETTINGS) if path.exists()}
+    )
+    compute = dtype if dtype != "auto" else _compute_type(cfg, source, checkpoint)
+    cfg = dataclasses.replace(cfg, dtype=compute, rope_precision=rope_precision)
+    matched = match(checkpoint, family, cfg, source)
+  except CheckpointError:
+    kept.check()  # a file that has changed is why the rest does not fit
+    raise
+  return Opened(checkpoint, family, cfg, source, matched, None if dtype == "auto" else dtype, kept)
 
 
 def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:
@@ -92,19 +126,20 @@ def load_config(directory: Path) -> tuple[Family, ModelConfig, Source]:
     raise CheckpointError(
       f"{directory}: no {files.CONFIG}; give the directory that a model was saved to (a save that was interrupted leaves none)"
     )
-  path = files.plain_file(directory, files.CONFIG)
-  plain = files.read_json(path, ConfigError)
+  path = plain_file(directory, files.CONFIG)
+  plain = read_json(path, ConfigError, SETTINGS_LIMIT)
   read = lambda plain: families.read_config(plain, str(path))
   family, cfg = read(plain)
-  if "auto_map" in plain:
+  if (problem := sizes.problem(cfg, None)) is not None:
+    raise ConfigError(f"{path}: {problem}; mend it, or fetch the file again")
+  if code := [name for name in ("auto_map", "trust_remote_code") if plain.get(name)]:
     _log.warning(
-      "%s: names code of its own (auto_map), which is never run: the model is the family %s",
-      path,
-      family.model_type,
+      "%s: names code of its own (%s), which is never run: the model is the family %s",
+      *(path, ", ".join(code), family.name),
     )
   if os.path.lexists(directory / files.GENERATION_CONFIG):
-    generation = files.plain_file(directory, files.GENERATION_CONFIG)
-    found = Settings(files.read_json(generation, ConfigError), str(generation)).take(
+    generation = plain_file(directory, files.GENERATION_CONFIG)
+    found = Settings(read_json(generation, ConfigError, SETTINGS_LIMIT), str(generation)).take(
       "eos_token_id", TOKENS, None
     )
     ids = found if isinstance(found, list) else [] if found is None else [found]
@@ -129,6 +164,7 @@ def load_params(
   """
   matched = match(checkpoint, family, cfg, source) if matched is None else matched
   check_heads(checkpoint, matched, source)
+  check_constants(checkpoint, matched, source)
   found, shapes = matched.found, matched.shapes
   platform = jax.devices()[0].platform if mesh is None else mesh.devices.flat[0].platform
   targets = {}
@@ -142,11 +178,12 @@ def load_params(
     rules = RULES[default_rules(mesh)] if rules is None else rules
     targets = tree.flatten(layout(tree.unflatten(targets), mesh, rules, cfg))
 
-  slices: dict[tuple[str, ...], list[tuple[Key, files.Stored]]] = {}
+  largest: dict[str, float] = {}  # magnitude of a tensor's values; a tensor is read by one thread
+  slices: dict[tuple[str, ...], list[tuple[Key, Stored]]] = {}
   for key, stored in found:
     slices.setdefault(key.ours, []).append((key, stored))
 
-  def read(items: list[tuple[Key, files.Stored]]) -> list[tuple[str, Any]]:
+  def read(items: list[tuple[Key, Stored]]) -> list[tuple[str, Any]]:
     """The parameters of one tensor, or of all that are slices of the same ones."""
     key, leaves = items[0][0], []
     tensors = [checkpoint.view(stored.name) for _, stored in items]
@@ -155,7 +192,7 @@ def load_params(
       matrix = isinstance(targets[path], Matrix)
       struct = targets[path].value if matrix else targets[path]
       parts = [
-        _Part(view if matrix else key.to_stored(view), tensor, stored)
+        _Part(view if matrix else key.to_stored(view), tensor, stored, largest)
         for view, tensor, (_, stored) in zip(views, tensors, items, strict=True)
       ]
       value = _place(parts, key.part is not None, struct)
@@ -166,6 +203,10 @@ def load_params(
     flat = dict(leaf for leaves in threads.map(read, slices.values()) for leaf in leaves)
   params = tree.unflatten({path: flat[path] for path in shapes})
   tree.check_same(tree.unflatten(targets), params, str(checkpoint.directory))
+  for odd in _odd_values(largest, {stored.name: stored for _, stored in found}):
+    _log.warning(
+      "%s: %s; the files may be damaged, or of a training that diverged", checkpoint.directory, odd
+    )
   _log.info("%s", _report(checkpoint, family, cfg, params, platform))
   return params
 
@@ -207,16 +248,28 @@ class _Part:
 
   view: np.ndarray
   tensor: np.ndarray
-  stored: files.Stored
+  stored: Stored
+  largest: dict[str, float]
 
   def copy(self, index: tuple[slice, ...], dtype: np.dtype, out: np.ndarray | None = None) -> np.ndarray:
     """What is at the index, in memory of its own or in `out`; raises CheckpointError where it is not finite."""
-    part, finite = scan.copy(self.view[index], dtype, out)
-    if not finite:
+    part, largest = scan.copy(self.view[index], dtype, out)
+    self.largest[self.stored.name] = max(largest, self.largest.get(self.stored.name, 0.0))
+    if not math.isfinite(largest):
       raise CheckpointError(
         f"{self.stored}: {scan.explain(self.tensor, dtype)}; fetch the file again, or mend the tensor"
       )
     return part
+
+
+def _odd_values(largest: dict[str, float], tensors: dict[str, Stored]) -> Iterator[str]:
+  """What is finite and still no weights: matrices of zeros only, values beyond LARGE."""
+  zero = [name for name, value in largest.items() if not value and math.prod(tensors[name].shape[:-1]) > 1]
+  large = [f"{name} (up to {value:.4g})" for name, value in largest.items() if value > LARGE]
+  if zero:
+    yield f"matrices of zeros only: {files.listed(sorted(zero), 5)}"
+  if large:
+    yield f"values beyond {LARGE:,.0f}: {files.listed(sorted(large), 5)}"
 
 
 def _place(parts: list[_Part], stacked: bool, struct: jax.ShapeDtypeStruct) -> jax.Array:
@@ -268,7 +321,7 @@ def _report(
   most = max(types, key=types.get)
   how, why = matrix_layout(platform, most, cfg.dtype)
   return (
-    f"{checkpoint.directory}: {family.model_type} of {sum(types.values()):,} parameters ("
+    f"{checkpoint.directory}: {family.name} of {sum(types.values()):,} parameters ("
     + ", ".join(f"{count:,} {name}" for name, count in types.items())
     + f"), computed in {cfg.dtype}; matrices are held {'[out, in], as in the files' if how == 'oi' else '[in, out]'}: {why}"
   )

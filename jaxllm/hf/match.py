@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, JaxllmError
+from jaxllm.hf import sizes
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.files import Checkpoint, Stored, shown
+from jaxllm.hf.files import Checkpoint, shown
+from jaxllm.hf.header import Stored
 from jaxllm.hf.scan import INFINITIES
 from jaxllm.nn import Transformer
 
@@ -57,6 +60,15 @@ def all_keys(family: Family, cfg: ModelConfig) -> list[Key]:
   return keys
 
 
+def all_constants(family: Family, cfg: ModelConfig) -> dict[str, float]:
+  """{name: value} of the family's constants, those with {i} once a layer."""
+  return {
+    name.replace("{i}", str(i)): value
+    for name, value in family.constants(cfg).items()
+    for i in range(cfg.num_layers if "{i}" in name else 1)
+  }
+
+
 def stored_shape(key: Key, shapes: Shapes) -> tuple[int, ...]:
   """The shape of the tensor that holds parameters of these logical shapes."""
   sliced = [shapes[path] if key.part is None else shapes[path][1:] for path in key.ours]
@@ -71,26 +83,33 @@ def stored_shape(key: Key, shapes: Shapes) -> tuple[int, ...]:
 class Matched:
   """Every key of the model with the tensor of the files that is it.
 
-  shapes: of all parameters.  heads: tensors beside a tied embedding, which are to be equal to it.
+  shapes: of all parameters.  heads: tensors beside a tied embedding, which are to be equal to it.  constants: those that hold
+  a number of the config, with that number.
   """
 
   found: list[tuple[Key, Stored]]
   shapes: Shapes
   heads: list[Stored]
+  constants: list[tuple[Stored, float]]
 
 
 def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Source) -> Matched:
   """What the headers say: no values are read.
 
   Raises CheckpointError with all tensors that are missing, not expected, or of another shape or type than config.json implies,
-  and for a head beside a tied embedding of another shape or type; `check_heads` compares its values.
+  and for a head beside a tied embedding of another shape or type; `check_heads` and `check_constants` compare values.
   """
   layers = _count_layers(checkpoint, family, cfg)
   if cfg.num_layers > max(2 * layers, 1000):  # no list of what is missing
     raise CheckpointError(f"{source.path}: says {cfg.num_layers:,} layers, but the files hold {layers}")
+  values = sum(math.prod(stored.shape) for stored in checkpoint.tensors.values())
+  if (problem := sizes.problem(cfg, values)) is not None:
+    raise CheckpointError(
+      f"{source.path}: {problem}{_Changed(source).sizes()}; mend it, or fetch the files again"
+    )
   shapes, keys = expected_shapes(cfg), all_keys(family, cfg)
   paths = [path for key in keys if not key.part for path in key.ours]
-  assert sorted(paths) == sorted(shapes), f"keys of {family.model_type}"
+  assert sorted(paths) == sorted(shapes), f"keys of {family.name}"
   heads = _head_keys(family, cfg)
   names = _names(checkpoint, family, {key.theirs for key in keys + heads})
   changed = _Changed(source)
@@ -106,6 +125,14 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
       problems.append(f"shape: {stored} is {list(stored.shape)}, expected {list(want)}{changed.shape(key)}")
     elif stored.dtype not in INFINITIES:
       problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, INFINITIES))}")
+  constants = [
+    (checkpoint.tensors[names.pop(name)], value)
+    for name, value in all_constants(family, cfg).items()
+    if name in names
+  ]
+  for stored, _ in constants:
+    if stored.shape not in ((), (1,)) or stored.dtype not in INFINITIES:
+      problems.append(f"constant: {stored} is {stored.dtype} {list(stored.shape)}, expected one number")
   tied = [checkpoint.tensors[names.pop(key.theirs)] for key in heads if key.theirs in names]
   if not problems:  # else the embedding may be what is missing
     embed = _embedding(found)
@@ -121,12 +148,23 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
     if layers != cfg.num_layers:
       hint = f" (the files hold {layers} layers, expected {cfg.num_layers}{changed.layers()})"
     raise _unfit(checkpoint, source, problems, hint)
-  return Matched(found, shapes, tied)
+  return Matched(found, shapes, tied, constants)
 
 
 def check_heads(checkpoint: Checkpoint, matched: Matched, source: Source) -> None:
   """Raises CheckpointError for a head beside a tied embedding with other values."""
   problems = list(_differing_heads(checkpoint, matched, source))
+  if problems:
+    raise _unfit(checkpoint, source, problems)
+
+
+def check_constants(checkpoint: Checkpoint, matched: Matched, source: Source) -> None:
+  """Raises CheckpointError for a constant of another value, but for the rounding of a type that it may have been through."""
+  problems = []
+  for stored, value in matched.constants:
+    found = float(np.asarray(checkpoint.view(stored.name), np.float64).reshape(()))
+    if found not in [float(np.asarray(value, dtype)) for dtype in INFINITIES]:
+      problems.append(f"constant: {stored} is {found:g}, expected {value:g}: no other is supported")
   if problems:
     raise _unfit(checkpoint, source, problems)
 
@@ -167,6 +205,14 @@ class _Changed:
   def layers(self) -> str:
     """ " (key = value)": what the number of layers depends on; nothing where that is not known."""
     return self._dependent(lambda i: self._models[i][1].num_layers)
+
+  def sizes(self) -> str:
+    """ ", most by key = value": what the number of parameters depends on most."""
+    counts = {text: sizes.at_least(cfg) for text, cfg in self._models} if self._read is not None else {}
+    usual = counts.pop("", 0)
+    moved = {text: abs(count - usual) for text, count in counts.items()}
+    much = [text for text, move in moved.items() if move >= max(moved.values()) / 4 > 0]
+    return f", most by {max(much, key=lambda text: int(text.rpartition(' ')[2]))}" if much else ""
 
   def shape(self, key: Key) -> str:
     """ " (key = value, ...)": what the shape of a tensor depends on."""

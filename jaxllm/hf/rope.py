@@ -36,6 +36,8 @@ class Type:
   ignored: tuple[str, ...] = ()
 
 
+HEAD_LIMIT = 1 << 16
+"""Coordinates of a head, whose frequencies are computed while settings are read; models have hundreds."""
 STRETCH = object()
 LENGTH, PART = "original_max_position_embeddings", "partial_rotary_factor"
 OURS = {"base": "rope_theta", "original_length": LENGTH, "proportion": PART}
@@ -129,6 +131,10 @@ def read(s: Settings, head: Head) -> Rope:
 
 def read_group(s: Settings, group: Settings, head: Head, nested: bool = False) -> Rope:
   """The RoPE of one object of settings, `nested` where rope_parameters has one a layer type."""
+  if head.head_dim > HEAD_LIMIT:
+    raise ConfigError(
+      f"{s.source}: head_dim, or what it is by the width and the heads: found {head.head_dim}, expected at most {HEAD_LIMIT}"
+    )
   name = _type(group, head)
   kind = TYPES[name]
   base = _same(s, group, "rope_theta", head.bases, BASE)

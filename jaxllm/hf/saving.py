@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -18,16 +20,16 @@ from jax.experimental import multihost_utils
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.hf import families, files, scan
+from jaxllm.hf import families, files, header, scan, sums
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.match import all_keys, expected_shapes, stored_shape
+from jaxllm.hf.match import all_constants, all_keys, expected_shapes, stored_shape
 from jaxllm.hf.tokenizer import FILES, Tokenizer
 from jaxllm.leaf import Matrix, dense
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As large as the files of transformers were for years; every reader takes it."""
 _SHARD = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?")
-_NAMES = {dtype: name for name, dtype in files.DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in header.DTYPES.items()}
 _VOCABULARY = {"embed": 0, "head": 1, "head_bias": 0}
 """The axis of the vocabulary, which may be padded for a mesh."""
 
@@ -59,12 +61,16 @@ def save(
 ) -> None:
   """Writes the directory `path`, which `load` and transformers read as the same model, bit for bit.
 
+  A family of remote code (baichuan, chatglm) is written where it is named; transformers opens it once its authors' code lies
+  there too, and config.json names that as auto_map.
+
   config.json has the settings in force, those of RoPE included; family: see `families.write_config`.  Where frequencies depend
   on the length (LongRoPE, dynamic NTK) a save needs pinned=True: each query here has those of its own length, and transformers
   those of one length for a whole call, so that its decoding is not that of this model.  Tensors keep
   their types, a padded vocabulary is cut, and files hold up to max_shard_bytes.  All is written under other names first;
   config.json, without which nothing reads the directory, is taken away before the rest is renamed, and comes last.  So a save
-  that is interrupted leaves what was there, or nothing that loads.  Of several processes all call it, and the first one writes.
+  that is interrupted leaves what was there, or nothing that loads.  SHA256SUMS has the sums of them all, for `load` and
+  `sha256sum -c`.  Of several processes all call it, and the first one writes.
 
   Raises ConfigError for a model that transformers does not have, CheckpointError for parameters that are not cfg's or are NaN
   or infinite, TokenizerError for a vocabulary larger than the embedding, OSError where the disk refuses.
@@ -87,7 +93,9 @@ def save_tensors(
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """`save` with the family and the config.json given."""
-  shards = _shards(_entries(all_keys(family, cfg), cfg, params), max_shard_bytes)
+  entries = _entries(all_keys(family, cfg), cfg, params)
+  entries += [_constant(*one, cfg) for one in all_constants(family, cfg).items()]
+  shards = _shards(entries, max_shard_bytes)
   texts = tokenizer.contents() if tokenizer is not None else {}
   stale = FILES if tokenizer is not None else ()
   if cfg.eos_ids:
@@ -137,6 +145,12 @@ def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -
   return entries
 
 
+def _constant(name: str, value: float, cfg: ModelConfig) -> Entry:
+  """A number of the config as a tensor, of the type that it computes in."""
+  array = np.asarray(value, cfg.dtype)
+  return Entry(name, array.dtype, (), lambda: array)
+
+
 def _is_float_array(leaf: Any) -> bool:
   """Whether it is an array or a Matrix of a type that checkpoints have; quantized leaves are not."""
   value = leaf.value if isinstance(leaf, Matrix) else leaf
@@ -156,8 +170,8 @@ def _tensor(key: Key, leaves: Sequence[Any], cfg: ModelConfig) -> np.ndarray:
     matrix = _host(leaf, key.part)
     if key.part is None:
       matrix = matrix[tuple(map(slice, _cut(path, leaf.shape, cfg)))]
-    part, finite = scan.copy(key.to_stored(matrix), np.dtype(leaf.dtype))
-    if not finite:
+    part, largest = scan.copy(key.to_stored(matrix), np.dtype(leaf.dtype))
+    if not math.isfinite(largest):
       raise CheckpointError(
         f"params: {path}: {scan.explain(matrix, matrix.dtype)}; such a checkpoint could not be loaded again"
       )
@@ -196,12 +210,12 @@ def _write(
   directory: Path, shards: Mapping[str, Sequence[Entry]], texts: Mapping[str, bytes], stale: Sequence[str]
 ) -> None:
   directory.mkdir(parents=True, exist_ok=True)
-  names = [*shards, *texts]
+  names = [sums.NAME, *shards, *texts]
+  pieces = {name: _safetensors(entries) for name, entries in shards.items()}
+  pieces |= {name: [data] for name, data in texts.items()}
   try:
-    for name, entries in shards.items():
-      _write_file(_temporary(directory, name), _safetensors(entries))
-    for name, data in texts.items():
-      _write_file(_temporary(directory, name), [data])
+    digests = {name: _write_file(_temporary(directory, name), each) for name, each in pieces.items()}
+    _write_file(_temporary(directory, sums.NAME), [sums.text(digests)])
     (directory / files.CONFIG).unlink(missing_ok=True)
     _sync(directory)
     for old in directory.iterdir():
@@ -241,12 +255,17 @@ def _safetensors(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
     yield x.reshape(-1).view(np.uint8).data
 
 
-def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-  with open(path, "wb") as file:
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+  """The SHA-256 of what was written, which is taken while it is written."""
+  state = hashlib.sha256()
+  with open(path, "wb") as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
     for piece in pieces:
+      hashed = thread.submit(state.update, piece)
       file.write(piece)
+      hashed.result()
     file.flush()
     os.fsync(file.fileno())
+  return state.hexdigest()
 
 
 def _sync(directory: Path) -> None:

@@ -25,29 +25,39 @@ TILE = 256, 1024
 """Rows, and bytes of each, that are transposed at once."""
 
 
-def copy(view: np.ndarray, dtype: np.dtype, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
-  """(a copy in `dtype`, in the order of its axes and aligned for XLA, or in `out`; whether all its values are finite).
+def copy(view: np.ndarray, dtype: np.dtype, out: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+  """(a copy in `dtype`, in the order of its axes and aligned for XLA, or in `out`; the largest magnitude of its values).
 
-  Where they are not, the copy is not complete.  A cast can make an infinity; `explain` tells the two apart.
+  Where that is infinity, a value is infinite or NaN and the copy is not complete.  A cast can make an infinity; `explain` tells
+  the two apart.
   """
   out = aligned(view.shape, dtype) if out is None else out
   integers, _ = INFINITIES[dtype]
   source, target = view, out
   if view.dtype == dtype:  # the same bits, by NumPy's fastest loops
     source, target = view.view(integers), out.view(integers)
+  largest, infinity = 0, INFINITIES[dtype][1]
   with np.errstate(over="ignore"):  # of a cast: seen by its infinity
     for block in _transposed(source, target) if _is_transposed(view) else _rows(source, target):
-      if block.size and not _is_finite(block, dtype):
-        return out, False
-  return out, True
+      if block.size:
+        largest = max(largest, _largest_bits(block, dtype))
+        if largest >= infinity:
+          return out, math.inf
+  return out, float(np.array(largest, integers).view(dtype))
 
 
-def _is_finite(block: np.ndarray, dtype: np.dtype) -> bool:
-  """Positive ones are compared as signed integers, below which all negative ones are, and these as unsigned ones."""
-  integers, infinity = INFINITIES[dtype]
+def _largest_bits(block: np.ndarray, dtype: np.dtype) -> int:
+  """The largest magnitude, its bits as an integer, in whose order magnitudes are.
+
+  Positive ones are compared as signed integers, below which all negative ones are, and these as unsigned ones.
+  """
+  integers, _ = INFINITIES[dtype]
   bits = block.view(integers)
-  unsigned = bits.view(f"u{integers}")
-  return bool(bits.max() < infinity and unsigned.max() < infinity + (1 << 8 * integers.itemsize - 1))
+  positive, negative = (
+    int(bits.max()),
+    int(bits.view(f"u{integers}").max()) - (1 << 8 * integers.itemsize - 1),
+  )
+  return max(positive, negative)
 
 
 def explain(view: np.ndarray, dtype: np.dtype) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from jaxllm.errors import ConfigError
+from jaxllm.hf.plain import brief
 
 LARGEST = 2**31 - 1
 
@@ -73,7 +73,7 @@ model_type transformers_version _name_or_path name_or_path _commit_hash license 
 tokenizer_class tokenizer_name bos_token_id pad_token_id sep_token_id unk_token_id cls_token_id mask_token_id
 decoder_start_token_id prefix
 id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params
-auto_map custom_pipelines transformers.js_config
+auto_map trust_remote_code custom_pipelines transformers.js_config
 output_hidden_states output_attentions output_scores return_dict return_dict_in_generate use_cache cache_implementation
 attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled experts_implementation
 torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing pretraining_tp is_decoder
@@ -89,6 +89,10 @@ IGNORED = frozenset(_IGNORED.split())
 """Settings that change no logit, of any family."""
 
 
+_SHOWN = 20
+"""Unknown settings that an error names."""
+
+
 class Settings:
   """The settings of one config.json, or of an object inside it, each of which has to be taken or ignored before `finish`.
 
@@ -97,7 +101,7 @@ class Settings:
 
   def __init__(self, plain: Mapping[str, Any], source: str = "config.json", path: str = ""):
     if not GROUP.fits(plain):
-      raise ConfigError(f"{source}: found {_short(plain)}, expected {GROUP.expected}")
+      raise ConfigError(f"{source}: found {brief(plain)}, expected {GROUP.expected}")
     self.plain, self.source, self.path = dict(plain), source, path
     self._known: set[str] = set()
 
@@ -124,7 +128,7 @@ class Settings:
       first, *others = values
       for other in others:
         if values[other] != values[first]:
-          raise self.error(other, f"{_short(values[first])} as in {self._at(first)}, or no such key")
+          raise self.error(other, f"{brief(values[first])} as in {self._at(first)}, or no such key")
       return values[first]
     value = null if found and null is not REQUIRED else default
     if value is REQUIRED:
@@ -135,7 +139,7 @@ class Settings:
     """Take a setting that has to be missing, null or one of `values`; `why` says what another one would need."""
     self._known.add(name)
     if self.has(name) and not one_of(values).fits(self.plain[name]):
-      allowed = " or ".join(map(_short, values)) if values else "no such key"
+      allowed = " or ".join(map(brief, values)) if values else "no such key"
       raise self.error(name, f"{allowed} ({why})")
 
   def group(self, name: str) -> Settings:
@@ -151,11 +155,9 @@ class Settings:
 
   def error(self, name: str, expected: str) -> ConfigError:
     """What to raise for the value of a setting."""
-    found = _short(self.plain[name]) if name in self.plain else "nothing"
-    if name not in self.plain and (
-      near := difflib.get_close_matches(name, self.plain.keys() - self._known, 1)
-    ):
-      found += f", but a {near[0]}"
+    found = brief(self.plain[name]) if name in self.plain else "nothing"
+    if name not in self.plain and (near := nearest(name, self.plain.keys() - self._known)):
+      found += f", but a {near}"
     return ConfigError(f"{self.source}: {self._at(name)}: found {found}, expected {expected}")
 
   def finish(self, ignored: Collection[str] = ()) -> list[str]:
@@ -164,29 +166,24 @@ class Settings:
     unknown = []
     for name in self.plain:
       if name not in known:
-        near = difflib.get_close_matches(name, sorted(known), 1)
+        near = nearest(name, known) if len(unknown) < _SHOWN else None
         unknown.append(
-          f"{self._at(name)} = {_short(self.plain[name])}" + (f" (nearest: {near[0]})" if near else "")
+          f"{self._at(name)} = {brief(self.plain[name])}" + (f" (nearest: {near})" if near else "")
         )
     if unknown:
+      more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
       raise ConfigError(
-        f"{self.source}: unknown settings, which could change the model: {'; '.join(unknown)}; expected some of "
+        f"{self.source}: unknown settings, which could change the model: {'; '.join(unknown[:_SHOWN])}{more}; expected some of "
         f"{', '.join(sorted(self._known))}, or ones that change nothing"
       )
     return [name for name in self.plain if name not in self._known]
 
   def _at(self, name: str) -> str:
+    name = name if name.isprintable() and len(name) <= 100 else brief(name)
     return f"{self.path}.{name}" if self.path else name
 
 
-def _short(value: Any) -> str:
-  """A value nearly as JSON has it, cut where it is long or deep."""
-  if value is None or isinstance(value, bool):
-    return {None: "null", True: "true", False: "false"}[value]
-  return (
-    "a number of very many digits" if isinstance(value, int) and abs(value) > 10**30 else _REPR.repr(value)
-  )
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
+def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+  """The known name that is most like another one, None where none is, or where it is longer than any name."""
+  known = [one for one in known if len(one) <= 100] if len(name) <= 100 else []
+  return next(iter(difflib.get_close_matches(name, sorted(known)[:1000], 1, cutoff)), None)

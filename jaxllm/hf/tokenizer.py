@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.errors import TokenizerError
 from jaxllm.hf import chat as chat_lib
-from jaxllm.hf import files, hub
+from jaxllm.hf import files, hub, sums
+from jaxllm.hf.plain import SETTINGS_LIMIT, plain_file, read_bytes, read_json
 
 if TYPE_CHECKING:
   from jaxllm.config import ModelConfig
@@ -26,6 +27,9 @@ FILES = (
 )
 OTHER_KINDS = ("tokenizer.model", "vocab.json", "vocab.txt")
 """Without a tokenizer.json, files of which transformers makes a tokenizer."""
+
+LIMIT = 256 << 20
+"""Bytes of a tokenizer.json; the largest are a tenth of it."""
 
 _log = logging.getLogger(__name__)
 
@@ -137,6 +141,11 @@ class Tokenizer:
     beyond = [
       f"{token} ({i})" for token, i in sorted(self.added.items(), key=lambda one: one[1]) if i >= vocab_size
     ]
+    if self.vocab_size < vocab_size:
+      spare = vocab_size - self.vocab_size
+      _log.info(
+        "%s: %d rows of the embedding of %s have no token: padding, which is fine", self.source, spare, model
+      )
     if beyond:
       more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
       _log.warning(
@@ -149,27 +158,40 @@ class Tokenizer:
     return {name: data if isinstance(data, bytes) else data.read_bytes() for name, data in self.files.items()}
 
 
-def load_tokenizer(path_or_repo: str | os.PathLike, cfg: ModelConfig | None = None) -> Tokenizer:
+class NoTokenizerError(TokenizerError):
+  """There are no files of a tokenizer, or not the package that reads them: nothing is wrong with the checkpoint."""
+
+
+def load_tokenizer(
+  path_or_repo: str | os.PathLike, cfg: ModelConfig | None = None, verify: bool = True
+) -> Tokenizer:
   """The tokenizer of a directory or a repository of the Hub (`hub.find`): of tokenizer.json or, without one, by transformers.
 
-  Raises TokenizerError where there is none, where it cannot be read or what reads it is not installed, and where its
-  vocabulary has more ids than the model (cfg, or else the vocab_size of config.json there) has embeddings.
+  verify: compare its files with their SHA-256, where `sums.of` finds any.
+
+  Raises NoTokenizerError, a TokenizerError, where there is none or what reads it is not installed; TokenizerError where it
+  cannot be read, and where its vocabulary has more ids than the model (cfg, or else the vocab_size of config.json there) has
+  embeddings or lacks the first or last token that its settings name; CheckpointError for files with another SHA-256.
   """
   directory = hub.find(path_or_repo, weights=False)
-  there = {name: files.plain_file(directory, name) for name in FILES if os.path.lexists(directory / name)}
+  there = {name: plain_file(directory, name) for name in FILES if os.path.lexists(directory / name)}
+  if verify:
+    sums.of(directory).check({*there, files.CONFIG})
   settings = _settings(there)
+  if "auto_map" in settings:
+    _log.warning("%s: names code of its own (auto_map), which is never run", there[SETTINGS])
   if TOKENIZER in there:
     tokenizer = _from_json(directory, there, settings)
   elif any(name in there for name in OTHER_KINDS):
     tokenizer = _from_transformers(directory, there, settings)
   else:
-    raise TokenizerError(
+    raise NoTokenizerError(
       f"{directory}: no {TOKENIZER}, {' or '.join(OTHER_KINDS)}; copy the tokenizer of the model there"
     )
   vocab_size, model = (None, str(directory)) if cfg is None else (cfg.vocab_size, "the model")
   if cfg is None and os.path.lexists(directory / files.CONFIG):
-    path = files.plain_file(directory, files.CONFIG)
-    vocab_size, model = files.read_json(path, TokenizerError).get("vocab_size"), str(path)
+    path = plain_file(directory, files.CONFIG)
+    vocab_size, model = read_json(path, TokenizerError, SETTINGS_LIMIT).get("vocab_size"), str(path)
   if type(vocab_size) is int:
     tokenizer.check_fits(vocab_size, model)
     tokenizer = dataclasses.replace(tokenizer, rows=vocab_size)
@@ -179,7 +201,7 @@ def load_tokenizer(path_or_repo: str | os.PathLike, cfg: ModelConfig | None = No
 def _settings(there: Mapping[str, Path]) -> dict[str, Any]:
   """tokenizer_config.json, with the special tokens that only special_tokens_map.json names."""
   settings, named = (
-    files.read_json(there[name], TokenizerError) if name in there else {} for name in (SETTINGS, SPECIAL)
+    read_json(there[name], TokenizerError) if name in there else {} for name in (SETTINGS, SPECIAL)
   )
   return settings | {
     name: token for name, token in named.items() if name.endswith("_token") and not settings.get(name)
@@ -232,18 +254,20 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _from_json(directory: Path, there: dict[str, Path], settings: Mapping[str, Any]) -> Tokenizer:
-  data = there[TOKENIZER].read_bytes()
+  data = read_bytes(there[TOKENIZER], TokenizerError, LIMIT)
   if data == (own := byte_tokenizer()).files[TOKENIZER]:  # much faster, and nothing to install
     return dataclasses.replace(own, source=str(directory), files=there)
   try:
     import tokenizers
   except ImportError:
-    raise TokenizerError(
+    raise NoTokenizerError(
       f"{there[TOKENIZER]}: the package tokenizers reads it; install the extra `hub` ({hub.INSTALL})"
     ) from None
   try:
     backend = tokenizers.Tokenizer.from_str(data.decode())
-  except Exception as e:  # of Rust, without a type of its own
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as e:  # of Rust, without a type of its own; where it panics not even an Exception
     raise TokenizerError(
       f"{there[TOKENIZER]}: not a tokenizer ({str(e)[:200]}); fetch the file again"
     ) from None
@@ -271,7 +295,7 @@ def _from_transformers(directory: Path, there: dict[str, Path], settings: Mappin
   try:
     import transformers
   except ImportError:
-    raise TokenizerError(
+    raise NoTokenizerError(
       f"{directory}: no {TOKENIZER}; transformers makes a tokenizer of the other files: pip install transformers, or fetch one"
     ) from None
   try:
@@ -309,6 +333,12 @@ def _tokenizer(directory, there, settings, base, vocab, encoder, decoder, placer
     if name.endswith("_token") and isinstance(token, str):
       special[name] = token
   ids = {name: find(token) for name, token in special.items()}
+  if lost := [
+    f"{name} = {special[name][:80]!r}" for name in ("bos_token", "eos_token") if ids.get(name, 0) is None
+  ]:
+    raise TokenizerError(
+      f"{directory}: {' and '.join(lost)} of {SETTINGS} or {SPECIAL}: not in the vocabulary; take the files of one tokenizer"
+    )
   return Tokenizer(
     source=str(directory),
     vocab_size=max(vocab.values(), default=-1) + 1,
@@ -327,7 +357,10 @@ def _tokenizer(directory, there, settings, base, vocab, encoder, decoder, placer
 
 def _template(there: Mapping[str, Path], settings: Mapping[str, Any]) -> str | None:
   if TEMPLATE in there:
-    return there[TEMPLATE].read_text()
+    try:
+      return read_bytes(there[TEMPLATE], TokenizerError, SETTINGS_LIMIT).decode()
+    except UnicodeDecodeError as e:
+      raise TokenizerError(f"{there[TEMPLATE]}: not UTF-8 ({e.reason}); fetch the file again") from None
   template = settings.get("chat_template")
   if isinstance(template, list):  # several by name
     named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}

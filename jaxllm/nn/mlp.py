@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -11,15 +13,16 @@ from jaxllm.ops.constrain import constrain
 
 
 class FeedForward(nn.Module):
-  """down(cfg.mlp(p, gate(x), up(x))), with the inputs that cfg.mlp names and its own parameters p, if it has any."""
+  """down(mlp(p, gate(x), up(x))), with the inputs that mlp (None: cfg.mlp) names and its own parameters p, if it has any."""
 
   cfg: ModelConfig
+  mlp: Any = None
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    cfg = self.cfg
-    inputs = [constrain(Linear(cfg, cfg.mlp_dim, name=name)(x_BTD), "BTF") for name in cfg.mlp.inputs]
-    p = {name: weight(self, name, shape, init) for name, (shape, init) in cfg.mlp.params().items()}
+    cfg, mlp = self.cfg, self.mlp or self.cfg.mlp
+    inputs = [constrain(Linear(cfg, cfg.mlp_dim, name=name)(x_BTD), "BTF") for name in mlp.inputs]
+    p = {name: weight(self, name, shape, init) for name, (shape, init) in mlp.params().items()}
     # the backward pass recomputes the activation: that is faster than to store and read what its derivative needs
-    hidden_BTF = jax.checkpoint(cfg.mlp)(p, *inputs)
+    hidden_BTF = jax.checkpoint(mlp)(p, *inputs)
     return constrain(Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF), "BTD")

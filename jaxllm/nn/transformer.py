@@ -11,11 +11,13 @@ import jax.numpy as jnp
 
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.experts import Moe
 from jaxllm.leaf import Matrix
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Cache, Context, Shared, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
+from jaxllm.nn.moe import MoeFeedForward
 from jaxllm.ops.constrain import constrain
 from jaxllm.ops.einsum import einsum
 from jaxllm.ops.head import Head, shrink_gradient
@@ -41,7 +43,9 @@ class Block(nn.Module):
       return out_BTD
 
     norm = lambda name, h_BTD: Norm(self.cfg.norm, name=name)(h_BTD)
-    return self.cfg.wiring(x_BTD, norm, attention, FeedForward(self.cfg, name="mlp")), cache
+    mlp = self.cfg.mlp_of(self.layer)
+    kind = MoeFeedForward if isinstance(mlp, Moe) else FeedForward
+    return self.cfg.wiring(x_BTD, norm, attention, kind(self.cfg, mlp, name="mlp")), cache
 
 
 class Layers(nn.Module):
@@ -218,7 +222,8 @@ def head(cfg: ModelConfig, params) -> Head:
     Matrix(shrink_gradient(params["embed"], cfg.embed_gradient)) if cfg.tie_embeddings else params["head"]
   )
   inner = None if cfg.embed_width is None else params["embed_out"]
-  return Head(w_DV, params.get("head_bias"), cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size, inner=inner)
+  bias, caps = params.get("head_bias"), (cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size)
+  return Head(w_DV, bias, *caps, normed=cfg.norm_head, inner=inner)
 
 
 def _last(x_BTD: jax.Array, valid_BT: jax.Array | None) -> jax.Array:

@@ -23,15 +23,20 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
   Axes that are not left to the compiler (inside `jax.shard_map`) are not touched.
   """
   assert len(letters) == x.ndim, (letters, x.shape)
+  sizes = compiler_axes()
+  if all(size == 1 for size in sizes.values()):
+    return x
+  return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, letters, sizes))
+
+
+def compiler_axes() -> dict[str, int]:
+  """The sizes of the axes of the mesh in scope that are left to the compiler."""
   mesh = jax.sharding.get_abstract_mesh()
-  sizes = {
+  return {
     name: mesh.shape[name]
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
     if kind == AxisType.Auto
   }
-  if all(size == 1 for size in sizes.values()):
-    return x
-  return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, letters, sizes))
 
 
 def batch_shards() -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxllm.leaf import Matrix
+from jaxllm.leaf import Matrix, dense
 from jaxllm.ops.constrain import constrain
 from jaxllm.ops.einsum import einsum
 
@@ -29,11 +29,20 @@ def shrink_gradient(w: jax.Array, share: float) -> jax.Array:
   return still + share * (w - still)
 
 
+def inverse_lengths(w_DV: jax.Array | Matrix) -> jax.Array:
+  """1 / max(||w_v||_2, 1e-12) of each column of w [D, V], float32 [V].  Source: torch.nn.functional.normalize."""
+  squares_V = jnp.sum(jnp.square(dense(w_DV).astype(jnp.float32)), axis=-2)
+  # the maximum under the root, as the gradient of a root at 0 is infinite
+  return jax.lax.rsqrt(jnp.maximum(squares_V, 1e-24))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
   """logits = soft_cap(scale (x w + bias)), float32; w [D, V], an array or a `leaf.Matrix`.
 
+  normed: each column of w counts as divided by its length, w_v / max(||w_v||_2, 1e-12), so that a logit is the hidden state's
+  part along the token's direction.  Source of the normed head: Yang et al. (2023), Baichuan 2, NormHead.
   inner: a matrix [D, E] that hidden states go through first, w being [E, V] then.
   vocab_size: how many logits there are, where w and bias were padded to a size that divides over a mesh; None: all of w's.
   """
@@ -43,6 +52,7 @@ class Head:
   softcap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
   scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
   vocab_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+  normed: bool = dataclasses.field(default=False, metadata=dict(static=True))
   inner: jax.Array | Matrix | None = dataclasses.field(default=None, kw_only=True)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -50,6 +60,8 @@ class Head:
     if self.inner is not None:
       x = einsum("...D,DE->...E", x, self.inner.astype(x.dtype), out_dtype=x.dtype)
     logits = einsum("...D,DV->...V", x, self.w.astype(x.dtype))
+    if self.normed:
+      logits = logits * jnp.expand_dims(inverse_lengths(self.w), range(x.ndim - 1))
     logits = constrain(logits, ("B" + "-" * x.ndim)[: x.ndim - 1] + "V")
     if self.bias is not None:
       logits += jnp.expand_dims(self.bias, range(x.ndim - 1))

@@ -41,10 +41,15 @@ PARAMETERS = (
   (_LAYER + r"mlp/(gate|up)/bias", "F"),
   (_LAYER + r"mlp/down/w", "FD"),
   (_LAYER + r"mlp/alpha_[pn]", "-"),
-  (_LAYER + r"(attn/o|mlp/down)/bias", "-"),
+  (_LAYER + r"mlp/router/w", "DE"),
+  (_LAYER + r"mlp/router/bias", "-"),
+  (_LAYER + r"mlp/experts/(gate|up)/w", "EDF"),
+  (_LAYER + r"mlp/experts/(gate|up)/bias", "EF"),
+  (_LAYER + r"mlp/experts/down/w", "EFD"),
+  (_LAYER + r"(attn/o|mlp/down|mlp/experts/down)/bias", "-"),
   (_LAYER + r"(attn|mlp)(_post)?_norm/(scale|bias)", "-"),
 )
-"""The last dimensions of every parameter, by letter: N and K are columns of heads, "-" what no rule set of RULES splits.
+"""The last dimensions of every parameter, by letter: N and K are columns of heads, E experts, "-" what no rule set splits.
 
 Vectors as wide as the model stay whole, as do what positions and heads learn: they are small, and every device reads them.
 """

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxllm.position.rope import DynamicNtkRope, PiRope, Rope, YarnRope, correction_range
+from jaxllm.position.rope import DynamicNtkRope, NtkRope, PiRope, Rope, YarnRope, correction_range
 from jaxllm.position.scalings import Llama3Rope, LongRope, ProportionalRope
 from jaxllm.position.sleef import powf
 
@@ -53,6 +53,11 @@ def _rope(rope: Rope, rotary_dim: int, seq_len: int | None) -> Frequencies:
 
 def _pi(rope: PiRope, rotary_dim: int, seq_len: int | None) -> Frequencies:
   return _inverse(base_powers(rope.base, rotary_dim)) / np.float32(rope.factor), 1.0
+
+
+def _ntk(rope: NtkRope, rotary_dim: int, seq_len: int | None) -> Frequencies:
+  base = rope.base * rope.factor ** (rotary_dim / (rotary_dim - 2))
+  return _inverse(base_powers(base, rotary_dim)), 1.0
 
 
 def _proportional(rope: ProportionalRope, rotary_dim: int, seq_len: int | None) -> Frequencies:
@@ -105,6 +110,7 @@ def _llama3(rope: Llama3Rope, rotary_dim: int, seq_len: int | None) -> Frequenci
 COMPUTED: dict[Callable, Callable[[Rope, int, int | None], Frequencies]] = {
   Rope.frequencies: _rope,
   PiRope.frequencies: _pi,
+  NtkRope.frequencies: _ntk,
   ProportionalRope.frequencies: _proportional,
   DynamicNtkRope.frequencies: _dynamic,
   YarnRope.frequencies: _yarn,

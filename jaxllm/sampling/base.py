@@ -10,40 +10,64 @@ import numpy as np
 
 from jaxllm.errors import SamplingError
 
+ROOM = 1024
+"""How many draws `init` makes place for where nobody says how many there will be."""
+
+NOTHING = -1
+"""The token of a row whose filters left none."""
+
+KINDS = {"b": ((np.bool_,), bool), "i": ((np.integer,), int), "f": ((np.integer, np.floating), float)}
+"""For each kind of NumPy type, which types may be given for it, and the Python type of one."""
+
 
 class Sampler:
-  """Draws from softmax(filter(logits)); a kind of sampler overrides `filter`, and `init` and `update` if it
-  remembers anything.
+  """Draws from softmax(filter(logits)); a kind of sampler overrides `filter`, `init` and `update` if it
+  remembers anything, and `toss` if its filter is a matter of chance.
 
-  The state is an argument and a result.  Nothing here depends on the other rows of the batch: a row's token
-  is a function of its own key, logits, parameters and state.
+  The state is an argument and a result, of the same shapes.  Nothing here depends on the other rows of the
+  batch: a row's token is a function of its own key, logits, parameters and state.
   """
 
-  def init(self, tokens, lengths):
-    """The state before the first draw, from the prompts tokens [B, T] and their lengths [B]."""
+  def init(self, tokens, lengths, room=ROOM):
+    """The state before the first draw, from right-padded prompts tokens [B, T] and their lengths [B].
+
+    room: how many draws a row has place for beyond T, an integer known when the program is compiled; what
+    remembers tokens keeps the newest T + room of a row, prompt included, and forgets the oldest.
+    """
     return ()
 
+  def toss(self, key_B, state):
+    """The state for one draw, with whatever chance `filter` needs from one key a row."""
+    return state
+
   def filter(self, logits_BV, state):
-    """Logits as float32, whatever came in, and -inf where a token is excluded; at least one stays."""
+    """Logits as float32, whatever came in, and -inf where a token is excluded.
+
+    What goes by probability leaves at least one; what bans tokens may ban all that the model allows.
+    """
     return logits_BV.astype(jnp.float32)
 
-  def update(self, tokens_B, state):
-    """The state after tokens_B were drawn."""
+  def update(self, tokens_B, state, logits_BV):
+    """The state after tokens_B were drawn from softmax(logits_BV), the filtered ones."""
     return state
 
   def __call__(self, key_B, logits_BV, state):
     """Draws one token a row with one key a row: (tokens_B int32, state).
 
-    token = argmax_v (filtered_v + g_v), g Gumbel noise of the row's own key.  Rows that `check_logits`
-    refuses give a token without meaning.  Raises SamplingError unless key_B holds one key a row.
+    token = argmax_v (filtered_v + g_v), g Gumbel noise of the row's own key; NOTHING (-1) where the filters
+    left no token.  Rows that `check_logits` refuses give a token without meaning.  Raises SamplingError unless
+    key_B holds one key a row.
     """
     if key_B.shape[:1] != logits_BV.shape[:1]:
       raise SamplingError(
         f"a sampler needs one key a row: found keys of shape {key_B.shape} for logits of shape "
         f"{logits_BV.shape}; use jax.random.split(key, {logits_BV.shape[0]})"
       )
-    tokens_B = draw(key_B, self.filter(logits_BV, state))
-    return tokens_B, self.update(tokens_B, state)
+    state = self.toss(key_B, state)
+    filtered_BV = self.filter(logits_BV, state)
+    left_B = jnp.any(filtered_BV > -jnp.inf, axis=-1)
+    tokens_B = jnp.where(left_B, draw(key_B, filtered_BV), NOTHING)
+    return tokens_B, self.update(tokens_B, state, filtered_BV)
 
 
 def draw(key_B, logits_BV):
@@ -59,7 +83,7 @@ def check_logits(logits_BV):
 
   A draw from any other row silently gives a token (0, as a rule), so whoever samples returns this flag from
   the compiled program and raises SamplingError on the host.  Pass the logits before the filters: a filter may
-  hide the fault, and never empties a good row.
+  hide the fault.  That filters left nothing of a good row shows in its token, NOTHING.
   """
   logits_BV = logits_BV.astype(jnp.float32)
   unusable_BV = jnp.isnan(logits_BV) | jnp.isposinf(logits_BV)
@@ -88,6 +112,36 @@ def per_row(value, logits_BV, dtype=jnp.float32):
   return value[:, None]
 
 
+def per_token(value, logits_BV, dtype):
+  """A table ready to broadcast against logits_BV: [V] made [1, V], or [B, V] as it is.
+
+  Raises SamplingError if it has another shape than the logits.
+  """
+  value = jnp.asarray(value, dtype)
+  if value.shape not in (logits_BV.shape, logits_BV.shape[-1:]):
+    raise SamplingError(
+      f"a sampler's table of tokens has shape {value.shape}, the logits have shape {logits_BV.shape}; "
+      "give one value a token, [V] or [B, V]"
+    )
+  return value.reshape(-1, logits_BV.shape[-1])
+
+
+def log_probs(logits_BV):
+  """Logarithms of softmax(logits_BV), float32; -inf where the logit is."""
+  return jax.nn.log_softmax(logits_BV.astype(jnp.float32), axis=-1)
+
+
+def entropy(log_BV):
+  """- sum_v p_v log p_v in nats, from log p: [B, 1]; nothing for what has no probability."""
+  log_BV = jnp.where(log_BV > -jnp.inf, log_BV, 0.0)  # 0 * -inf would be a NaN that jax_debug_nans reports
+  return -jnp.sum(jnp.exp(log_BV) * log_BV, axis=-1, keepdims=True)
+
+
+def at_least(logits_BV, keep_BV):
+  """The logits where keep_BV or where they are the row's largest (all of those that are equal); else -inf."""
+  return jnp.where(keep_BV | (logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)), logits_BV, -jnp.inf)
+
+
 def checked(sampler, name, valid, meaning, dtype=np.float32):
   """Validates a field while its sampler is built, and gives it its one form.
 
@@ -100,7 +154,7 @@ def checked(sampler, name, valid, meaning, dtype=np.float32):
     return
   found = np.asarray(value)
   whole = np.issubdtype(dtype, np.integer)
-  kinds = (np.integer,) if whole else (np.integer, np.floating)
+  kinds, _ = KINDS[np.dtype(dtype).kind]
   numeric = any(jnp.issubdtype(found.dtype, kind) for kind in kinds)  # jnp's knows bfloat16
   if not numeric or found.ndim > 1 or not np.all(valid(found)):
     raise SamplingError(
@@ -108,8 +162,26 @@ def checked(sampler, name, valid, meaning, dtype=np.float32):
     )
   if whole:
     found = np.minimum(found, np.iinfo(dtype).max)
-  number = int if whole else float
+  _, number = KINDS[np.dtype(dtype).kind]
   object.__setattr__(sampler, name, found.astype(dtype) if found.ndim else number(found))
+
+
+def checked_table(sampler, name, valid, meaning, dtype=np.float32):
+  """Validates a field of one value a token while its sampler is built, and makes it an array of `dtype`.
+
+  Tracers pass as they are.  Raises SamplingError for what is not [V] or [B, V] numbers (of truth values,
+  where `dtype` is bool), or not `valid`.
+  """
+  value = getattr(sampler, name)
+  if isinstance(value, jax.core.Tracer):
+    return
+  found = np.asarray(value)
+  kinds, _ = KINDS[np.dtype(dtype).kind]
+  typed = any(jnp.issubdtype(found.dtype, kind) for kind in kinds)
+  if not typed or found.ndim not in (1, 2) or not found.size or not np.all(valid(found)):
+    shown = value if found.size <= 8 else f"an array of shape {found.shape}, {found.dtype}"
+    raise SamplingError(f"{type(sampler).__name__}: {name} must be {meaning}; found {shown!r}")
+  object.__setattr__(sampler, name, found.astype(dtype))
 
 
 def as_pytree(cls):

@@ -22,4 +22,4 @@ class Greedy(Sampler):
 
   def __call__(self, key_B, logits_BV, state):
     tokens_B = jnp.argmax(logits_BV.astype(jnp.float32), axis=-1).astype(jnp.int32)
-    return tokens_B, self.update(tokens_B, state)
+    return tokens_B, self.update(tokens_B, state, self.filter(logits_BV, state))

@@ -18,6 +18,8 @@ RULES_HELP = (
   f"with --mesh: the rule set, one of {', '.join(RULES)}; default the one that uses all axes of the mesh"
 )
 
+VERIFY_HELP = "compare the files with the SHA-256 that were kept of them, where there are any"
+
 
 def choice_list(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
   """The names in a comma-separated flag, in the order given; "all" is every allowed one.

@@ -19,8 +19,13 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
   lines = [
     f"model: {cfg.num_layers} layers, {width}, {heads} of {cfg.head_dim}, hidden width {cfg.mlp_dim}, vocabulary "
     f"{cfg.vocab_size}, head {'tied to the embedding' if cfg.tie_embeddings else 'of its own'}"
+    f"{', each token normalised' if cfg.norm_head else ''}"
   ]
   lines += [f"positions: {line}" for line in position_lines(cfg)]
+  if any(rope.two_dimensional for rope in cfg.ropes):
+    lines.append(
+      "block positions: 0 throughout a text, which is read causally; those of a GLM prompt, and its prefix, are nn.Context's"
+    )
   if cfg.query_scale is not None:
     lines.append(f"queries by position: {fields(cfg.query_scale)}")
   numbers = {

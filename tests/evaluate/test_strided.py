@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.errors import ConfigError, DataError
+from jaxllm.errors import ConfigError, DataError, TokenizerError
 from jaxllm.evaluate import strided
 from jaxllm.nn import Transformer
 from jaxllm.position import Rope
@@ -198,3 +198,16 @@ def test_stretches_of_text_take_every_token_once(n, blocks, at_once):
       sums[i] += amount
   wanted = [values[a:b].astype(np.float64).sum() for a, b in itertools.pairwise(edges)]
   np.testing.assert_allclose(sums, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("place", "wrong"), [(0, -1), (7, V), (-1, 2**30)])
+def test_ids_that_the_model_has_not(params, place, wrong):
+  """On the host, before anything is compiled: JAX would read the last row of the embedding for them."""
+  ids = IDS.copy()
+  ids[place] = wrong
+  with pytest.raises(
+    TokenizerError, match=f"score_text: 1 of 40 tokens .* found id {wrong}, expected 0 to {V - 1}"
+  ):
+    scored(None, ids, 8, 4, 2)
+  with pytest.raises(TokenizerError, match=f"found id {V}, expected"):
+    scored(None, IDS, 8, 4, 2, bos=V)

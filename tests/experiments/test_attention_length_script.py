@@ -31,13 +31,13 @@ def measured(directory, wanted, *args):
   return [int(number.replace(",", "")) for number in megabytes] if sys.platform == "linux" else megabytes
 
 
-@pytest.mark.slow
 def test_the_smoke_run(tmp_path):
   megabytes = measured(tmp_path, ("rope", "128"))
   if sys.platform == "linux":
     assert all(0 <= number < 500 for number in megabytes)
 
 
+@pytest.mark.slow
 def test_both_cores_are_measured_and_the_memory_of_a_pass_is_seen(tmp_path):
   """All scores of 2048 tokens and two heads are 34 MB, which tiles never hold."""
   megabytes = measured(tmp_path, ("alibi", "2,048"), "--methods=alibi", "--lengths=2048")

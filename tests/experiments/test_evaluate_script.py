@@ -16,7 +16,7 @@ import sweep_case
 from experiments import evaluate
 from experiments.checkpoint import Checkpoint, sampled
 from jaxllm.evaluate import strided
-from jaxllm.hf import files
+from jaxllm.hf import files, header
 from jaxllm.study import interval, progress
 
 WINDOW, STRIDE = 24, 10
@@ -138,7 +138,7 @@ def test_a_checkpoint_is_told_by_samples_of_every_tensor(checkpoint, tmp_path):
   assert about(tmp_path / "copy") == about(checkpoint[0])
   path = tmp_path / "big.safetensors"
   safetensors.numpy.save_file({"a": np.zeros(8), "b": np.arange(1 << 19, dtype=float)}, path)
-  stored = files.read_header(path)
+  stored = header.read_header(path)
   digests = {sampled(path, stored.values())}
   small, big = stored["a"], stored["b"]
   gap = (big.stop - big.start) // 63
@@ -258,6 +258,8 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_bad_data_before_any_part(c
   base = (f"--model={directory}", f"--text={checkpoint[1]}", f"--out={out}")
   for run in (call, sweep_case.run):
     assert run(*base) == 65
+    assert "config.json: found the SHA-256" in capfd.readouterr().err
+    assert run(*base, "--noverify") == 65
     error = capfd.readouterr().err
     assert error.count("error: ") == 1 and "embed_tokens" in error and "vocab_size" in error, error
     assert not out.exists()
@@ -287,7 +289,7 @@ def test_weights_that_cannot_be_used_end_the_run_and_fail_no_part(checkpoint, tm
   tensors = safetensors.numpy.load_file(directory / "model.safetensors")
   tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
   safetensors.numpy.save_file(tensors, directory / "model.safetensors")
-  base = (f"--model={directory}", f"--text={checkpoint[1]}")
+  base = (f"--model={directory}", f"--text={checkpoint[1]}", "--noverify")
   for name, run, more in (
     ("evaluate", call, ()),
     ("sweep", sweep_case.run, ("--methods=none", "--lengths=16", "--windows=2")),

@@ -60,6 +60,21 @@ def test_the_prompt_may_come_from_standard_input(finished, capfd, monkeypatch):
   assert capfd.readouterr().out.startswith("±x")
 
 
+def test_the_flags_of_samplers_reach_the_text(finished, capfd):
+  args = (f"--run={finished[0]}", "--method=none", "--prompt=ab", "--tokens=30", "--temperature=0")
+  assert call(*args) == 0
+  greedy = capfd.readouterr().out
+  more = (
+    "--no_repeat_ngram_size=1",
+    "--repetition_penalty=2",
+    "--dry_multiplier=1",
+    "--min_p=0.1",
+    "--mirostat_tau=3",
+  )
+  assert call(*args, *more) == 0
+  assert capfd.readouterr().out != greedy
+
+
 @pytest.mark.parametrize(
   ("args", "code", "named"),
   [
@@ -72,7 +87,10 @@ def test_the_prompt_may_come_from_standard_input(finished, capfd, monkeypatch):
     (["--factor=2", "--method=none"], 2, ["--factor=2.0", "--method=none", "takes no factor", "yarn"]),
     (["--factor=2", "--method=rerope"], 2, ["--factor=2.0", "--method=rerope"]),
     (["--prompt="], 2, ["--prompt="]),
-    (["--temperature=-1"], 2, ["emperature", "-1"]),
+    (["--temperature=-1"], 2, ["--temperature=-1.0", "0 or more"]),
+    (["--min_p=2"], 2, ["--min_p=2.0", "from 0 to 1"]),
+    (["--dry_allowed_length=0"], 2, ["--dry_allowed_length=0", "1 or more"]),
+    (["--sampler_order=vllm"], 2, ["--sampler_order=vllm", "transformers", "llama.cpp"]),
     (["--run=/no/such/run"], 65, ["/no/such/run", "experiments.length_extrapolation"]),
     (["--seed=1"], 65, ["rope-1", "--scheme rope, alibi", "--seed 0", "new --out"]),
     (["--scheme=rope_logn"], 65, ["rope_logn-0", "--scheme rope, alibi", "new --out"]),

@@ -83,9 +83,9 @@ def test_the_random_model_of_transformers(tmp_path):
 SECOND_COPY = """
 from jaxllm.hf import scan
 kept, copy = [], scan.copy
-def twice(view, dtype):
+def twice(view, dtype, out=None):
   kept.append(copy(view, dtype)[0])
-  return copy(view, dtype)
+  return copy(view, dtype, out)
 scan.copy = twice
 """
 

@@ -129,10 +129,10 @@ class Counted(Greedy):
 
   seen = []  # noqa: RUF012 (what the test reads; the sampler itself has no state)
 
-  def init(self, tokens, lengths):
+  def init(self, tokens, lengths, room=0):
     return jnp.int32(0)
 
-  def update(self, tokens_B, state):
+  def update(self, tokens_B, state, logits_BV):
     jax.debug.callback(lambda count: self.seen.append(int(count)), state, ordered=True)
     return state + 1
 

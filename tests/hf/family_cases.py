@@ -11,8 +11,12 @@ import json
 import zlib
 from pathlib import Path
 
+import family_rows_glm
 import family_rows_gpt
+import family_rows_llama
+import family_rows_moe
 import numpy as np
+from family_bases import BASE, FULL, LLAMA, LLAMA3, SLIDING, YARN
 from safetensors.numpy import save_file
 
 from jaxllm.hf import match
@@ -21,23 +25,10 @@ from jaxllm.tree import unflatten
 
 T = 600
 SCALE = 0.75
-LLAMA = dict(
-  vocab_size=199, hidden_size=72, intermediate_size=100, num_hidden_layers=3, num_attention_heads=6
-)
-LLAMA |= dict(
-  num_key_value_heads=2, head_dim=20, max_position_embeddings=256, eos_token_id=[3, 7], pad_token_id=None
-)
-BASE = {"rope_theta": 500.0}
-YARN = dict(
-  rope_type="yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.5, **BASE
-)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=64, **BASE)
-LLAMA3 |= dict(low_freq_factor=0.5, high_freq_factor=3.0)
 SHORT, LONG = [1.0 + 0.1 * i for i in range(4)], [1.0 + 0.7 * i for i in range(4)]
 LONGROPE = dict(
   rope_type="longrope", short_factor=SHORT, long_factor=LONG, partial_rotary_factor=0.45, **BASE
 )
-FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS = dict(use_sliding_window=True, sliding_window=90, max_window_layers=1)
 NEOX = dict(vocab_size=199, hidden_size=72, intermediate_size=100, num_hidden_layers=3, num_attention_heads=3)
 NEOX |= dict(
@@ -93,7 +84,10 @@ ROWS = {
   "gpt2": GPT2,
   "gpt2, scores not divided": GPT2 | dict(scale_attn_weights=False, activation_function="gelu"),
 }
+ROWS |= family_rows_llama.ROWS
+ROWS |= family_rows_glm.ROWS
 ROWS |= family_rows_gpt.ROWS
+ROWS |= family_rows_moe.ROWS
 PINNED = {"phi3": T}
 """Rows whose frequencies depend on the length, for which transformers has one length a call."""
 GOLDEN = Path(__file__).parents[1] / "golden" / "families.npz"
@@ -104,8 +98,18 @@ LOOSE = {"mpt": 5e-5}
 
 
 def family_of(row):
-  """The model_type of a row."""
+  """The name of a row's family."""
   return row.split(",")[0]
+
+
+REMOTE = tuple(row for row in ROWS if FAMILIES[family_of(row)].remote)
+"""Rows that transformers has no model of: the float64 oracle is their reference."""
+THEIRS = tuple(row for row in ROWS if row not in REMOTE)
+
+
+def call_of(row, count):
+  """pos and prefix of a call on so many tokens of a row, where they are not the usual ones."""
+  return family_rows_glm.CALLS.get(row, lambda count: {})(count)
 
 
 def core_of(row):
@@ -131,14 +135,17 @@ def built(row, seed=0):
 
 def settings(row):
   """The settings of a row's config.json."""
-  return dict(model_type=family_of(row), **ROWS[row])
+  return dict(model_type=FAMILIES[family_of(row)].model_type, **ROWS[row])
 
 
 def build(plain, seed=0):
   """A Model of the settings of a config.json, with weights of NumPy's."""
   family, cfg = read_config(plain)
   tensors = {name: draw(name, path, cfg, shape, seed) for name, path, shape in shapes(family, cfg)}
-  return Model(family, cfg, tensors, from_tensors(family, cfg, tensors))
+  params = from_tensors(family, cfg, tensors)
+  constants = match.all_constants(family, cfg)
+  tensors |= {name: np.asarray(value, np.float32) for name, value in constants.items()}
+  return Model(family, cfg, tensors, params)
 
 
 def shapes(family, cfg):

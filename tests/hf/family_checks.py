@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from family_cases import PINNED, T, built
+import oracle
+from family_cases import PINNED, T, built, call_of
 from model_checks import relative_error
 
 from jaxllm.hf import match
@@ -23,8 +24,8 @@ def program(kind, cfg):
 
 
 def _forward(model):
-  def forward(params, ids, rope, pos=None):
-    return model.apply({"params": params}, ids, Context(pos=pos), rope=rope)[0]
+  def forward(params, ids, rope, pos=None, prefix=None):
+    return model.apply({"params": params}, ids, Context(pos=pos, prefix=prefix), rope=rope)[0]
 
   return forward
 
@@ -67,11 +68,27 @@ def tables(cfg, row=None, length=T):
   return cfg.rope_tables(max_len=length)
 
 
+def context(row, count):
+  """The Context of a call on so many tokens of a row, as arguments of a `forward` program."""
+  call = call_of(row, count)
+  if not call:
+    return {}
+  return {"pos": call["pos"][None], "prefix": np.array([call["prefix"]], np.int32)}
+
+
+def truth(row, ids, cfg=None):
+  """The oracle's float64 logits [B, T, V] of a row's model, or of its parameters under another config."""
+  model, call = built(row), call_of(row, ids.shape[1])
+  cfg = model.cfg if cfg is None else cfg
+  return oracle.logits(cfg, model.params, ids, call.get("pos"), prefix=call.get("prefix", 0))
+
+
 def logits(row, ids, params=None):
   """Our float32 logits [B, T, V] of a row's model."""
   model = built(row)
   params = model.params if params is None else params
-  return np.asarray(program("forward", model.cfg)(params, ids, tables(model.cfg, row, ids.shape[1])))
+  given = context(row, ids.shape[1])
+  return np.asarray(program("forward", model.cfg)(params, ids, tables(model.cfg, row, ids.shape[1]), **given))
 
 
 def decoded(cfg, params, ids, rope, capacity=None, single=4):

@@ -7,16 +7,17 @@ import re
 
 import family_rows_gpt
 import pytest
-from family_cases import FULL, ROWS, SLIDING, built, settings
+from family_cases import FULL, ROWS, SLIDING, THEIRS, built, family_of, settings
 
 from jaxllm.errors import ConfigError
 from jaxllm.hf.families import FAMILIES, differences, ignored_settings, read_config, write_config
-from jaxllm.hf.settings import IGNORED
+from jaxllm.hf.settings import IGNORED, Settings
 from jaxllm.position import NoPE, Rope
 from jaxllm.position.rope import YarnRope
 from jaxllm.position.scalings import Llama3Rope, LongRope
 
 each_row = pytest.mark.parametrize("row", ROWS)
+each_of_theirs = pytest.mark.parametrize("row", THEIRS)
 each_family = pytest.mark.parametrize("name", FAMILIES)
 SIZES = {
   "vocab_size",
@@ -26,7 +27,8 @@ SIZES = {
   "intermediate_size",
   "model_type",
 }
-SIZES |= {"n_layer", "n_head", "n_layers", "n_heads", "d_model", "n_embd", "ffn_dim"}
+SIZES |= {"num_layers", "padded_vocab_size", "ffn_hidden_size", "ffn_dim"}
+SIZES |= {"n_layer", "n_head", "n_layers", "n_heads", "d_model", "n_embd"}
 """What has to be there: a default would be another model's."""
 
 
@@ -44,18 +46,31 @@ def plain_of(row):
 def test_what_is_written_is_read_back(row):
   cfg, plain = built(row).cfg, plain_of(row)
   family, found = read_config(json.loads(json.dumps(plain)))
-  assert (family.model_type, found) == (row.split(",")[0], cfg)
+  assert (family.name, found) == (row.split(",")[0], cfg)
 
 
-@each_row
+@each_of_theirs
 def test_some_family_has_every_model(row):
   """Without a name it is the first that has it: a Mistral without a window is a Llama."""
   cfg = built(row).cfg
   family, plain = write_config(cfg, pinned=True)
   assert differences(cfg, read_config(plain)[1]) == []
-  alone = ("llama", "bloom", "mpt", "gpt2", "gpt_neox", "gemma", "olmo2", "qwen3", "ministral3", "starcoder2")
-  alone += ("phi", "gptj", "falcon", "opt", "nemotron", "persimmon", "stablelm")
-  if row.startswith(alone) and row != "persimmon, RoPE scaled":  # which is a GPT-NeoX, too
+  own = (
+    "llama",
+    "bloom",
+    "mpt",
+    "gpt",
+    "gemma",
+    "olmo2",
+    "qwen3",
+    "ministral3",
+    "starcoder2",
+    "phi",
+    "falcon",
+  )
+  own += ("opt", "nemotron", "persimmon", "stablelm")
+  others = ("gpt_bigcode, a key a query", "persimmon, RoPE scaled")  # which are a GPT-2 and a GPT-NeoX, too
+  if row.startswith(own) and row not in others:
     assert family.model_type == row.split(",")[0]
 
 
@@ -66,7 +81,7 @@ def test_the_first_family_that_has_the_model():
   assert write_config(dataclasses.replace(cfg, num_heads=10))[0].model_type == "mistral"
 
 
-@each_row
+@each_of_theirs
 def test_the_config_that_transformers_writes(row):
   theirs = pytest.importorskip("theirs")
   config = theirs.config(settings(row))
@@ -74,7 +89,7 @@ def test_the_config_that_transformers_writes(row):
     assert read_config(plain)[1] == built(row).cfg
 
 
-@each_family
+@pytest.mark.parametrize("name", dict.fromkeys(map(family_of, THEIRS)))
 def test_a_fresh_config_of_transformers(name):
   """With the sizes of the class, and every attribute it has."""
   theirs = pytest.importorskip("theirs")
@@ -84,7 +99,7 @@ def test_a_fresh_config_of_transformers(name):
   assert read_config(config.to_dict())[1] == cfg
 
 
-@each_row
+@each_of_theirs
 def test_missing_settings_have_the_defaults_of_transformers(row):
   """Each left out in turn: what transformers writes for the rest has the missing one at its default."""
   theirs = pytest.importorskip("theirs")
@@ -116,7 +131,10 @@ def test_missing_settings_have_the_defaults_of_transformers(row):
 @each_family
 def test_sizes_have_no_default(name):
   plain = plain_of(row_of(name))
-  for key in plain.keys() & SIZES - {"model_type"}:
+  has_one = (
+    {"ffn_hidden_size"} if name == "falcon" else set()
+  )  # four times the width, as in all of its models
+  for key in plain.keys() & SIZES - {"model_type"} - has_one:
     with pytest.raises(ConfigError, match=rf"config.json: {key}: found nothing.*expected an integer"):
       read_config({one: value for one, value in plain.items() if one != key})
 
@@ -146,6 +164,63 @@ def test_any_value_of_any_setting_is_read_or_refused_by_its_key(name):
       except ConfigError as error:
         assert mentions(str(error), key), f"{key} = {value!r}: {error}"
       else:
+        assert cfg.num_layers <= 10_000
+
+
+BAD_NUMBERS = [
+  True,
+  False,
+  "12",
+  "",
+  [],
+  [1],
+  {},
+  -1,
+  0,
+  0.5,
+  -0.5,
+  2**31,
+  2**64,
+  10**400,
+  math.nan,
+  math.inf,
+]
+
+
+def numbers_read(plain):
+  """{path of a setting: its kind} of all that may be a number among what a family takes while it reads these settings."""
+  kinds, take = {}, Settings.take
+
+  def recorded(self, name, kind, *args, **kwargs):
+    kinds[(*filter(None, self.path.split(".")), name)] = kind
+    return take(self, name, kind, *args, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Settings, "take", recorded)
+    read_config(plain)
+  return {path: kind for path, kind in kinds.items() if any(map(kind.fits, (1, 2, 64, 1.5)))}
+
+
+@each_row
+def test_every_number_that_a_family_reads(row):
+  """Whether the settings say it or not, inside rope_parameters too: what it may not be is an error by its key."""
+  plain = json.loads(json.dumps(plain_of(row)))
+  kinds = numbers_read(plain)
+  assert len(kinds) >= 6
+  for (*above, key), kind in kinds.items():
+    for value in BAD_NUMBERS:
+      changed = json.loads(json.dumps(plain))
+      group = changed
+      for name in above:
+        group[name] = group = group.get(name) or {}  # from left to right
+      group[key] = value
+      try:
+        cfg = read_config(changed)[1]
+      except ConfigError as error:
+        named = mentions(str(error), key) or any(name in str(error) for name in above)
+        assert named, f"{above} {key} = {value!r}: {error}"
+      else:
+        assert kind.fits(value), f"{key} = {value!r}"
         assert cfg.num_layers <= 10_000
 
 
@@ -224,7 +299,7 @@ LISTS = dict(
 # what is put into a Llama's config.json, and what the error says
 BAD = [
   (dict(model_type="lama"), r"model_type: found 'lama', expected one of .*\(nearest: llama\)"),
-  (dict(model_type="qwen2_moe"), r"nearest: qwen2"),
+  (dict(model_type="qwen2_moe"), r"nearest: qwen3_moe"),
   (dict(model_type=None), "model_type: found null, expected a string"),
   (dict(hidden_act="sliu"), "hidden_act: found 'sliu', expected one of silu"),
   (dict(architectures=["LlamaForSequenceClassification"]), "architectures: .*LlamaForCausalLM"),

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from family_cases import ROWS, built, settings
+from family_cases import THEIRS, built, settings
 
 from jaxllm.activation import Glu, Mlp, Xielu
 from jaxllm.config import Layer, ModelConfig
@@ -114,9 +114,11 @@ def test_log_n_is_refused():
     write_config(dataclasses.replace(CFG, query_scale=LogN(32)))
 
 
-def test_interleaved_pairs_are_refused():
+def test_a_llama_of_interleaved_pairs_is_a_glm():
+  cfg = with_position("yarn", layout="interleaved")
+  assert write_config(cfg)[0].model_type == "glm"
   with pytest.raises(ConfigError, match=r"layout: found 'interleaved', expected 'half'"):
-    write_config(with_position("yarn", layout="interleaved"))
+    write_config(cfg, "llama")
 
 
 def test_frequencies_of_zero_have_no_factor():
@@ -130,7 +132,9 @@ REFUSED = [
   (dict(wiring=Parallel()), None, "wiring would be"),
   (dict(attention_sinks=True), None, "attention_sinks would be False instead of True"),
   (dict(norm=L2Norm(), qk_norm=QkNorm(LayerNorm(), "each")), None, "would be"),
-  (dict(mlp=Xielu()), None, "mlp: found Xielu"),
+  (dict(mlp=Xielu()), None, "the nearest, apertus: qk_norm would be"),
+  (dict(mlp=Xielu()), "llama", "mlp: found Xielu"),
+  (dict(mlp=Xielu(beta=0.4), qk_norm=QkNorm()), "apertus", "mlp would be Xielu"),
   (dict(mlp=Glu("swish", 2.0)), None, "mlp: found Glu"),
   (dict(biases=("head",)), None, "biases would be"),
   (dict(biases=("q",)), "qwen2", r"biases would be \('k', 'q', 'v'\)"),
@@ -186,6 +190,14 @@ def test_what_changes_no_logit_is_written(changes):
     (dict(layers=(Layer(Rope(rotary_dim=8)),)), "phi3"),
     (dict(embed_scale=2.0), "granite"),
     (dict(logit_scale=0.3), "granite"),
+    (dict(layers=(Layer(Rope(layout="interleaved", rotary_dim=8)),)), "glm"),
+    (dict(norm=LayerNorm(scale=None, bias=False), clip_qkv=3.0), "olmo"),
+    (dict(mlp=Mlp("relu2"), biases=("up", "down")), "arcee"),
+    (
+      dict(layers=(Layer(POSITIONS["ntk"](factor=8.0)),), qk_norm=QkNorm(RMSNorm(1e-5), place="after")),
+      "hunyuan_v1_dense",
+    ),
+    (dict(mlp=Xielu(2.0, 1.5), qk_norm=QkNorm(RMSNorm(1e-5))), "apertus"),
   ],
 )
 def test_the_family_that_has_it(changes, family):
@@ -215,7 +227,7 @@ def test_shares_of_a_head_come_back():
 def test_what_is_written_says_all_that_transformers_would_guess():
   """Ids beyond a small vocabulary, another family's number of heads: no default is left to the class."""
   theirs = pytest.importorskip("theirs")
-  for row in ROWS:
+  for row in THEIRS:
     _, plain = write_config(built(row).cfg, row.split(",")[0], pinned=True)
     config = theirs.config(plain)
     assert config.pad_token_id is None and config.bos_token_id is None
@@ -223,9 +235,9 @@ def test_what_is_written_says_all_that_transformers_would_guess():
 
 
 def test_as_transformers_keeps_what_it_has():
-  for row in ROWS:
+  for row in THEIRS:
     cfg = built(row).cfg
-    assert as_transformers(cfg, pinned=True) == cfg
+    assert as_transformers(cfg, pinned=True, own=FAMILIES[row.split(",")[0]].ropes) == cfg
 
 
 def test_a_sweep_trained_model_is_a_llama():

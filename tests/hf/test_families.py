@@ -10,7 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from family_cases import GOLDEN, KEPT, LOOSE, PINNED, ROWS, build, built, core_of, settings, tokens, write
+from family_cases import (
+  GOLDEN,
+  KEPT,
+  LOOSE,
+  PINNED,
+  ROWS,
+  THEIRS,
+  T,
+  build,
+  built,
+  call_of,
+  core_of,
+  settings,
+  tokens,
+  write,
+)
 from family_checks import by_name, decoded, first_bad_layer, logits, program, tables, vanishing
 from model_checks import relative_error
 
@@ -26,10 +41,10 @@ DIFFERENTIATED = ("gemma3_text", "bloom, residual after the norm", "gpt2")
 HALVES = ("llama", "bloom")
 
 
-def each_row(by_default=tuple(ROWS)):
+def each_row(by_default=tuple(ROWS), rows=THEIRS):
   """A parametrize mark over rows; those that are not `by_default` wait for the full counts."""
   marks = lambda row: [pytest.mark.core] * core_of(row) if row in by_default else [pytest.mark.slow]
-  return pytest.mark.parametrize("row", [pytest.param(row, marks=marks(row)) for row in ROWS])
+  return pytest.mark.parametrize("row", [pytest.param(row, marks=marks(row)) for row in rows])
 
 
 def matrices(row):
@@ -41,17 +56,17 @@ def matrices(row):
     if key.stored == "oi"
     for path in key.ours
   }
-  return unflatten({path: Matrix(x.T) if path in stored else x for path, x in flat.items()})
+  return unflatten({path: Matrix(x.swapaxes(-1, -2)) if path in stored else x for path, x in flat.items()})
 
 
 @functools.cache
 def kept():
-  """{row: logits [16, V]} of transformers, from make_families.py."""
+  """{row: logits [16, V]} of transformers or, where it has no such family, of definitions.py, from make_families.py."""
   with np.load(GOLDEN) as file:
     return dict(file)
 
 
-@each_row()
+@each_row(rows=ROWS)
 def test_kept_logits(row, tmp_path):
   """Of a directory that was written without transformers, read as any other."""
   cfg, params = hf.load(write(tmp_path, row))
@@ -86,7 +101,7 @@ def test_live_logits(row, tmp_path):
   family_table.measured(row, "logits", error)
 
 
-@each_row(DECODED)
+@each_row(DECODED, [row for row in ROWS if not call_of(row, T)])
 def test_prefill_and_decoding_are_the_full_forward(row):
   """Longer than windows; and than the trained length of LongRoPE, whose rows are here by the query's own length."""
   model, ids = built(row), tokens()[:, :128]
@@ -107,7 +122,7 @@ def test_gradients(row):
   loss, expected = theirs.gradients(theirs.row_model(row), ids)
   found_loss, grads = program("gradient", model.cfg)(model.params, ids, tables(model.cfg, row, 128))
   np.testing.assert_allclose(found_loss, loss, rtol=1e-5)
-  found = by_name(row, grads)
+  found = theirs.stacked(built(row).family.model_type, by_name(row, grads))
   assert found.keys() == expected.keys()
   for name in (zero := vanishing(row)):
     assert max(np.abs(found[name]).max(), np.abs(expected[name]).max()) <= 1e-6

@@ -3,12 +3,13 @@
 import functools
 
 import family_rows_gpt
+import family_rows_moe
 import pytest
-from family_cases import FULL, ROWS, SLIDING, YARN, built, from_tensors, tokens
+from family_cases import BASE, FULL, SLIDING, THEIRS, YARN, built, family_of, from_tensors, tokens
 from family_checks import program
 from model_checks import relative_error
 
-from jaxllm.hf.families import FAMILIES, ignored_settings, read_config, write_config
+from jaxllm.hf.families import ignored_settings, read_config, write_config
 
 theirs = pytest.importorskip("theirs")
 
@@ -32,10 +33,15 @@ APART |= {
   "max_seq_len",
   "tie_word_embeddings",
   "attention_bias",
+  "attention_out_bias",
   "mlp_bias",
+  "use_qk_norm",
 }
 APART |= {"eos_token_id", "torch_dtype", "max_position_embeddings"}  # the last computes dynamic NTK only
-APART |= family_rows_gpt.APART
+APART |= family_rows_gpt.APART | family_rows_moe.APART
+
+LEARNED = {("apertus", "hidden_act"), ("gpt_oss", "hidden_act")}
+"""Of one family: an activation that has tensors of its own."""
 
 OTHER = dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), "relu")
 OTHER |= dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), 0.1)
@@ -45,9 +51,10 @@ OTHER |= dict.fromkeys(("partial_rotary_factor", "rotary_pct"), 0.75)
 OTHER |= dict(attention_multiplier=0.5, embedding_multiplier=0.5, residual_multiplier=1.5, logits_scaling=2.0)
 OTHER |= dict(sliding_window=20, max_window_layers=3, use_sliding_window=False, query_pre_attn_scalar=3)
 OTHER |= dict(layer_types=[FULL, SLIDING, SLIDING], no_rope_layers=[0, 0, 1], use_parallel_residual=False)
+OTHER |= dict(logit_scale=0.1, clip_qkv=0.3)
 OTHER |= dict(apply_residual_connection_post_layernorm=True, scale_attn_weights=False)
 OTHER |= dict(rope_scaling={"rope_type": "linear", "factor": 3.0}, attn_config={"clip_qkv": 0.5})
-OTHER |= family_rows_gpt.OTHER
+OTHER |= family_rows_gpt.OTHER | family_rows_moe.OTHER
 SIX = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [5.0] * 6}
 LISTS = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [5.0] * 4}
 # of one family: what else has to change with a setting, None for a key that is left out
@@ -66,13 +73,19 @@ WITH = {
     "rope_scaling": LISTS,
   },
   ("ministral3", "rope_parameters"): {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.9}},
+  ("glm", "partial_rotary_factor"): {"partial_rotary_factor": 0.3},
+  ("glm4", "partial_rotary_factor"): {"partial_rotary_factor": 0.3},
+  ("olmo3", "rope_parameters"): {"rope_parameters": {FULL: YARN | {"factor": 9.0}, SLIDING: BASE}},
 }
 
 WITH |= family_rows_gpt.WITH
 
 
+FAMILIES = tuple(dict.fromkeys(map(family_of, THEIRS)))
+
+
 def row_of(name):
-  return next(row for row in ROWS if row.split(",")[0] == name)
+  return next(row for row in THEIRS if row.split(",")[0] == name)
 
 
 def plain_of(name):
@@ -84,7 +97,8 @@ def cases():
   """(family, setting): all that is written but what is apart."""
   for name in FAMILIES:
     plain = plain_of(name)
-    yield from sorted((name, key) for key in plain.keys() - APART - set(ignored_settings(plain)))
+    keys = plain.keys() - APART - set(ignored_settings(plain))
+    yield from sorted({(name, key) for key in keys} - LEARNED)
 
 
 def changed(name, key):
@@ -114,10 +128,10 @@ def test_every_setting_moves_their_logits(name, key):
 
 def test_what_says_which_tensors_there_are_has_several_values():
   """And so is held by the logits of rows, not by a change of one row's settings, which its tensors would not fit."""
-  for name, keys in family_rows_gpt.FLAGS.items():
-    rows = [row for row in ROWS if row.split(",")[0] == name]
-    written = [write_config(built(row).cfg, name)[1] for row in rows]
-    assert not [key for key in keys if len({plain[key] for plain in written}) < 2], name
+  for name, keys in (family_rows_gpt.FLAGS | family_rows_moe.FLAGS).items():
+    rows = [row for row in THEIRS if row.split(",")[0] == name]
+    written = [write_config(built(row).cfg, name, pinned=True)[1] for row in rows]
+    assert not [key for key in keys if len({str(plain[key]) for plain in written}) < 2], name
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Settings as published checkpoints have them, legacy keys included: accepted, and read as their authors mean them."""
 
+import published_glm
 import published_gpt
+import published_llama
 import pytest
 
 from jaxllm.hf.families import ignored_settings, read_config
@@ -209,8 +211,7 @@ PUBLISHED = {
   "MPT 7B": (MPT, Alibi(), None, dict(clip_qkv=None, context_length=2048, mlp_dim=16384)),
   "GPT-2": (GPT2, Learned(1024), None, dict(mlp_dim=3072, length_limit=1024)),
 }
-
-PUBLISHED |= published_gpt.PUBLISHED
+PUBLISHED |= published_llama.PUBLISHED | published_glm.PUBLISHED | published_gpt.PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -228,6 +229,13 @@ def test_the_activation_of_the_first_gemma():
 
 def test_remote_code_is_among_the_ignored():
   assert "auto_map" in ignored_settings(PHI3) and "auto_map" in ignored_settings(MPT)
+
+
+@pytest.mark.parametrize("name", published_llama.LAST)
+def test_layers_without_a_window(name):
+  cfg = read_config(PUBLISHED[name][0])[1]
+  assert (cfg.layers[-1].position, cfg.layers[-1].window) == (published_llama.LAST[name], None)
+  assert len(cfg.layers) == 4
 
 
 def test_layers_of_gemma3():

@@ -189,7 +189,7 @@ def test_nothing_of_another_model_stays(tmp_path):
   for name in ("README.md", "tokenizer.model", "special_tokens_map.json"):
     (tmp_path / name).write_text("{}")
   save(tmp_path, cfg, weights)
-  left = {"README.md", "config.json", "model.safetensors"}
+  left = {"README.md", "SHA256SUMS", "config.json", "model.safetensors"}
   assert {path.name for path in tmp_path.iterdir()} == left | {"tokenizer.model", "special_tokens_map.json"}
   save(tmp_path, cfg, weights, tokenizer=byte_tokenizer())
   assert {path.name for path in tmp_path.iterdir()} == left | {"tokenizer.json", "tokenizer_config.json"}

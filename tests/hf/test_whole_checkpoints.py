@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoint_case import assert_equal_trees
-from family_cases import ROWS, built, settings
+from family_cases import THEIRS, built, settings
 from model_checks import relative_error
 from safetensors.numpy import save_file
 
@@ -34,7 +34,7 @@ def write(directory, row="llama", stored=None, **changes):
 
 
 @pytest.mark.parametrize(
-  "row", [row if row in LAYOUTS else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+  "row", [row if row in LAYOUTS else pytest.param(row, marks=pytest.mark.slow) for row in THEIRS]
 )
 def test_transformers_opens_what_was_saved(tmp_path, row):
   """Written by transformers, loaded, saved, and opened by transformers: the same tensors bit for bit, the same logits."""
@@ -88,9 +88,11 @@ def test_types(tmp_path, stored, named, wanted, types):
   assert ({leaf.dtype.name for leaf in jax.tree.leaves(params)}, cfg.dtype) == ({types[0]}, types[1])
 
 
-def test_on_a_mesh(tmp_path):
+@pytest.mark.parametrize("row", ["llama", "mixtral"])
+def test_on_a_mesh(tmp_path, row):
+  """Experts too, which are a tensor each in the files, and one parameter here."""
   mesh = parallel.make_mesh("fsdp=4,tensor=2")
-  cfg, params = hf.load(write(tmp_path), mesh=mesh)
+  cfg, params = hf.load(write(tmp_path, row), mesh=mesh)
   whole = parallel.shard(hf.load(tmp_path)[1], mesh, parallel.RULES["fsdp_tensor"], cfg)
   for mine, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True):
     assert mine.sharding == theirs.sharding

@@ -14,6 +14,11 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 torch.set_num_threads(1)
 IN_MEMORY = {"gpt_neox": ("embed_out.weight", "lm_head.weight")}
 """By model_type, the name in the files that transformers gives another in memory, and that one."""
+EXPERTS = {
+  "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+  "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+"""By model_type, what the files call a mixture, and gate, up and down of an expert: in memory they are mlp, and stacked."""
 
 
 def attention_of(plain):
@@ -40,11 +45,32 @@ def model(plain, tensors, dtype=None):
   kind = attention_of(plain)
   out = transformers.AutoModelForCausalLM.from_config(config(plain), attn_implementation=kind).eval()
   in_files, in_memory = IN_MEMORY.get(plain["model_type"], ("", ""))
+  tensors = stacked(plain["model_type"], tensors)
   named = {in_memory if name == in_files else name: torch.tensor(x) for name, x in tensors.items()}
   if out.config.tie_word_embeddings:
     named["lm_head.weight"] = next(x for name, x in named.items() if name.split(".")[-2] in EMBEDDINGS)
   out.load_state_dict(named)
   return out if dtype is None else out.to(dtype)
+
+
+def stacked(model_type, tensors):
+  """Tensors by the names of the files as it has them in memory: all experts of a layer in one, gate above up."""
+  if model_type not in EXPERTS:
+    return tensors
+  block, names = EXPERTS[model_type]
+  out, experts = {}, {}
+  for name, x in tensors.items():
+    layer, at, rest = name.partition(f".{block}.experts.")
+    if at:
+      number, kind, _ = rest.split(".")
+      experts.setdefault(layer, {})[kind, int(number)] = x
+    else:
+      out[name.replace(f".{block}.", ".mlp.")] = x
+  for layer, parts in experts.items():
+    gate, up, down = (np.stack([parts[kind, j] for j in range(len(parts) // 3)]) for kind in names)
+    out[f"{layer}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], 1)
+    out[f"{layer}.mlp.experts.down_proj"] = down
+  return out
 
 
 EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in")

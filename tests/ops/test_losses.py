@@ -1,9 +1,11 @@
 """The chunked cross-entropy against float64, forward and gradient."""
 
+import components
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_checks import relative_error
 
 from jaxllm.leaf import Matrix, dense
 from jaxllm.ops.head import Head
@@ -59,6 +61,24 @@ def test_logits_far_from_zero():
   nll, correct = cross_entropy(jnp.ones((1, 1, 1)), head, jnp.array([[2]]))
   np.testing.assert_allclose(nll[0, 0], np.log1p(np.exp(1.0)), rtol=0, atol=1e-5)  # one unit of 100 is 7.6e-6
   assert not correct[0, 0]
+
+
+@pytest.mark.component("norm_head")
+@pytest.mark.parametrize("stored", ["io", "oi"])
+def test_a_normed_head_is_that_of_rows_of_length_one(stored):
+  """A bias and a soft cap come after; a token of no weight at all has the bias for its logit, and a gradient."""
+  w = HEAD * np.geomspace(1e-3, 1e3, V, dtype=np.float32)
+  w[:, 2] = 0
+  bias = RNG.standard_normal(V).astype(np.float32)
+  long = w.astype(np.float64)
+  unit = long / np.maximum(np.linalg.norm(long, axis=0), 1e-12)
+  leaf = Matrix(jnp.asarray(w.T)) if stored == "oi" else jnp.asarray(w)
+  logits = jax.jit(lambda w: Head(w, bias, 3.0, normed=True)(HIDDEN))
+  error = relative_error(logits(leaf), 3 * np.tanh((HIDDEN.astype(np.float64) @ unit + bias) / 3))
+  assert error <= 1e-6
+  components.measured("norm_head", "float64", error)
+  assert relative_error(Head(leaf, bias, 3.0)(HIDDEN), logits(leaf)) > 0.1
+  assert np.isfinite(dense(jax.grad(lambda w: jnp.sum(logits(w)))(leaf))).all()
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.activation import ClampedGlu, Glu, Mlp, Xielu
 from jaxllm.config import Layer, ModelConfig
+from jaxllm.experts import Moe, SoftmaxRouter
 from jaxllm.leaf import Matrix
 from jaxllm.nn import Transformer
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
@@ -76,16 +77,25 @@ CASES = {
   "gpt_oss": model(
     layer("yarn", 5, base=100.0, factor=4.0, original_length=8),
     layer("yarn", base=100.0, factor=4.0, original_length=8),
-    **dict(mlp=ClampedGlu(), attention_sinks=True, biases=("q", "k", "v", "o", "gate", "up", "down")),
+    **dict(
+      mlp=Moe(ClampedGlu(limit=1.0), 5, 2),
+      attention_sinks=True,
+      biases=(*"qkvo", "router", "gate", "up", "down"),
+    ),
+  ),
+  "qwen3_moe": model(
+    Layer(Rope(100.0), mlp=Glu()),
+    Layer(Rope(100.0)),
+    **dict(mlp=Moe(num_experts=6, top_k=3, router=SoftmaxRouter(False), mlp_dim=24), qk_norm=QkNorm()),
   ),
 }
 CASES |= {
   "odd llama": dataclasses.replace(CASES["llama"], vocab_size=61, num_kv_heads=2),
   "odd gemma2": dataclasses.replace(CASES["gemma2"], vocab_size=61, num_kv_heads=1),
-  "odd groups": model(vocab_size=61, num_heads=12, num_kv_heads=3, biases=("head", "k")),
+  "odd groups": model(vocab_size=61, num_heads=12, num_kv_heads=3, biases=("head", "k"), norm_head=True),
 }
 """The last three have key heads and a vocabulary that a tensor axis of four does not divide: k and v whole, padding."""
-MATRIX = ("llama", "phi3", "opt", "gemma2", "odd llama")
+MATRIX = ("llama", "phi3", "opt", "gemma2", "odd llama", "qwen3_moe")
 """Whose matrices are held as [out, in], as those of a checkpoint are."""
 
 
@@ -105,7 +115,7 @@ def params(cfg, matrix=False):
       return np.float32(getattr(cfg.norm, "scale", "w") != "1+w") + np.float32(0.3) * x
     if path.endswith(("bias", "sinks", "alpha_p", "alpha_n")) or path == "embed":
       return np.float32(0.3) * x
-    return x * np.float32(1.5 * shape[0] ** -0.5)
+    return x * np.float32(1.5 * shape[-2] ** -0.5)
 
   drawn = unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(abstract(cfg)).items()})
   return as_loaded(drawn) if matrix else drawn
@@ -114,7 +124,7 @@ def params(cfg, matrix=False):
 def as_loaded(params):
   """Parameters with the head and the matrices of layers held as [out, in]."""
   is_matrix = lambda path: path in ("head", "embed_in", "embed_out") or path.endswith("/w")
-  stored = lambda path, x: Matrix(np.ascontiguousarray(x.T)) if is_matrix(path) else x
+  stored = lambda path, x: Matrix(np.ascontiguousarray(x.swapaxes(-1, -2))) if is_matrix(path) else x
   return unflatten({path: stored(path, x) for path, x in flatten(params).items()})
 
 

@@ -63,7 +63,7 @@ def test_the_pattern_reads_what_xla_writes():
 
 
 SLOW = [("data=2,tensor=4", name) for name in ("gemma2", "granite", "gpt2", "bloom", "mpt", "odd gemma2")]
-SLOW += [("tensor=8", name) for name in ("llama", "qwen3", "gpt_oss", "phi3", "smollm3")] + [
+SLOW += [("tensor=8", name) for name in ("llama", "qwen3", "qwen3_moe", "phi3", "smollm3")] + [
   ("tensor=4", "llama")
 ]
 
@@ -71,7 +71,11 @@ SLOW += [("tensor=8", name) for name in ("llama", "qwen3", "gpt_oss", "phi3", "s
 @pytest.mark.core
 @pytest.mark.parametrize(
   ("axes", "name"),
-  [("tensor=4", "odd llama"), *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)],
+  [
+    ("tensor=4", "odd llama"),
+    ("tensor=4", "gpt_oss"),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW),
+  ],
 )
 def test_two_all_reduces_a_layer(axes, name):
   """Each the size of the residual stream; one for the embedding; and nothing else, so no weight is gathered."""

@@ -10,21 +10,24 @@ from mesh_checks import MESHES, check_equal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 
-from family_cases import ROWS, build, settings
+from family_cases import REMOTE, ROWS, build, settings
 
 HEADS = ("num_attention_heads", "n_head", "n_heads")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+KEY_HEADS = ("num_key_value_heads", "multi_query_group_num")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def dividing(row):
   """The row's settings with heads in fours, two layers and windows of five tokens; 199 tokens are padded, widths divide."""
   plain = settings(row)
   heads = {name: -(-plain[name] // 4) * 4 for name in HEADS if name in plain}
-  if (kv := plain.get("num_key_value_heads", 1)) > 1:
-    heads["num_key_value_heads"] = 4 if kv == 2 else max(heads.values())
+  for name in KEY_HEADS:
+    if (kv := plain.get(name, 1)) > 1:
+      heads[name] = 4 if kv == 2 else max(heads.values())
   lists = {name: plain[name][:2] for name in ("layer_types", "no_rope_layers") if name in plain}
   windows = {"sliding_window": 5} if plain.get("sliding_window") else {}
-  return plain | heads | lists | windows | {name: 2 for name in LAYERS if name in plain}
+  wide = {"hidden_size": 96} if row in REMOTE else {}  # whose heads are shares of it that turn in pairs
+  return plain | wide | heads | lists | windows | {name: 2 for name in LAYERS if name in plain}
 
 
 @functools.cache

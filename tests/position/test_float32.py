@@ -148,7 +148,7 @@ def test_rows_of_lengths(name):
 
 
 def test_a_method_that_transformers_does_not_have_is_rounded_once():
-  method = POSITIONS["ntk"](factor=3.0)
+  method = POSITIONS["ntk_fixed"](factor=3.0)
   found, scale = float32.frequencies(method, 64)
   np.testing.assert_array_equal(found, method.frequencies(64)[0].astype(np.float32))
   assert found.dtype == np.float32 and scale == 1.0

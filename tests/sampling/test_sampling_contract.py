@@ -46,11 +46,20 @@ def row(sampler, index):
   return jax.tree.map(lambda leaf: leaf if np.ndim(leaf) == 0 else leaf[index : index + 1], sampler)
 
 
-def test_each_name_gives_its_sampler_and_defaults_are_off():
-  assert list(SAMPLERS) == ["greedy", "temperature", "top_k", "top_p", "chain"]
-  for name in ("temperature", "top_k", "top_p", "chain"):
+NAMES = ["greedy", "temperature", "top_k", "top_p", "min_p", "typical", "epsilon", "eta", "top_n_sigma"]
+NAMES += ["repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "logit_bias"]
+NAMES += ["banned_tokens", "forced_tokens", "min_new_tokens", "xtc", "dry", "mirostat", "chain"]
+ON = {"greedy", "mirostat"}  # which have no off
+TABLES = {"logit_bias", "banned_tokens", "forced_tokens", "min_new_tokens"}  # which need one
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_gives_its_sampler_and_defaults_are_off(name):
+  assert list(SAMPLERS) == NAMES
+  if name not in ON | TABLES:
     sampler = SAMPLERS[name]()
-    np.testing.assert_array_equal(sampler.filter(logits(), sampler.init(None, None)), logits())
+    state = sampler.init(np.tile([1, 2, 1, 2], (B, 1)), np.full(B, 4))
+    np.testing.assert_array_equal(sampler.filter(logits(), sampler.toss(keys(), state)), logits())
 
 
 @every_sampler
@@ -170,14 +179,14 @@ def test_the_greedy_limits_are_greedy(sampler):
 class Once(Sampler):
   """Never draws a token of the prompt, nor one twice."""
 
-  def init(self, tokens, lengths):
+  def init(self, tokens, lengths, room=0):
     real_BT = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     return jnp.any(jax.nn.one_hot(tokens, V, dtype=bool) & real_BT[:, :, None], axis=1)
 
   def filter(self, logits_BV, state):
     return jnp.where(state, -jnp.inf, logits_BV)
 
-  def update(self, tokens_B, state):
+  def update(self, tokens_B, state, logits_BV):
     return state | jax.nn.one_hot(tokens_B, V, dtype=bool)
 
 

@@ -2,13 +2,14 @@
 
 import itertools
 
+import filter_reference
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sampling_reference import chi_square, chi_square_limit, distribution
 
-from jaxllm.sampling import Chain, Temperature, TopK, TopP
+from jaxllm.sampling import SAMPLERS, Chain, Temperature, TopK, TopP
 
 V = 24
 LOGITS_V = (1.5 * np.random.default_rng(11).normal(size=V)).astype(np.float32)
@@ -50,6 +51,72 @@ def test_the_test_sees_a_wrong_temperature(error, number):
   probs, _ = distribution(LOGITS_V, 1.0)
   statistic, freedom = chi_square(tokens(error, 0, 1.0, number), probs)
   assert statistic > chi_square_limit(freedom)
+
+
+TEXT = [3, 7, 3, 7, 9, 3]
+STATED = [  # (name, parameters) in order, of the prompt TEXT
+  [("min_p", {"min_p": 0.1})],
+  [("temperature", {"temperature": 1.5}), ("min_p", {"min_p": 0.3})],
+  [("typical", {"p": 0.8})],
+  [("epsilon", {"epsilon": 0.03})],
+  [("eta", {"epsilon": 0.3})],
+  [("top_n_sigma", {"n": 1.0})],
+  [("repetition_penalty", {"penalty": 1.3})],
+  [
+    ("presence_penalty", {"penalty": 1.0, "prompt": True}),
+    ("frequency_penalty", {"penalty": 0.5, "prompt": True}),
+  ],
+  [("no_repeat_ngram", {"n": 2})],
+  [("dry", {"multiplier": 0.8, "allowed_length": 1})],
+  [("mirostat", {"tau": 1.5})],
+  [
+    ("repetition_penalty", {"penalty": 1.2}),
+    ("temperature", {"temperature": 0.5}),
+    ("top_k", {"k": 9}),
+    ("top_p", {"p": 0.9}),
+    ("min_p", {"min_p": 0.02}),
+  ],
+  [("xtc", {"probability": 0.3, "threshold": 0.08})],
+]
+
+
+@pytest.mark.parametrize(
+  ("case", "number"),
+  [(case, 20_000) for case in (0, 2, 5, 6, 9, 10, 11, 12)]
+  + [pytest.param(case, 200_000, marks=pytest.mark.slow) for case in range(len(STATED))],
+)
+def test_frequencies_of_every_kind(case, number):
+  filters = STATED[case]
+  z = LOGITS_V.astype(np.float64)
+  if filters[0][0] == "xtc":  # a mixture of both sides of the coin
+    share = filters[0][1]["probability"]
+    sides = [filter_reference.xtc(z, TEXT, 0, chance=chance, **filters[0][1]) for chance in (0.0, 1.0)]
+    probs = share * filter_reference.softmax(sides[0][0]) + (1 - share) * filter_reference.softmax(
+      sides[1][0]
+    )
+    margin = sides[0][1]
+  else:
+    filtered_V, margin = filter_reference.chained(z, TEXT, 0, filters)
+    probs = filter_reference.softmax(filtered_V)
+  assert margin > 1e-5
+  assert not np.allclose(probs, distribution(LOGITS_V)[0])
+  sampler = Chain(tuple(SAMPLERS[name](**kw) for name, kw in filters))
+  key_B = jax.random.split(jax.random.key(case), number)
+  drawn = np.asarray(draw_after(sampler, key_B, LOGITS_V))
+  statistic, freedom = chi_square(drawn, probs)
+  assert statistic <= chi_square_limit(freedom)
+  assert set(np.flatnonzero(probs * number > 20)) <= set(drawn)
+
+
+@jax.jit
+def draw_after(sampler, key_B, logits_V):
+  """A draw for each key, after the prompt TEXT."""
+
+  def one(key):
+    state = sampler.init(jnp.array([TEXT]), jnp.array([len(TEXT)]), 1)
+    return sampler(key[None], logits_V[None], state)[0][0]
+
+  return jax.vmap(one)(key_B)
 
 
 def test_rows_of_one_batch_are_independent():

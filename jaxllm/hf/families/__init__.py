@@ -6,44 +6,62 @@ Adding one is a file with its settings and the names of its tensors, a row in FA
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.config import DTYPES, ModelConfig
+from jaxllm.activation import Xielu
+from jaxllm.config import DTYPES, Layer, ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.experts import Moe
 from jaxllm.hf import rope
+from jaxllm.hf.families.apertus import APERTUS
+from jaxllm.hf.families.arcee import ARCEE
+from jaxllm.hf.families.baichuan import BAICHUAN
 from jaxllm.hf.families.bloom import BLOOM
+from jaxllm.hf.families.chatglm import CHATGLM
+from jaxllm.hf.families.chatglm_6b import CHATGLM_6B
+from jaxllm.hf.families.cohere import COHERE, COHERE2
+from jaxllm.hf.families.exaone4 import EXAONE4
 from jaxllm.hf.families.falcon import FALCON
 from jaxllm.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
+from jaxllm.hf.families.glm import GLM, GLM4
+from jaxllm.hf.families.glm_130b import GLM_130B
 from jaxllm.hf.families.gpt2 import GPT2, GPT_BIGCODE
 from jaxllm.hf.families.gpt_neox import GPT_NEOX
+from jaxllm.hf.families.gpt_oss import GPT_OSS
 from jaxllm.hf.families.gptj import CODEGEN, GPTJ
 from jaxllm.hf.families.granite import GRANITE
+from jaxllm.hf.families.hunyuan import HUNYUAN
 from jaxllm.hf.families.llama import LLAMA
 from jaxllm.hf.families.mistral import MINISTRAL3, MISTRAL
+from jaxllm.hf.families.mixtral import MIXTRAL
 from jaxllm.hf.families.mpt import MPT
 from jaxllm.hf.families.nemotron import NEMOTRON
-from jaxllm.hf.families.olmo2 import OLMO2
+from jaxllm.hf.families.olmo import OLMO, OLMO2, OLMO3
 from jaxllm.hf.families.opt import OPT
 from jaxllm.hf.families.persimmon import PERSIMMON
 from jaxllm.hf.families.phi import PHI
 from jaxllm.hf.families.phi3 import PHI3
 from jaxllm.hf.families.qwen import QWEN2, QWEN3
+from jaxllm.hf.families.qwen_moe import QWEN3_MOE
 from jaxllm.hf.families.relative import pattern
+from jaxllm.hf.families.seed_oss import SEED_OSS
 from jaxllm.hf.families.smollm3 import SMOLLM3
 from jaxllm.hf.families.stablelm import STABLELM
 from jaxllm.hf.families.starcoder2 import STARCODER2
 from jaxllm.hf.family import Family
-from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, one_of
+from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, nearest, one_of
 from jaxllm.ops.attention import Plain
-from jaxllm.position import LogN, Rope
+from jaxllm.position import LogN, Position, Rope
 
 _ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE, SMOLLM3, MINISTRAL3)
 _ROWS += (GPT_NEOX, BLOOM, MPT, GPT2)
+_ROWS += (GLM, GLM4, COHERE, COHERE2, OLMO, OLMO3, EXAONE4, SEED_OSS, ARCEE, HUNYUAN, APERTUS)
 _ROWS += (STARCODER2, PHI, GPTJ, CODEGEN, FALCON, OPT, GPT_BIGCODE, NEMOTRON, PERSIMMON, STABLELM)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
-"""By model_type, in the order in which `write_config` tries them."""
+_ROWS += (MIXTRAL, QWEN3_MOE, GPT_OSS)
+_ROWS += (BAICHUAN, CHATGLM_6B, CHATGLM, GLM_130B)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+"""By name, in the order in which `write_config` tries them."""
 
 SETTLED = {
   "quantization_config": ((), "quantized checkpoints are not read"),
@@ -88,21 +106,23 @@ def _read(plain: Mapping[str, Any], source: str) -> tuple[Family, ModelConfig, l
 
 
 def family_of(s: Settings) -> Family:
-  """The family that model_type names; raises ConfigError with the nearest name for another."""
+  """The family that model_type names, and of several the first that the settings fit.
+
+  Raises ConfigError with the nearest name for another.
+  """
   name = s.take("model_type", TEXT)
-  if name not in FAMILIES:
-    near = difflib.get_close_matches(name, FAMILIES, 1, 0.4)
-    nearest = f" (nearest: {near[0]})" if near else ""
-    raise s.error("model_type", f"one of {', '.join(FAMILIES)}{nearest}")
-  return FAMILIES[name]
+  if found := [family for family in FAMILIES.values() if family.model_type == name]:
+    return next((family for family in found if family.fits(s)), found[-1])
+  known = list(dict.fromkeys(family.model_type for family in FAMILIES.values()))
+  near = nearest(name, known, 0.4)
+  raise s.error("model_type", f"one of {', '.join(known)}{f' (nearest: {near})' if near else ''}")
 
 
 def _check_architecture(s: Settings, family: Family) -> None:
   """architectures may name the decoder or the model without its head, in any spelling; the authors' code of MPT has its own."""
   base = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-  allowed = {
-    name.lower() for name in (family.architecture, f"{base}Model", f"{base}TextModel", f"{base}ForCausalLM")
-  }
+  names = (family.architecture, f"{base}Model", f"{base}TextModel", f"{base}ForCausalLM", *family.also)
+  allowed = {name.lower() for name in names}
   found = s.plain.get("architectures")
   s.ignore("architectures")
   if found is None or found == []:
@@ -112,7 +132,9 @@ def _check_architecture(s: Settings, family: Family) -> None:
 
 
 def _eos_ids(s: Settings, family: Family) -> tuple[int, ...]:
-  found = s.take("eos_token_id", TOKENS, family.eos, null=None)
+  several = isinstance(family.eos, tuple)
+  default = list(family.eos) if several else family.eos
+  found = s.take("eos_token_id", TOKENS, default, null=default if several else None)
   ids = found if isinstance(found, list) else [] if found is None else [found]
   return tuple(one for one in ids if one >= 0)  # -1 stands for none
 
@@ -122,54 +144,85 @@ def write_config(
 ) -> tuple[Family, dict[str, Any]]:
   """(family, settings of its config.json) whose reading is cfg but for what changes no logit beyond rounding.
 
-  family: its model_type; None for the first of FAMILIES that has such a model.  Fixed frequencies of any method are written as
-  LongRoPE's factors.  pinned: as `rope.expressible`.  Raises ConfigError, by name, for what no family, or not this one, can
-  say.
+  family: its name; None for the first of FAMILIES that has such a model and that transformers has, too.  Fixed frequencies of
+  any method are written as LongRoPE's factors, but for a family of remote code, which has its own RoPE only.  pinned: as
+  `rope.expressible`.  Raises ConfigError, by name, for what no family, or not this one, can say.
   """
-  if family is not None and family not in FAMILIES:
-    Settings({"model_type": family}, "family").take("model_type", one_of(FAMILIES))
-  wanted = as_transformers(cfg, pinned)
+  if family is not None:
+    if family not in FAMILIES:
+      Settings({"model_type": family}, "family").take("model_type", one_of(FAMILIES))
+    plain, _, reason = _written(FAMILIES[family], cfg, pinned)
+    if plain is None:
+      raise ConfigError(f"the family {family} has no model with these settings: {reason}")
+    return FAMILIES[family], plain
+  try:
+    _converted(cfg, pinned, ())  # what no family has is an error of its own
+  except ConfigError as error:
+    raise ConfigError(f"{error}{_by_name(cfg)}") from None
   reasons = {}
-  for one in FAMILIES.values() if family is None else [FAMILIES[family]]:
-    try:
-      plain = one.write(wanted) | _common(one, wanted)
-      found = read_config(plain, f"what would be written for {one.model_type}")[1]
-    except ConfigError as error:
-      reasons[one.model_type] = (2, str(error))  # of a thing the family has not
+  for one in FAMILIES.values():
+    if one.remote:
       continue
-    if not (lines := differences(wanted, found)):
+    plain, *reasons[one.name] = _written(one, cfg, pinned)
+    if plain is not None:
       return one, plain
-    reasons[one.model_type] = (len(lines), "; ".join(lines))
   nearest = min(reasons, key=lambda name: reasons[name][0])
-  who = "transformers has no family" if family is None else f"the family {family} has no model"
-  raise ConfigError(f"{who} with these settings; the nearest, {nearest}: {reasons[nearest][1]}")
+  raise ConfigError(
+    f"transformers has no family with these settings; the nearest, {nearest}: {reasons[nearest][1]}{_by_name(cfg)}"
+  )
+
+
+def _written(one: Family, cfg: ModelConfig, pinned: bool = False) -> tuple[dict[str, Any] | None, int, str]:
+  """(what a family writes, 0, ""), or (None, how far the model is from the family's, what the family cannot say)."""
+  try:
+    wanted = cfg if one.remote else as_transformers(cfg, pinned, one.ropes)
+    plain = one.write(wanted) | _common(one, wanted)
+    found = read_config(plain, f"what would be written for {one.name}")[1]
+  except ConfigError as error:
+    return None, 2, str(error)  # of a thing the family has not
+  lines = differences(wanted, found)
+  return (None, len(lines), "; ".join(lines)) if lines else (plain, 0, "")
+
+
+def _by_name(cfg: ModelConfig) -> str:
+  """What to add where only families of remote code have the model."""
+  names = [one.name for one in FAMILIES.values() if one.remote and _written(one, cfg)[0] is not None]
+  if not names:
+    return ""
+  asked = " or ".join(f"family={name!r}" for name in names)
+  have = "families of remote code have it" if len(names) > 1 else "a family of remote code has it"
+  return f".  But {have}, which transformers opens with its authors' code only: ask for it by name, {asked}"
 
 
 def _common(family: Family, cfg: ModelConfig) -> dict[str, Any]:
   """What all families have.  bos and pad are the tokenizer's matter: their defaults may lie beyond a small vocabulary."""
-  ids = cfg.eos_ids
+  ids = list(cfg.eos_ids)
+  none = -1 if isinstance(family.eos, tuple) else None
   return {
     "model_type": family.model_type,
     "architectures": [family.architecture],
     "tie_word_embeddings": cfg.tie_embeddings,
     "bos_token_id": None,
-    "eos_token_id": (ids[0] if len(ids) == 1 else list(ids)) if ids else None,
+    "eos_token_id": (ids[0] if len(ids) == 1 else ids) if ids else none,
     "pad_token_id": None,
     "torch_dtype": cfg.dtype,
   }
 
 
-def as_transformers(cfg: ModelConfig, pinned: bool = False) -> ModelConfig:
-  """cfg with each position method as transformers has it; raises ConfigError for what it has nothing for."""
+def as_transformers(cfg: ModelConfig, pinned: bool = False, own: tuple[type[Rope], ...] = ()) -> ModelConfig:
+  """cfg with each position method as transformers has it, `own` as they are; raises ConfigError for what it has nothing for."""
+  return dataclasses.replace(cfg, layers=_converted(cfg, pinned, own))
+
+
+def _converted(cfg: ModelConfig, pinned: bool, own: tuple[type[Rope], ...]) -> tuple[Layer, ...]:
   if isinstance(cfg.query_scale, LogN):
     raise ConfigError("query_scale: found LogN, expected none: transformers does not scale queries by log n")
-  layers = [
-    dataclasses.replace(
-      layer, position=rope.expressible(layer.position, cfg.head_dim, cfg.context_length, pinned)
-    )
-    for layer in cfg.layers
-  ]
-  return dataclasses.replace(cfg, layers=tuple(layers))
+
+  def converted(position: Position) -> Position:
+    kept = type(position) in own
+    return position if kept else rope.expressible(position, cfg.head_dim, cfg.context_length, pinned)
+
+  return tuple(dataclasses.replace(layer, position=converted(layer.position)) for layer in cfg.layers)
 
 
 def differences(wanted: ModelConfig, found: ModelConfig) -> list[str]:
@@ -186,8 +239,8 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(norm, multiply_in="float32") if hasattr(norm, "multiply_in") else norm
 
   def plain_position(position):
-    if not isinstance(position, Rope):
-      return position
+    if not isinstance(position, Rope) or (position.program is not None and not position.two_dimensional):
+      return position  # ReRoPE and its like, whose lengths are of their windows
     whole = position.rotary_dim == cfg.head_dim
     return dataclasses.replace(
       position,
@@ -195,12 +248,21 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
       original_length=position.original_length if position.needs_original_length else None,
     )
 
+  def plain_mlp(mlp):
+    if isinstance(mlp, Xielu):  # where its slopes start
+      return dataclasses.replace(mlp, alpha_p=1.0, alpha_n=mlp.beta + 1)
+    return dataclasses.replace(mlp, mlp_dim=mlp.mlp_dim or cfg.mlp_dim) if isinstance(mlp, Moe) else mlp
+
+  def plain_layer(layer):
+    mlp = None if layer.mlp == cfg.mlp or layer.mlp is None else plain_mlp(layer.mlp)
+    return dataclasses.replace(layer, position=plain_position(layer.position), mlp=mlp)
+
   qk_norm = cfg.qk_norm and dataclasses.replace(cfg.qk_norm, norm=plain_norm(cfg.qk_norm.norm))
-  layers = (dataclasses.replace(layer, position=plain_position(layer.position)) for layer in cfg.layers)
   usual = cfg.attention_scale == cfg.head_dim**-0.5
   return dataclasses.replace(
     cfg,
-    layers=pattern(layers),
+    layers=pattern(map(plain_layer, cfg.layers)),
+    mlp=plain_mlp(cfg.mlp),
     norm=plain_norm(cfg.norm),
     qk_norm=qk_norm,
     attention_scale=None if usual else cfg.attention_scale,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.errors import ConfigError
 from jaxllm.hf import rope
 from jaxllm.hf.families import relative
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.settings import COUNT, POSITIVE, Settings
 from jaxllm.norm import RMSNorm
-from jaxllm.position import Rope
 from jaxllm.wiring import Sandwich
 
 SHARED = dict(head_dim=256, activation="gelu_pytorch_tanh", attention_bias=True, norm=RMSNorm(scale="1+w"))
@@ -66,16 +64,8 @@ def read3(s: Settings) -> ModelConfig:
   s.settle("attn_logit_softcapping", why="transformers does not apply it in this family")
 
   def layers(num_layers: int, head: rope.Head) -> list[Layer]:
-    groups, scaling = s.group("rope_parameters"), s.group("rope_scaling")
-    if groups and scaling:
-      raise s.error("rope_scaling", "no such key beside rope_parameters")
-    full, sliding = map(groups.group, relative.LAYER_TYPES)
-    groups.finish()
     local = dataclasses.replace(head, base=1e4, bases=(LOCAL_BASE,))
-    methods = (
-      rope.read_group(s, scaling or full, head, nested=True),
-      rope.read_group(s, sliding, local, nested=True),
-    )
+    methods = relative.ropes_by_type(s, head, local)
     windows = relative.layer_windows(s, num_layers, size, lambda i: (i + 1) % every != 0)
     return [Layer(methods[window is not None], window) for window in windows]
 
@@ -85,23 +75,12 @@ def read3(s: Settings) -> ModelConfig:
 
 def write3(cfg: ModelConfig) -> dict:
   """The inverse of `read3`, in the form of version 4, which has plain RoPE where there is a window."""
-  head, methods = relative.head_of(cfg, KIND3), {}
-  for layer in cfg.layers:
-    methods.setdefault(layer.window is not None, layer.position)
-  full, sliding = (methods.get(windowed) for windowed in (False, True))
-  plain = _write(cfg, KIND3)
-  for method in (full, sliding):
-    if not isinstance(method, Rope | None):
-      raise ConfigError(f"layers: found {type(method).__name__}, expected a RoPE, which this family has")
+  head, plain = relative.head_of(cfg, KIND3), _write(cfg, KIND3)
+  full, sliding = relative.methods_by_type(cfg)
   plain |= {} if full is None else rope.write(full, head)
   plain |= {LOCAL_BASE: sliding.base} if sliding else {}
-  if sliding and (group := rope.write_group(sliding, head)):
-    groups = (
-      {}
-      if full is None
-      else {relative.LAYER_TYPES[0]: {"rope_theta": full.base} | rope.write_group(full, head)}
-    )
-    plain["rope_parameters"] = groups | {relative.LAYER_TYPES[1]: {"rope_theta": sliding.base} | group}
+  if sliding and rope.write_group(sliding, head):
+    plain["rope_parameters"] = relative.write_ropes_by_type(cfg, head)
     plain = {
       name: value for name, value in plain.items() if name not in ("rope_theta", "rope_scaling", LOCAL_BASE)
     }

@@ -8,7 +8,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.hf import rope
 from jaxllm.hf.families import relative
 from jaxllm.hf.family import Family
-from jaxllm.hf.settings import NUMBER, Kind, Settings
+from jaxllm.hf.settings import Settings
 from jaxllm.position.query_scale import Llama4Scale
 
 MISTRAL_KIND = relative.Relative(kv_heads=8, context=4096 * 32)
@@ -26,7 +26,6 @@ MINISTRAL_ROPE = {
 }
 MINISTRAL_ROPE[BETA] = 0.1
 """rope_parameters where config.json has none."""
-NOT_NEGATIVE = Kind("a finite number of at least 0", lambda x: NUMBER.fits(x) and x >= 0)
 
 
 def read_mistral(s: Settings) -> ModelConfig:
@@ -42,7 +41,7 @@ def write_mistral(cfg: ModelConfig) -> dict:
 def read_ministral(s: Settings) -> ModelConfig:
   """q *= 1 + beta ln(1 + floor(pos / L0)) on all layers, with the L0 of the RoPE."""
   group = rope.group_of(s) or Settings(MINISTRAL_ROPE, s.source, "rope_parameters")
-  beta = group.take(BETA, NOT_NEGATIVE)
+  beta = group.take(BETA, relative.NOT_NEGATIVE)
   cfg = relative.read(
     s, MINISTRAL_KIND, relative.one_window(s, None, lambda head: rope.read_group(s, group, head))
   )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxllm.config import ModelConfig
 from jaxllm.hf import rope
 from jaxllm.hf.families import relative
-from jaxllm.hf.family import Blocks, Family, Key, linear
+from jaxllm.hf.family import Family, Key, linear
 from jaxllm.hf.settings import Settings
 
 # the trained length is a setting of its own, and decides even where the RoPE's object has one
@@ -15,8 +15,6 @@ KIND = relative.Relative(
   head=dict(partial=1.0, original=4096, types=("default", "longrope"), aliases={"yarn": "longrope"}),
 )
 NAMES_OF_NOTHING = ("full_attn_mod", "interpolate_factor")
-QKV = Blocks(lambda cfg: [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)])
-GATE_UP = Blocks(lambda cfg: [cfg.mlp_dim] * 2)
 
 
 def read(s: Settings) -> ModelConfig:
@@ -39,10 +37,9 @@ def keys(cfg: ModelConfig) -> list[Key]:
   at, ours = "model.layers.{i}.", "layers/{i}/"
   return [
     Key("model.embed_tokens.weight", ("embed",)),
-    *linear(cfg, f"{at}self_attn.qkv_proj", *(f"{ours}attn/{name}" for name in "qkv"), layout=QKV),
+    *linear(cfg, f"{at}self_attn.qkv_proj", *(f"{ours}attn/{name}" for name in "qkv"), layout=relative.QKV),
     *linear(cfg, f"{at}self_attn.o_proj", f"{ours}attn/o"),
-    *linear(cfg, f"{at}mlp.gate_up_proj", f"{ours}mlp/gate", f"{ours}mlp/up", layout=GATE_UP),
-    *linear(cfg, f"{at}mlp.down_proj", f"{ours}mlp/down"),
+    *relative.feed_forward(cfg, at, "gate_up_proj"),
     *relative.ends(cfg, at, relative.NORMS),
   ]
 

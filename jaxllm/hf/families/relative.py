@@ -14,9 +14,9 @@ from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.hf import rope
 from jaxllm.hf.family import Blocks, Key, linear, norm
-from jaxllm.hf.settings import COUNT, DEPTH, FLAG, POSITIVE, Kind, Settings, list_of, one_of
+from jaxllm.hf.settings import COUNT, DEPTH, FLAG, NUMBER, POSITIVE, Kind, Settings, list_of, one_of
 from jaxllm.norm import QkNorm, RMSNorm
-from jaxllm.position import Rope
+from jaxllm.position import NoPE, Rope
 
 ACTIVATIONS = {
   "silu": "silu",
@@ -36,6 +36,7 @@ ACTIVATIONS = {
 }
 """transformers' names of activations, ours; the first of equal ones is what we write."""
 ACTIVATION = one_of(ACTIVATIONS)
+NOT_NEGATIVE = Kind("a finite number of at least 0", lambda x: NUMBER.fits(x) and x >= 0)
 INDEX = Kind("an integer from 0 to 2147483647", lambda x: type(x) is int and 0 <= x < 2**31)
 
 
@@ -246,9 +247,52 @@ def window_settings(cfg: ModelConfig) -> dict[str, Any]:
   }
 
 
+def ropes_by_type(s: Settings, full: rope.Head, sliding: rope.Head) -> tuple[Rope, Rope]:
+  """The RoPE of layers without and with a window: rope_parameters by type of layer, or rope_scaling, that of the former."""
+  groups, scaling = s.group("rope_parameters"), s.group("rope_scaling")
+  if groups and scaling:
+    raise s.error("rope_scaling", "no such key beside rope_parameters")
+  by_type = list(map(groups.group, LAYER_TYPES))
+  groups.finish()
+  return (
+    rope.read_group(s, scaling or by_type[0], full, nested=True),
+    rope.read_group(s, by_type[1], sliding, nested=True),
+  )
+
+
+def write_ropes_by_type(cfg: ModelConfig, head: rope.Head) -> dict[str, Any]:
+  """The rope_parameters that `ropes_by_type` reads, of the types of layer that there are."""
+  methods = methods_by_type(cfg)
+  return {
+    name: {"rope_theta": method.base} | rope.write_group(method, head)
+    for name, method in zip(LAYER_TYPES, methods, strict=True)
+    if method is not None
+  }
+
+
+def methods_by_type(cfg: ModelConfig) -> tuple[Rope | None, Rope | None]:
+  """The RoPE of the first layer without a window and of the first with one; None for a type that there is not."""
+  methods = {}
+  for layer in cfg.layers:
+    if not isinstance(layer.position, Rope):
+      raise ConfigError(
+        f"layers: found {type(layer.position).__name__}, expected a RoPE, which this family has"
+      )
+    methods.setdefault(layer.window is not None, layer.position)
+  return methods.get(False), methods.get(True)
+
+
+def rope_in_windows(s: Settings, head: rope.Head, windows: Iterable[int | None]) -> list[Layer]:
+  """RoPE on layers with a window, and no positions on those without."""
+  method = rope.read(s, head)
+  return [Layer(NoPE() if window is None else method, window) for window in windows]
+
+
 NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 QK_NORMS = {"q": "q_norm", "k": "k_norm"}
+QKV = Blocks(lambda cfg: [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)])
 GATE_UP = Blocks(lambda cfg: [cfg.mlp_dim] * 2)
+"""Fused projections, one after the other."""
 
 
 def keys(
