@@ -16,7 +16,7 @@ OPT = SIZES | dict(ffn_dim=100, max_position_embeddings=640)
 
 ROWS = {
   "starcoder2": dict(sliding_window=90, head_dim=20, **ROPE, **NARROW),
-  "starcoder2, no biases": dict(use_bias=False, tie_word_embeddings=False, **ROPE, **WIDE),
+  "starcoder2, no biases": dict(use_bias=False, tie_word_embeddings=False, head_dim=12, **ROPE, **NARROW),
   "phi": dict(head_dim=20, rope_parameters=YARN | dict(partial_rotary_factor=0.4), **NARROW),
   "phi, normed queries": dict(qk_layernorm=True, hidden_act="gelu", **ROPE, **NARROW),
   "gptj": dict(rotary_dim=8, **GPT),
