@@ -152,7 +152,9 @@ def test_failed_cells_are_counted_and_do_not_enter_a_finding(tmp_path, corpus, n
     pytest.param(("--lengths=32",), marks=pytest.mark.slow),
   ],
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of garbage that other tests left
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of garbage that other tests left
 @pytest.mark.filterwarnings("error")
 def test_sweeps_with_little_to_show_have_a_report_too(tmp_path, corpus, args):
   assert write(tmp_path / "out", corpus, *args)[0] == 0

@@ -9,6 +9,7 @@ import oracle
 from family_cases import PINNED, T, built, call_of
 from model_checks import relative_error
 
+from jaxllm.experts import Moe
 from jaxllm.hf import match
 from jaxllm.nn import Context, Transformer, init_cache
 from jaxllm.nn.transformer import Block
@@ -124,7 +125,13 @@ def by_name(row, grads):
 
 
 def vanishing(row):
-  """Tensors whose gradient is rounding alone: a bias of keys that nothing turns adds the same to all scores of a query."""
+  """Tensors whose gradient is rounding alone.
+
+  A bias of keys that nothing turns adds the same to all scores of a query; the renormalised weight of one expert is 1.
+  """
   model = built(row)
-  keys = () if model.cfg.ropes else match.all_keys(model.family, model.cfg)
-  return {key.theirs for key in keys if len(key.ours) == 1 and key.ours[0].endswith("attn/k/bias")}
+  mlp, ends = model.cfg.mlp, () if model.cfg.ropes else ("attn/k/bias",)
+  if isinstance(mlp, Moe) and mlp.top_k == 1 and mlp.router.renormalize:
+    ends += ("mlp/router/w",)
+  keys = match.all_keys(model.family, model.cfg)
+  return {key.theirs for key in keys if len(key.ours) == 1 and key.ours[0].endswith(ends)}
