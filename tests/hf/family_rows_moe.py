@@ -8,8 +8,8 @@ OSS_YARN = YARN | dict(truncate=False)
 
 ROWS = {
   "mixtral": dict(num_local_experts=5, num_experts_per_tok=2, rope_parameters=BASE, sliding_window=90, **MOE),
-  "mixtral, one expert a token": dict(
-    num_local_experts=5, num_experts_per_tok=1, rope_parameters=YARN, **MOE
+  "mixtral, four experts a token": dict(
+    num_local_experts=5, num_experts_per_tok=4, rope_parameters=YARN, **MOE
   ),
   "qwen3_moe": dict(
     attention_bias=True,

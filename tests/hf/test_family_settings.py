@@ -33,6 +33,13 @@ APART |= {
   "attention_bias",
   "mlp_bias",
 }
+APART |= {
+  "num_local_experts",
+  "num_experts",
+  "moe_intermediate_size",
+  "mlp_only_layers",
+  "decoder_sparse_step",
+}
 APART |= {"eos_token_id", "torch_dtype", "max_position_embeddings"}  # the last computes dynamic NTK only
 
 OTHER = dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), "relu")
@@ -44,6 +51,7 @@ OTHER |= dict(attention_multiplier=0.5, embedding_multiplier=0.5, residual_multi
 OTHER |= dict(sliding_window=20, max_window_layers=3, use_sliding_window=False, query_pre_attn_scalar=3)
 OTHER |= dict(layer_types=[FULL, SLIDING, SLIDING], no_rope_layers=[0, 0, 1], use_parallel_residual=False)
 OTHER |= dict(apply_residual_connection_post_layernorm=True, scale_attn_weights=False)
+OTHER |= dict(num_experts_per_tok=1, norm_topk_prob=True, swiglu_alpha=4.0, swiglu_limit=0.2)
 OTHER |= dict(rope_scaling={"rope_type": "linear", "factor": 3.0}, attn_config={"clip_qkv": 0.5})
 SIX = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [5.0] * 6}
 LISTS = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [5.0] * 4}

@@ -21,10 +21,15 @@ EXPERTS = {
 """By model_type, what the files call a mixture, and gate, up and down of an expert: in memory they are mlp, and stacked."""
 
 
+MIXTURES = (*EXPERTS, "gpt_oss")
+"""Whose experts are to be computed one after the other: the grouped product of torch refuses odd widths in half types."""
+
+
 def config(plain):
   """transformers' config of the settings, of which it changes the objects it is given."""
   plain = copy.deepcopy(dict(plain))
   fields = {name: value for name, value in plain.items() if name != "model_type"}
+  fields |= {"experts_implementation": "eager"} if plain["model_type"] in MIXTURES else {}
   return transformers.AutoConfig.for_model(plain["model_type"], attn_implementation="eager", **fields)
 
 

@@ -56,8 +56,9 @@ def write(cfg: ModelConfig) -> dict:
   glu = moe.expert
   if not isinstance(glu, ClampedGlu):
     raise ConfigError(f"mlp.expert: found {glu}, expected a ClampedGlu, which this family has")
-  plain = dataclasses.replace(cfg, mlp=dataclasses.replace(moe, expert=Glu()))  # hidden_act says no more
+  plain = dataclasses.replace(cfg, mlp=dataclasses.replace(moe, expert=Glu()))  # of which is no setting
   out = mixture.write(plain, KIND, COUNTS[0]) | relative.window_settings(cfg)
+  del out["hidden_act"]
   return out | {"swiglu_alpha": glu.alpha, "swiglu_limit": glu.limit}
 
 
