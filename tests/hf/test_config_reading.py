@@ -221,7 +221,7 @@ LISTS = dict(
 # what is put into a Llama's config.json, and what the error says
 BAD = [
   (dict(model_type="lama"), r"model_type: found 'lama', expected one of .*\(nearest: llama\)"),
-  (dict(model_type="qwen2_moe"), r"nearest: qwen2"),
+  (dict(model_type="qwen2_next"), r"nearest: qwen2"),
   (dict(model_type=None), "model_type: found null, expected a string"),
   (dict(hidden_act="sliu"), "hidden_act: found 'sliu', expected one of silu"),
   (dict(architectures=["LlamaForSequenceClassification"]), "architectures: .*LlamaForCausalLM"),
