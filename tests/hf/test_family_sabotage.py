@@ -8,8 +8,9 @@ from family_cases import GOLDEN, KEPT, built, tokens
 from family_checks import program, tables
 from model_checks import relative_error
 
-from jaxllm.activation import Glu, Mlp
+from jaxllm.activation import ClampedGlu, Glu, Mlp
 from jaxllm.config import Layer
+from jaxllm.experts import SoftmaxRouter
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.position import Alibi, NoPE
 from jaxllm.wiring import ParallelTwoNorms, Pre
@@ -33,6 +34,10 @@ def each_rope(**fields):
 
 def window(by):
   return each_layer(lambda layer: {"window": layer.window and layer.window + by})
+
+
+def experts(**fields):
+  return lambda cfg: dict(mlp=dataclasses.replace(cfg.mlp, **fields))
 
 
 # bug: row, changed fields of its config
@@ -74,6 +79,20 @@ CONFIGS = {
   "another slope": ("bloom", lambda cfg: dict(layers=(Layer(Alibi(8.5)),))),
   "no positions": ("bloom", lambda cfg: dict(layers=(Layer(NoPE()),))),
   "projections not clipped": ("mpt", lambda cfg: dict(clip_qkv=None)),
+  "weights of experts that add up to one": (
+    "qwen3_moe",
+    experts(router=SoftmaxRouter(True)),
+  ),
+  "weights of a softmax of all experts": (
+    "mixtral",
+    experts(router=SoftmaxRouter(False)),
+  ),
+  "an expert too many": ("mixtral", experts(top_k=3)),
+  "an expert too few": ("gpt_oss", experts(top_k=2)),
+  "gates and ups not clamped": ("gpt_oss", experts(expert=ClampedGlu(1.3, 100.0))),
+  "a plain SwiGLU": ("gpt_oss", experts(expert=Glu())),
+  "sinks left out": ("gpt_oss", lambda cfg: dict(attention_sinks=False)),
+  "a truncated ramp of YaRN": ("gpt_oss", each_rope(truncate=True)),
   "another eps": ("gpt2", lambda cfg: dict(norm=LayerNorm(1e-2))),
 }
 BY_DEFAULT = ("a window of one more", "fused heads read as blocks")
@@ -119,11 +138,32 @@ def keys_for_queries(attn, mlp):
   attn["q"], attn["k"] = attn["k"], attn["q"]
 
 
+def gates_for_ups(attn, mlp):
+  experts = mlp["experts"]
+  mlp["experts"] = experts | {"gate": experts["up"], "up": experts["gate"]}
+
+
+def halves_for_turns(attn, mlp):
+  """The columns of gate and up, which are in turn, read as [gate, up]."""
+  gate, up = (mlp["experts"][name]["w"] for name in ("gate", "up"))
+  fused = np.stack([gate, up], -1).reshape(*gate.shape[:-1], -1)
+  halves = dict(zip(("gate", "up"), np.split(fused, 2, -1), strict=True))
+  mlp["experts"] = mlp["experts"] | {name: mlp["experts"][name] | {"w": w} for name, w in halves.items()}
+
+
+def other_experts(attn, mlp):
+  if "experts" in mlp:
+    mlp["experts"] = {name: {"w": part["w"][::-1]} for name, part in mlp["experts"].items()}
+
+
 # bug: row, change of the parameters of each layer
 WEIGHTS = {
   "up is the activated half": ("phi3", gate_for_up),
   "fused heads read as blocks": ("bloom", blocks_for_heads),
   "keys before queries": ("mpt", keys_for_queries),
+  "w3 is the gate": ("mixtral", gates_for_ups),
+  "gate and up of experts as halves": ("gpt_oss", halves_for_turns),
+  "experts in another order than the router's": ("qwen3_moe", other_experts),
 }
 
 
