@@ -15,10 +15,11 @@ from absl.testing import flagsaver
 from jaxllm import doctor, hf
 from jaxllm.activation import Glu
 from jaxllm.config import Layer, ModelConfig
+from jaxllm.experts import Moe, SoftmaxRouter
 from jaxllm.nn import Transformer, init_cache
 from jaxllm.norm import RMSNorm
 from jaxllm.position import Rope
-from jaxllm.study import run_app
+from jaxllm.study import describe, run_app
 from jaxllm.wiring import Sandwich
 
 CFG = ModelConfig(
@@ -146,6 +147,18 @@ def call(*args):
     flagsaver.restore_flag_values(saved, doctor.FLAGS)
     signal.signal(signal.SIGTERM, handler)
   return e.value.code
+
+
+def test_experts_in_words():
+  """Which layers have how many, and that layers which differ in nothing else are one line elsewhere."""
+  layers = (Layer(Rope(original_length=32)), Layer(Rope(original_length=32), mlp=Glu()))
+  moe = Moe(Glu(), 6, 2, SoftmaxRouter(False), mlp_dim=20)
+  lines = describe.model_lines(dataclasses.replace(CFG, num_layers=4, layers=layers, mlp=moe), 16)
+  assert (
+    "experts: layers 0, 2: 6 of hidden width 20, 2 a token, Glu (activation silu), weighted by SoftmaxRouter "
+    "(renormalize False)"
+  ) in lines
+  assert sum("all keys" in line for line in lines) == 1 and lines[-1].count("Rope") == 1
 
 
 @pytest.mark.core
