@@ -14,7 +14,7 @@ if __name__ == "__main__":
   from jaxllm.hf import scan
 
   copied, copy = [], scan.copy
-  scan.copy = lambda view, dtype: copied.append(view.nbytes) or copy(view, dtype)
+  scan.copy = lambda view, *args: copied.append(view.nbytes) or copy(view, *args)
   cfg, params = hf.load(source, mesh=parallel.make_mesh("fsdp=2,tensor=4"))
   print(f"read {sum(copied)}", flush=True)
   assert jax.tree.leaves(params)[0].is_fully_addressable is False
