@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.activation import ACTIVATIONS, MLPS
+from jaxllm.activation import ACTIVATIONS
 from jaxllm.config import _KINDS, ModelConfig
+from jaxllm.experts import ROUTERS
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Context
 from jaxllm.norm import NORMS, BatchNorm, QkNorm
@@ -48,7 +49,16 @@ FEATURES = {
 }
 QK_NORMS = {f"qk_norm {place}": QkNorm for place in ("before", "after")}
 KINDS = (
-  *(POSITIONS, _KINDS["query_scale"], NORMS, {"batch": BatchNorm}, WIRINGS, ACTIVATIONS, MLPS),
+  *(
+    POSITIONS,
+    _KINDS["query_scale"],
+    NORMS,
+    {"batch": BatchNorm},
+    WIRINGS,
+    ACTIVATIONS,
+    _KINDS["mlp"],
+    ROUTERS,
+  ),
   *(_KINDS["attention"], SAMPLERS),
 )
 NAMES = {thing: name for kinds in KINDS for name, thing in kinds.items()}

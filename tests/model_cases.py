@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.activation import Mlp
+from jaxllm.activation import Glu, Mlp
 from jaxllm.config import Layer, ModelConfig
+from jaxllm.experts import Moe, SoftmaxRouter
 from jaxllm.nn import Transformer
 from jaxllm.norm import LayerNorm, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
@@ -82,6 +83,11 @@ BLOCKS = {
   "embedding of another width": dict(embed_width=10, biases=("head",)),
   "soft caps": dict(attention_softcap=2.0, logit_softcap=4.0),
   "sinks": dict(attention_sinks=True, clip_qkv=1.5),
+  "experts": dict(
+    mlp=Moe(Glu(), 5, 2, SoftmaxRouter(False), mlp_dim=20),
+    layers=(Layer(position("yarn")), Layer(position("yarn"), WINDOW, Glu()), Layer(position("yarn"))),
+    biases=("router", "up", "down"),
+  ),
   "multipliers": dict(
     attention_scale=0.4, logit_scale=0.3, wiring=Pre(0.6), embed_scale=2.0, logit_softcap=4.0, embed_norm=True
   ),
@@ -159,9 +165,8 @@ def tables(cfg, offset=0):
 
 def params(cfg):
   """Random weights, the same in all models that have one of that path and shape; no norm weight is 1."""
-  plain = dict(
-    layers=(Layer(position("nope")),), query_scale=None, embed_scale=1.0, attention=Plain(), dtype="float32"
-  )
+  layers = tuple(Layer(position("nope"), mlp=layer.mlp) for layer in cfg.layers)
+  plain = dict(layers=layers, query_scale=None, embed_scale=1.0, attention=Plain(), dtype="float32")
   learned = {str(i): _table(i, method, cfg) for i, method in enumerate(cfg.learned_positions)}
   shared = _params(dataclasses.replace(cfg, **plain))
   return shared | {"positions": learned} if learned else shared
@@ -189,7 +194,7 @@ def _params(cfg):
       return 1.5 + x
     if path == "embed":
       return x
-    return x * (1.0 if "/attn/" in path else 1.5) * shape[0] ** -0.5
+    return x * (1.0 if "/attn/" in path else 1.5) * shape[-2 if len(shape) > 1 else 0] ** -0.5
 
   return unflatten({path: draw(path, leaf.shape).astype(np.float32) for path, leaf in sorted(shapes.items())})
 

@@ -25,6 +25,7 @@ from model_checks import full, positions, relative_error
 
 from jaxllm.activation import MLPS, ClampedGlu, Glu, Mlp, Xielu
 from jaxllm.errors import ConfigError
+from jaxllm.experts import ROUTERS, Moe, SoftmaxRouter
 from jaxllm.nn import Context, Transformer
 from jaxllm.norm import NORMS, L2Norm, LayerNorm, QkNorm, RMSNorm
 from jaxllm.ops.attention import Plain
@@ -48,9 +49,14 @@ def small(name, fields=None, **kwargs):
 
 ROPE_1, NOPE_1, TILES = small("rope"), small("nope", **OTHER), small("rope", attention=Blockwise(5, 7))
 LOG_N, LLAMA_4 = (small("rope", query_scale=scale) for scale in (LogN(8), Llama4Scale(5, 0.5)))
-L2_1, CLAMPED_1, XIELU_1 = (
+L2_1, CLAMPED_1, XIELU_1, MOE_1 = (
   one(*value, ROPE_1)
-  for value in (("norm", L2Norm()), ("mlp", ClampedGlu(limit=1.0)), ("mlp", Xielu(eps=-0.5)))
+  for value in (
+    ("norm", L2Norm()),
+    ("mlp", ClampedGlu(limit=1.0)),
+    ("mlp", Xielu(eps=-0.5)),
+    ("mlp", Moe(Glu(), 4, 2, mlp_dim=12)),
+  )
 )
 
 QK_1, DEEP_1, GLM_1 = (
@@ -116,6 +122,12 @@ CHANGED = {
   "Mlp.beta": (NOPE_1, one("mlp", Mlp("swish", 3.0), NOPE_1)),
   "ClampedGlu.alpha": (CLAMPED_1, one("mlp", ClampedGlu(3.0, 1.0), CLAMPED_1)),
   "ClampedGlu.limit": (CLAMPED_1, one("mlp", ClampedGlu(limit=0.5), CLAMPED_1)),
+  "Moe.expert": (MOE_1, one("mlp", Moe(Glu("gelu"), 4, 2, mlp_dim=12), ROPE_1)),
+  "Moe.num_experts": (MOE_1, one("mlp", Moe(Glu(), 3, 2, mlp_dim=12), ROPE_1)),
+  "Moe.top_k": (MOE_1, one("mlp", Moe(Glu(), 4, 3, mlp_dim=12), ROPE_1)),
+  "Moe.router": (MOE_1, one("mlp", Moe(Glu(), 4, 2, SoftmaxRouter(False), 12), ROPE_1)),
+  "Moe.mlp_dim": (MOE_1, one("mlp", Moe(Glu(), 4, 2), ROPE_1)),
+  "SoftmaxRouter.renormalize": (MOE_1, one("mlp", Moe(Glu(), 4, 2, SoftmaxRouter(False), 12), ROPE_1)),
   "Xielu.alpha_p": (XIELU_1, one("mlp", Xielu(alpha_p=2.0, eps=-0.5), XIELU_1)),
   "Xielu.alpha_n": (XIELU_1, one("mlp", Xielu(alpha_n=2.0, eps=-0.5), XIELU_1)),
   "Xielu.beta": (XIELU_1, one("mlp", Xielu(beta=0.2, eps=-0.5), XIELU_1)),
@@ -226,7 +238,15 @@ def test_all_shapes_at_once():
 
 def test_every_field_is_in_the_table():
   classes = [ModelConfig, Layer, LogN, Llama4Scale, Plain, Blockwise]
-  classes += [QkNorm, *NORMS.values(), *MLPS.values(), *WIRINGS.values(), *POSITIONS.values()]
+  classes += [
+    QkNorm,
+    *NORMS.values(),
+    *MLPS.values(),
+    Moe,
+    *ROUTERS.values(),
+    *WIRINGS.values(),
+    *POSITIONS.values(),
+  ]
   fields = {f"{cls.__name__}.{field.name}" for cls in classes for field in dataclasses.fields(cls)}
   elsewhere = {f"ModelConfig.{name}" for name in (*SHAPES, "dtype")} | {
     "Learned.max_length",
@@ -352,6 +372,30 @@ ERRORS = [
   (load(depth=3, heads=2), "model config has no field depth, heads; it has attention, "),
   (load(norm={"name": "batch"}), "norm.name: found 'batch', expected one of rms, layer, l2"),
   (load(norm={"eps": 1e-5}), "norm.name: found None, expected one of rms, layer, l2"),
+  (
+    build(mlp=Moe(Glu(), 2, 1), biases=("alpha",)),
+    "biases: .*some of q, k, v, o, router, gate, up, down, head",
+  ),
+  (lambda: Moe(top_k=9), "Moe.top_k: found 9, expected at most num_experts = 8"),
+  (lambda: Moe(num_experts=0), "Moe.num_experts: found 0, expected an integer of at least 1"),
+  (lambda: Moe(top_k=True), "Moe.top_k: found True, expected an integer of at least 1"),
+  (lambda: Moe(mlp_dim=0), "Moe.mlp_dim: found 0, expected an integer of at least 1"),
+  (lambda: Moe(Xielu()), "Moe.expert: found Xielu.*expected one of Glu, Mlp, ClampedGlu"),
+  (lambda: Moe(Moe()), "Moe.expert: found Moe.*expected one of Glu, Mlp, ClampedGlu"),
+  (lambda: Moe(router="softmax"), "Moe.router: found 'softmax', expected one of SoftmaxRouter"),
+  (lambda: SoftmaxRouter(1), "SoftmaxRouter.renormalize: found 1, expected one of True, False"),
+  (
+    load(mlp={"name": "moe", "router": {"name": "sigmoid"}}),
+    "router.name: found 'sigmoid', expected one of softmax",
+  ),
+  (
+    load(mlp={"name": "moe", "expert": {"name": "xielu"}}),
+    "expert.name: found 'xielu', expected one of glu, mlp",
+  ),
+  (
+    load(layers=[{"position": {"name": "rope"}, "mlp": {"name": "gru"}}]),
+    "mlp.name: found 'gru', expected one of glu",
+  ),
   (load(mlp={"name": "glu", "gate": 1}), "mlp: glu has no field gate; it has activation, beta"),
   (
     load(attention={"name": "flash"}),

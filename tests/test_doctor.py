@@ -14,10 +14,12 @@ from doctor_case import call
 from jaxllm import doctor, hf
 from jaxllm.activation import Glu
 from jaxllm.config import Layer, ModelConfig
+from jaxllm.experts import Moe, SoftmaxRouter
 from jaxllm.hf import sums
 from jaxllm.nn import Transformer, init_cache
 from jaxllm.norm import RMSNorm
 from jaxllm.position import Rope
+from jaxllm.study import describe
 from jaxllm.wiring import Sandwich
 
 CFG = ModelConfig(
@@ -134,6 +136,18 @@ def checkpoint(tmp_path_factory):
   hf.save(root, cfg, params, hf.byte_tokenizer())
   (root / sums.NAME).unlink()  # as tests change its files
   return root
+
+
+def test_experts_in_words():
+  """Which layers have how many, and that layers which differ in nothing else are one line elsewhere."""
+  layers = (Layer(Rope(original_length=32)), Layer(Rope(original_length=32), mlp=Glu()))
+  moe = Moe(Glu(), 6, 2, SoftmaxRouter(False), mlp_dim=20)
+  lines = describe.model_lines(dataclasses.replace(CFG, num_layers=4, layers=layers, mlp=moe), 16)
+  assert (
+    "experts: layers 0, 2: 6 of hidden width 20, 2 a token, Glu (activation silu), weighted by SoftmaxRouter "
+    "(renormalize False)"
+  ) in lines
+  assert sum("all keys" in line for line in lines) == 1 and lines[-1].count("Rope") == 1
 
 
 @pytest.mark.core

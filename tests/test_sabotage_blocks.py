@@ -9,11 +9,13 @@ from model_cases import MODELS
 from model_checks import check_oracle, check_prefix, check_small_embeddings
 from sabotage import must_be_caught, register, wrap, wrap_method
 
-from jaxllm import norm, wiring
+from jaxllm import experts, norm, wiring
 from jaxllm.activation import Glu, gelu
+from jaxllm.experts import SoftmaxRouter
 from jaxllm.nn import attention as nn_attention
 from jaxllm.nn import layers, transformer
 from jaxllm.ops import attention
+from jaxllm.ops import experts as ops_experts
 from jaxllm.ops.head import Head
 
 BUGS = {}
@@ -99,6 +101,45 @@ def gelu_by_erf_for_the_tanh_form(monkeypatch):
 @bug(check_oracle, "rope")
 def wrong_half_of_a_glu_activated(monkeypatch):
   replace_mlp(monkeypatch, "rope", lambda self, p, gate, up: Glu()(p, up, gate))
+
+
+def replace_router(monkeypatch, call):
+  """The model of experts with `call` as its routing."""
+  cfg = MODELS["experts"]
+  wrong = type("SoftmaxRouter", (SoftmaxRouter,), {"__call__": call})(cfg.mlp.router.renormalize)
+  monkeypatch.setattr(experts, "ROUTERS", {"softmax": type(wrong)})
+  mlp = dataclasses.replace(cfg.mlp, router=wrong)
+  monkeypatch.setitem(MODELS, "experts", dataclasses.replace(cfg, mlp=mlp))
+
+
+@bug(check_oracle, "experts")
+def weights_of_experts_that_add_up_to_one(monkeypatch):
+  replace_router(monkeypatch, lambda self, logits, k: SoftmaxRouter(True)(logits, k))
+
+
+@bug(check_oracle, "experts")
+def one_expert_too_many(monkeypatch):
+  replace_router(monkeypatch, lambda self, logits, k: SoftmaxRouter(False)(logits, k + 1))
+
+
+@bug(check_oracle, "experts")
+def the_smallest_logits_chosen(monkeypatch):
+  def call(self, logits, k):
+    weights, index = SoftmaxRouter(False)(logits, logits.shape[-1])
+    return weights[:, -k:], index[:, -k:]
+
+  replace_router(monkeypatch, call)
+
+
+@bug(check_oracle, "experts")
+def rows_put_back_in_the_order_they_were_taken(monkeypatch):
+  wrap(monkeypatch, ops_experts, "permute", lambda permute, x, inverse, order: permute(x, order, inverse))
+
+
+@bug(check_oracle, "experts")
+def rows_sorted_from_the_last_expert_down(monkeypatch):
+  downwards = lambda group, index, n: (jnp.argsort(-index, stable=True), *group(index, n)[1:])
+  wrap(monkeypatch, ops_experts, "group", downwards)
 
 
 @bug(check_oracle, "streaming, soft cap")

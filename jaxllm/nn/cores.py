@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn.attention import hooks
 from jaxllm.ops import call as calls
@@ -46,7 +48,7 @@ def core_report(cfg: ModelConfig, length: int, *, seq_len: int | None = None) ->
   """One clause a distinct kind of layer: its core and the reason, such as "Rope: plain (no kernel for cpu; ...)"."""
   names = {kind: name for name, kind in CORES.items()}
   lines = []
-  for layer in dict.fromkeys(cfg.layers):
+  for layer in dict.fromkeys(dataclasses.replace(layer, mlp=None) for layer in cfg.layers):
     choice = core_choice(cfg, layer, length, seq_len=seq_len)
     window = "" if layer.window is None else f", window {layer.window}"
     name = names.get(type(choice.core), type(choice.core).__name__)

@@ -21,6 +21,7 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
     f"{cfg.vocab_size}, head {'tied to the embedding' if cfg.tie_embeddings else 'of its own'}"
     f"{', each token normalised' if cfg.norm_head else ''}"
   ]
+  lines += expert_lines(cfg)
   lines += [f"positions: {line}" for line in position_lines(cfg)]
   if any(rope.two_dimensional for rope in cfg.ropes):
     lines.append(
@@ -50,16 +51,30 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
   return lines
 
 
+def expert_lines(cfg: ModelConfig) -> list[str]:
+  """The layers with experts: how many there are, how wide, and how many of them a token takes."""
+  lines = []
+  for mlp in getattr(cfg, "mlps", ()):
+    if hasattr(mlp, "num_experts"):
+      found = [i for i in range(cfg.num_layers) if cfg.mlp_of(cfg.layer(i)) == mlp]
+      which = "all layers" if len(found) == cfg.num_layers else f"layers {runs(found)}"
+      lines.append(
+        f"experts: {which}: {mlp.num_experts} of hidden width {mlp.mlp_dim or cfg.mlp_dim}, {mlp.top_k} a token, "
+        f"{fields(mlp.expert)}, weighted by {fields(mlp.router)}"
+      )
+  return lines
+
+
 def position_lines(cfg: ModelConfig) -> list[str]:
   """The layers of each kind, with their position method, its fields and the keys they see."""
   places: dict[Any, list[int]] = {}
   for i in range(cfg.num_layers):
-    places.setdefault(cfg.layer(i), []).append(i)
+    places.setdefault((cfg.layer(i).position, cfg.layer(i).window), []).append(i)
   lines = []
-  for layer, found in places.items():
+  for (position, window), found in places.items():
     which = "all layers" if len(places) == 1 else f"layers {runs(found)}"
-    keys = "all keys" if layer.window is None else f"the {layer.window} nearest keys"
-    lines.append(f"{which}: {fields(layer.position)}, {keys}")
+    keys = "all keys" if window is None else f"the {window} nearest keys"
+    lines.append(f"{which}: {fields(position)}, {keys}")
   return lines
 
 

@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.experts import Moe
 from jaxllm.hf import match
-from jaxllm.hf.family import Blocks, Family, Grouped, Key
+from jaxllm.hf.family import Blocks, Family, Grouped, Interleaved, Key
 from jaxllm.hf.match import Source
 from jaxllm.leaf import dense
 
@@ -105,13 +106,42 @@ def conv(cfg):
   return list(map(stored, blocks(cfg)))
 
 
+def _experts(*keys):
+  """Of attention as `separate`, a router, and these keys."""
+  router = Key("model.layers.{i}.mlp.gate.weight", ("layers/{i}/mlp/router/w",), "oi")
+  return lambda cfg: [key for key in separate(cfg) if "/mlp/" not in key.ours[0]] + [router, *keys]
+
+
+def _paths(*names):
+  return tuple(f"layers/{{i}}/mlp/experts/{name}/w" for name in names)
+
+
+EXPERTS = 3
+AT = "model.layers.{i}.mlp.experts."
+stacked = _experts(
+  Key(f"{AT}{{j}}.gate_up_proj.weight", _paths("gate", "up"), "oi", GATE_UP, stack=EXPERTS),
+  Key(f"{AT}{{j}}.down_proj.weight", _paths("down"), "oi", stack=EXPERTS),
+)
+"""Each expert's matrices as tensors of their own, of which two are fused."""
+turned = _experts(
+  Key(f"{AT}gate_up_proj", _paths("gate", "up"), "io", Interleaved()),
+  Key(f"{AT}down_proj", _paths("down"), "io"),
+)
+"""GPT-OSS: all experts in one tensor, the columns of gate and up in turn."""
+
+
+def of_layout(layout, cfg):
+  """The config of a layout: those of experts have some."""
+  return dataclasses.replace(cfg, mlp=Moe(num_experts=EXPERTS)) if layout in ("stacked", "turned") else cfg
+
+
 def family(keys):
   """A family with these keys."""
   unused = (r"model\.layers\.[0-9]+\.self_attn\.(rotary_emb\.inv_freq|masked_bias)",)
   return Family("tiny", "TinyForCausalLM", read=None, write=None, keys=keys, unused=unused)
 
 
-LAYOUTS = dict(separate=separate, blocks=blocks, grouped=grouped, conv=conv)
+LAYOUTS = dict(separate=separate, blocks=blocks, grouped=grouped, conv=conv, stacked=stacked, turned=turned)
 
 
 def params(cfg, dtype=np.float32, seed=0):
@@ -130,23 +160,40 @@ def tensors(layout, cfg, weights):
     at = f"model.layers.{i}."
     out[at + "input_layernorm.weight"] = layer["attn_norm"]["scale"]
     out[at + "post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
-    linear = {name: part["w"] for name, part in (layer["attn"] | layer["mlp"]).items()}
+    mlp = layer["mlp"]
+    if "experts" in mlp:
+      out |= {at + name: x for name, x in _of_experts(layout, mlp).items()}
+      mlp = {}
+    linear = {name: part["w"] for name, part in (layer["attn"] | mlp).items()}
     bias = {name: part["bias"] for name, part in layer["attn"].items() if "bias" in part}
     for kind, parts, axis in (("weight", linear, 1), ("bias", bias, 0)):
       if not parts:
         continue
       turn = (lambda w: w) if kind == "bias" or layout == "conv" else np.transpose
-      if layout == "separate":
+      if layout in ("separate", "stacked", "turned"):
         named = {f"self_attn.{name}_proj": parts[name] for name in "qkvo"}
       else:
         named = {"self_attn.o_proj": parts["o"], "self_attn.qkv_proj": _qkv(layout, cfg, parts, axis)}
-      if kind == "weight":
+      if kind == "weight" and "gate" in parts:
         mlp = {"gate_proj": parts["gate"], "up_proj": parts["up"]}
         if layout != "separate":
           mlp = {"gate_up_proj": np.concatenate([parts["gate"], parts["up"]], 1)}
         named |= {f"mlp.{name}": w for name, w in (mlp | {"down_proj": parts["down"]}).items()}
       out |= {f"{at}{name}.{kind}": np.ascontiguousarray(turn(w)) for name, w in named.items()}
   return {name: np.ascontiguousarray(x) for name, x in out.items()}
+
+
+def _of_experts(layout, mlp):
+  """The tensors of a router and its experts, one at a time or one column at a time."""
+  gate, up, down = (mlp["experts"][name]["w"] for name in ("gate", "up", "down"))
+  out = {"mlp.gate.weight": mlp["router"]["w"].T}
+  if layout == "turned":
+    columns = [w[..., c] for c in range(gate.shape[-1]) for w in (gate, up)]
+    return out | {"mlp.experts.gate_up_proj": np.stack(columns, -1), "mlp.experts.down_proj": down}
+  for j in range(EXPERTS):
+    out[f"mlp.experts.{j}.gate_up_proj.weight"] = np.concatenate([gate[j].T, up[j].T])
+    out[f"mlp.experts.{j}.down_proj.weight"] = down[j].T
+  return out
 
 
 def _qkv(layout, cfg, parts, axis):
@@ -163,7 +210,7 @@ def _qkv(layout, cfg, parts, axis):
 def write(directory, layout="separate", plain=PLAIN, dtype=np.float32, shards=1, seed=0, change=None):
   """A model directory, and what is in it: (ModelConfig, parameters, tensors).  change: a function that alters the tensors."""
   directory.mkdir(parents=True, exist_ok=True)
-  cfg = config(plain)
+  cfg = of_layout(layout, config(plain))
   weights = params(cfg, dtype, seed)
   stored = tensors(layout, cfg, weights)
   if change is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checkpoint_case import (
   BIASES,
+  EXPERTS,
   LAYOUTS,
   PLAIN,
   TYPES,
@@ -44,7 +45,8 @@ def test_every_layout(tmp_path, layout, shards):
   # what the files have as [out, in] is used so, and what they have as [in, out] too
   flat = tree.flatten(found)
   assert isinstance(flat["head"], Matrix)
-  assert isinstance(flat["layers/1/mlp/down/w"], Matrix) == (layout != "conv")
+  (down,) = (path for path in flat if path.startswith("layers/1/") and path.endswith("down/w"))
+  assert isinstance(flat[down], Matrix) == (layout not in ("conv", "turned"))
   assert not isinstance(flat["embed"], Matrix)
 
 
@@ -99,15 +101,6 @@ def test_on_a_mesh_without_a_full_copy(tmp_path, rules, monkeypatch):
   )  # devices with the same part read it once
 
 
-def test_a_vocabulary_padded_for_the_mesh(tmp_path):
-  cfg, weights, _ = write(tmp_path)
-  mesh = parallel.make_mesh("fsdp=4,tensor=2")
-  found = load(tmp_path, cfg, mesh=mesh, rules=parallel.RULES["tensor"])
-  assert found["embed"].shape == (62, 48) and found["head"].shape == (48, 62)
-  assert_equal_trees(parallel.unpad(found, cfg), weights)
-  assert not np.any(np.asarray(found["embed"])[61:])
-
-
 def put(name, index, value):
   """Sets one value of a tensor."""
 
@@ -116,6 +109,60 @@ def put(name, index, value):
     stored[name][index] = value
 
   return change
+
+
+@pytest.mark.parametrize("layout", ["stacked", "turned"])
+@pytest.mark.parametrize("rules", ["fsdp", "fsdp_tensor"])
+def test_experts_on_a_mesh(tmp_path, monkeypatch, layout, rules):
+  """Of each expert every device reads its part, and no more of one at a time."""
+  cfg, weights, _ = write(tmp_path, layout)
+  mesh = parallel.make_mesh("fsdp=4,tensor=2")
+  expected = parallel.shard(load(tmp_path, cfg, layout), mesh, parallel.RULES[rules], cfg)
+  copied, copy = [], scan.copy
+  monkeypatch.setattr(scan, "copy", lambda view, *args: copied.append(view.nbytes) or copy(view, *args))
+  found = load(tmp_path, cfg, layout, mesh=mesh, rules=parallel.RULES[rules])
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for (path, mine), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    assert mine.sharding == theirs.sharding, path
+    np.testing.assert_array_equal(mine, theirs)
+  split, together = 8 if rules == "fsdp_tensor" else 4, 1 if layout == "stacked" else EXPERTS
+  expert = weights["layers"]["0"]["mlp"]["experts"]["up"]["w"][0].nbytes
+  assert copied.count(together * expert // split) >= cfg.num_layers * 3 * split * EXPERTS // together
+  unpadded = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+  assert unpadded <= sum(copied) <= 1.01 * unpadded
+
+
+EXPERT = "model.layers.1.mlp.experts.2.gate_up_proj.weight"
+BAD_EXPERTS = {
+  "missing": (lambda t: t.pop(EXPERT), f"missing: {EXPERT} [160, 48]"),
+  "one too many": (
+    lambda t: t.update({EXPERT.replace(".2.", ".3."): t[EXPERT]}),
+    "unexpected: model.layers.1.mlp.experts.3.gate_up_proj.weight of model.safetensors [160, 48]",
+  ),
+  "shape": (lambda t: t.update({EXPERT: t[EXPERT][:72].copy()}), "is [72, 48], expected [160, 48]"),
+  "nan": (
+    put(EXPERT, (150, 5), np.nan),
+    f"{EXPERT} of model.safetensors: 1 value is NaN or infinite, the first at [150, 5]: nan",
+  ),
+}
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=4,tensor=2"])
+@pytest.mark.parametrize("case", BAD_EXPERTS)
+def test_an_expert_that_does_not_fit(tmp_path, case, mesh):
+  change, text = BAD_EXPERTS[case]
+  cfg, _, _ = write(tmp_path, "stacked", PLAIN | {"vocab_size": 62}, change=change)
+  with pytest.raises(CheckpointError, match=re.escape(text)):
+    load(tmp_path, cfg, "stacked", mesh=mesh and parallel.make_mesh(mesh))
+
+
+def test_a_vocabulary_padded_for_the_mesh(tmp_path):
+  cfg, weights, _ = write(tmp_path)
+  mesh = parallel.make_mesh("fsdp=4,tensor=2")
+  found = load(tmp_path, cfg, mesh=mesh, rules=parallel.RULES["tensor"])
+  assert found["embed"].shape == (62, 48) and found["head"].shape == (48, 62)
+  assert_equal_trees(parallel.unpad(found, cfg), weights)
+  assert not np.any(np.asarray(found["embed"])[61:])
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

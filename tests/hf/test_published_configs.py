@@ -5,10 +5,14 @@ import published_gpt
 import published_llama
 import pytest
 
+from jaxllm.activation import ClampedGlu, Glu
+from jaxllm.errors import ConfigError
+from jaxllm.experts import Moe
 from jaxllm.hf.families import ignored_settings, read_config
+from jaxllm.norm import QkNorm, RMSNorm
 from jaxllm.position import Alibi, Rope
 from jaxllm.position.absolute import Learned
-from jaxllm.position.rope import PiRope
+from jaxllm.position.rope import PiRope, YarnRope
 from jaxllm.position.scalings import Llama3Rope, LongRope
 
 LLAMA2 = dict(
@@ -171,6 +175,39 @@ SMOLLM2 = LLAMA2 | dict(
   **dict(num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100000, tie_word_embeddings=True),
   **{"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}, "eos_token_id": 0},
 )
+# Those with experts are from memory
+MIXTRAL = MISTRAL | dict(
+  **dict(architectures=["MixtralForCausalLM"], model_type="mixtral", max_position_embeddings=32768),
+  **dict(num_experts_per_tok=2, num_local_experts=8, output_router_logits=False, router_aux_loss_coef=0.02),
+  **dict(rope_theta=1e6, sliding_window=None, attention_dropout=0.0, transformers_version="4.36.0.dev0"),
+)
+QWEN3_MOE = dict(
+  **dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=151936, hidden_size=2048),
+  **dict(intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4),
+  **dict(
+    head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True
+  ),
+  **dict(decoder_sparse_step=1, mlp_only_layers=[], output_router_logits=False, router_aux_loss_coef=0.001),
+  **dict(max_position_embeddings=40960, max_window_layers=48, rms_norm_eps=1e-6, rope_theta=1000000.0),
+  **dict(rope_scaling=None, sliding_window=None, use_sliding_window=False, tie_word_embeddings=False),
+  **dict(attention_bias=False, attention_dropout=0.0, hidden_act="silu", torch_dtype="bfloat16"),
+  **dict(bos_token_id=151643, eos_token_id=151645, initializer_range=0.02, use_cache=True),
+)
+GPT_OSS = dict(
+  **dict(architectures=["GptOssForCausalLM"], model_type="gpt_oss", vocab_size=201088, hidden_size=2880),
+  **dict(intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64, num_key_value_heads=8),
+  **dict(head_dim=64, num_local_experts=32, num_experts_per_tok=4, experts_per_token=4, hidden_act="silu"),
+  **dict(attention_bias=True, attention_dropout=0.0, initial_context_length=4096, sliding_window=128),
+  **dict(layer_types=["sliding_attention", "full_attention"] * 12, max_position_embeddings=131072),
+  **dict(output_router_logits=False, router_aux_loss_coef=0.9, rms_norm_eps=1e-5, rope_theta=150000),
+  **dict(
+    swiglu_limit=7.0, tie_word_embeddings=False, eos_token_id=200002, pad_token_id=199999, use_cache=True
+  ),
+)
+GPT_OSS["rope_scaling"] = dict(
+  **dict(beta_fast=32.0, beta_slow=1.0, factor=32.0, original_max_position_embeddings=4096),
+  **dict(rope_type="yarn", truncate=False),
+)
 # settings, position and window of the first layer, and other fields
 PUBLISHED = {
   "Llama 2 7B": (LLAMA2, Rope(original_length=4096), None, dict(dtype="float16", eos_ids=(2,))),
@@ -209,6 +246,26 @@ PUBLISHED = {
   "Pythia 70M": (PYTHIA, Rope(rotary_dim=16, original_length=2048), None, dict(eos_ids=(0,))),
   "BLOOM 560M": (BLOOM, Alibi(), None, dict(embed_norm=True, num_heads=16, context_length=2048)),
   "MPT 7B": (MPT, Alibi(), None, dict(clip_qkv=None, context_length=2048, mlp_dim=16384)),
+  "Mixtral 8x7B": (
+    MIXTRAL,
+    Rope(1e6, original_length=32768),
+    None,
+    dict(mlp=Moe(Glu(), 8, 2), num_kv_heads=8, mlp_dim=14336),
+  ),
+  "Qwen3 30B-A3B": (
+    QWEN3_MOE,
+    Rope(1e6, original_length=40960),
+    None,
+    dict(mlp=Moe(Glu(), 128, 8, mlp_dim=768), qk_norm=QkNorm(RMSNorm(multiply_in="input")), biases=()),
+  ),
+  "gpt-oss 20B": (
+    GPT_OSS,
+    YarnRope(150000, original_length=4096, factor=32.0, truncate=False),
+    128,
+    dict(
+      mlp=Moe(ClampedGlu(), 32, 4), attention_sinks=True, biases=(*"qkvo", "router", "gate", "up", "down")
+    ),
+  ),
   "GPT-2": (GPT2, Learned(1024), None, dict(mlp_dim=3072, length_limit=1024)),
 }
 PUBLISHED |= published_llama.PUBLISHED | published_glm.PUBLISHED
@@ -238,6 +295,38 @@ def test_layers_without_a_window(name):
   cfg = read_config(PUBLISHED[name][0])[1]
   assert (cfg.layers[-1].position, cfg.layers[-1].window) == (published_llama.LAST[name], None)
   assert len(cfg.layers) == 4
+
+
+def test_defaults_of_experts():
+  """Settings that an older file leaves out are those of the class, and GPT-OSS's is a YaRN of its own."""
+  shorter = {
+    name: x for name, x in GPT_OSS.items() if name not in ("rope_scaling", "layer_types", "swiglu_limit")
+  }
+  assert read_config(shorter)[1] == read_config(GPT_OSS)[1]
+  assert len(read_config(GPT_OSS)[1].layers) == 2
+
+
+@pytest.mark.parametrize(
+  ("plain", "message"),
+  [
+    (
+      GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}},
+      "quantization_config: .*quantized checkpoints",
+    ),
+    (GPT_OSS | {"experts_per_token": 2}, "experts_per_token: found 2, expected 4 .as num_experts_per_tok"),
+    (GPT_OSS | {"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+    (
+      MIXTRAL | {"num_experts_per_tok": 9},
+      "num_experts_per_tok: found 9, expected at most num_local_experts = 8",
+    ),
+    (MIXTRAL | {"num_experts": 4}, "num_experts: found 4, expected 8 as in num_local_experts"),
+    (QWEN3_MOE | {"mlp_only_layers": [-1]}, "mlp_only_layers: .*expected a list of the numbers of layers"),
+    (QWEN3_MOE | {"norm_topk_prob": 1}, "norm_topk_prob: found 1, expected true or false"),
+  ],
+)
+def test_bad_settings_of_experts(plain, message):
+  with pytest.raises(ConfigError, match=message):
+    read_config(plain)
 
 
 def test_layers_of_gemma3():

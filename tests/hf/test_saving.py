@@ -100,13 +100,14 @@ def test_several_files(tmp_path, most):
   assert_equal_trees(load_again(tmp_path / "b", cfg), weights)
 
 
+@pytest.mark.parametrize("layout", ["blocks", "stacked", "turned"])
 @pytest.mark.parametrize("rules", ["fsdp", "tensor"])
-def test_from_a_mesh_without_its_padding(tmp_path, rules):
-  cfg, _, expected = write(tmp_path / "a", "blocks")
+def test_from_a_mesh_without_its_padding(tmp_path, rules, layout):
+  cfg, _, expected = write(tmp_path / "a", layout)
   mesh = parallel.make_mesh("fsdp=4,tensor=2")
-  placed = load_again(tmp_path / "a", cfg, "blocks", mesh=mesh, rules=parallel.RULES[rules])
+  placed = load_again(tmp_path / "a", cfg, layout, mesh=mesh, rules=parallel.RULES[rules])
   assert (placed["embed"].shape[0] == 62) == (rules == "tensor")
-  save(tmp_path / "b", cfg, placed, "blocks")
+  save(tmp_path / "b", cfg, placed, layout)
   assert_equal_tensors(stored(tmp_path / "b"), expected)
 
 
