@@ -78,7 +78,17 @@ class DraftModel:
     settings = loop.Settings(self.model, part, loop.STORES["full"], None)
     none_V = np.zeros(cfg.vocab_size, bool)
     state, _ = loop.prefill(
-      settings, self.params, tables, Greedy(), none_V, tokens_BT, length_B, request.Own(), key_B, capacity
+      settings,
+      self.params,
+      tables,
+      Greedy(),
+      none_V,
+      tokens_BT,
+      length_B,
+      request.Own(),
+      None,
+      key_B,
+      capacity,
     )
     return tables, state.cache
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
 from jaxllm.position import PositionTables, next_glm_positions
 from jaxllm.sampling import Greedy, Sampler
+
+SLOTS = 128
+"""Cache capacities are multiples of it, so that one program serves many lengths of prompt and output."""
+
+ANY = 1 << 30
+"""A part that holds any prompt."""
 
 
 def count(name: str, value: Any) -> int:
@@ -44,7 +51,7 @@ def bucket(length: int, part: int) -> int:
 
 
 def padded(
-  prompts: Sequence[Sequence[int]], vocab_size: int, length_limit: int | None = None, part: int = 1 << 30
+  prompts: Sequence[Sequence[int]], vocab_size: int, length_limit: int | None = None, part: int = ANY
 ) -> tuple[np.ndarray, np.ndarray]:
   """(ids [B, T] right-padded to a bucket, lengths [B]), int32.
 
@@ -108,6 +115,19 @@ class Own:
     return Own(pos, following, leading)
 
 
+def guide(prompts: Sequence[Any], negative_prompts: Sequence[Any], scale: Any) -> np.ndarray:
+  """The guidance of each prompt, float32 [B]; raises ConfigError for what is no number or does not fit the prompts."""
+  if len(negative_prompts) != len(prompts):
+    raise ConfigError(
+      f"negative_prompts: found {len(negative_prompts)}, expected {len(prompts)}, one a prompt"
+    )
+  found = np.asarray(scale)
+  numeric = np.issubdtype(found.dtype, np.integer) or np.issubdtype(found.dtype, np.floating)
+  if not numeric or found.shape not in ((), (len(prompts),)) or not np.isfinite(found).all():
+    raise ConfigError(f"guidance_scale: found {scale!r}, expected a finite number, or one a prompt")
+  return np.broadcast_to(found.astype(np.float32), (len(prompts),))
+
+
 def _each(name: str, values: Sequence[Any], length_B: np.ndarray) -> zip:
   if len(values) != len(length_B):
     raise ConfigError(f"{name}: found {len(values)}, expected {len(length_B)}, one a prompt")
@@ -122,6 +142,36 @@ def _positions(i: int, row: Any, n: int) -> np.ndarray:
       f"({n}, 2)"
     )
   return found.astype(np.int32)
+
+
+class Prompts(NamedTuple):
+  """Checked prompts as all ways of generating read them: ids [B, T], lengths [B], the capacity of the cache, stop ids [V]."""
+
+  tokens: np.ndarray
+  length: np.ndarray
+  capacity: int
+  stop: np.ndarray
+
+
+def prepared(
+  cfg: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  stop_ids: Iterable[int] | None,
+  part: int,
+  ahead: int = 0,
+) -> Prompts:
+  """The prompts with room for so many new tokens, and for `ahead` that may be read and given up.
+
+  stop_ids None: the config's eos_ids.  What would be read past the last position is not written: such tokens cannot be kept.
+  Raises as `padded` and `stop_mask` do, and ConfigError where a learned table has too few positions.
+  """
+  tokens_BT, length_B = padded(prompts, cfg.vocab_size, cfg.length_limit, part)
+  cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
+  capacity = -(-(tokens_BT.shape[1] + max_new_tokens + ahead) // SLOTS) * SLOTS
+  capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
+  stop_V = stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
+  return Prompts(tokens_BT, length_B, capacity, stop_V)
 
 
 def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:

@@ -84,7 +84,9 @@ def generate(
   cfg = model.cfg
   max_new_tokens, part = request.count("max_new_tokens", max_new_tokens), request.count("part", part)
   gamma = request.count("gamma", gamma)
-  tokens_BT, length_B = request.padded(prompts, cfg.vocab_size, cfg.length_limit, part)
+  tokens_BT, length_B, capacity, stop_V = request.prepared(
+    cfg, prompts, max_new_tokens, stop_ids, part, gamma
+  )
   B, T = tokens_BT.shape
   if gamma >= min(part, T):
     raise ConfigError(
@@ -94,18 +96,13 @@ def generate(
     raise TokenizerError(
       f"draft: found a vocabulary of {draft.vocab_size}, expected the model's {cfg.vocab_size}, as drafted ids are its ids"
     )
-  cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
   key_B = request.row_keys(key, sampler, B)
-  capacity = -(-(T + max_new_tokens + gamma) // loop.SLOTS) * loop.SLOTS
-  # what is drafted past the last position is not written, and not kept
-  capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
-  stop_V = request.stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
   tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), stop_V))
   own = request.Own()
 
   settings = loop.Settings(model, part, loop.STORES["full"], None)
   first, drawn = loop.prefill(
-    settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, key_B, capacity
+    settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, None, key_B, capacity
   )
   state = start(first, draft.start(tokens_BT, length_B, part, capacity), tokens_BT, length_B, capacity)
   rows, rounds, accepted = Rows(B, stop, on_tokens, None), np.zeros(B, int), np.zeros(B, int)
