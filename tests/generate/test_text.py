@@ -1,4 +1,4 @@
-"""Text as it comes: what is shown is never taken back, nothing of a character is shown before all of it, all is shown in the end;
+"""Text as it comes: what is shown is never taken back, no character is shown before it is whole, and all is shown in the end;
 a row ends at the first token with which a stop string is in its text."""
 
 import codecs
@@ -112,7 +112,7 @@ def test_ids_without_sense_are_never_taken_back(kind):
 @pytest.mark.parametrize("kind", ["bytes", "byte_level", "sentencepiece"])
 def test_a_continuation_reads_as_it_does_after_its_prompt(kind, prompt, new, wanted):
   """Its first space is not that of the beginning of a text, and a byte after the prompt's newline does not undo it."""
-  decode, encode, _ = text_case.made(kind)
+  _, encode, _ = text_case.made(kind)
   both, before = encode(prompt + new), encode(prompt)
   assert both[: len(before)] == before
   _, shown, _ = streamed(kind, both[len(before) :], before)
@@ -173,7 +173,6 @@ def test_random_ids_end_where_a_look_at_the_whole_text_ends_them(kind):
     before, ids = ids[:cut], ids[cut:]
     prompt = decode(before)
     strings = data.draw(st.lists(st.sampled_from(["t", "th", "e q", "\n", "你", "s,", " "]), max_size=3))
-    new = lambda n: Detokenizer(decode, broken, before).push(ids[:n])
     stops = StopStrings(strings, decode, broken=broken, prompts=[before])
     stream = Stream(decode, broken, before, stops)
     shown, end = "", None
