@@ -87,9 +87,9 @@ def chunked(cfg, ids, lengths_CB, sizes_C, poison=None):
   for size, lengths in zip(sizes_C, lengths_CB, strict=True):
     cache.check_room(size)
     if poison is not None:
-      unused = (np.arange(T) >= done[:, None])[..., None, None]
+      unused = (np.arange(T) >= done[:, None])[:, None, :, None]
       spoil = lambda slots, unused=unused: tuple(jnp.where(unused, poison, x) for x in slots)
-      cache = type(cache)(spoil(cache.k), spoil(cache.v), cache.pos, cache.length)
+      cache = dataclasses.replace(cache, k=spoil(cache.k), v=spoil(cache.v))
     valid = np.arange(size)[None] < np.asarray(lengths)[:, None]
     at = np.minimum(done[:, None] + np.arange(size), T - 1)
     chunk = np.where(valid, np.take_along_axis(ids, at, axis=1), 3).astype(np.int32)

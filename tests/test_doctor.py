@@ -80,7 +80,7 @@ def test_a_fall_back_to_the_cpu_is_said_and_an_accelerator_in_use_is_not(monkeyp
 
 def test_the_cache_is_counted_as_it_is_allocated():
   cache = init_cache(CFG, 1, 50)
-  assert doctor.cache_bytes(CFG, 50) == sum(x.nbytes for x in (*cache.k, *cache.v, cache.pos, cache.length))
+  assert doctor.cache_bytes(CFG, 50) == sum(x.nbytes for x in (*cache.k, *cache.v, *cache.pos, cache.length))
   assert doctor.cache_bytes(CFG, 50) == 2 * 3 * 2 * 8 * 50 * 2 + 4 * 50 + 4
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,17 @@ import numpy as np
 
 from jaxllm.errors import SamplingError
 from jaxllm.generate import request
-from jaxllm.nn import Cache, Context, Transformer, init_cache
+from jaxllm.generate.output import ENDED, Drawn, Generated, OnTokens, Rows, Stop
+from jaxllm.nn import STORES, Cache, Context, Transformer, init_cache
+from jaxllm.nn.store import Full, Quantized
 from jaxllm.position import PositionTables
 from jaxllm.sampling import NOTHING, Greedy, Sampler, check_logits
-
-ENDED = -1
-"""Stands where a token would, in rows that ended before."""
 
 SLOTS = 128
 """Cache capacities are multiples of it, so that one program serves many lengths of prompt and output."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-  """New ids a row, with the stop id that ended it; and why it ended: a stop id, or max_new_tokens."""
-
-  tokens: list[list[int]]
-  reasons: list[Literal["stop", "length"]]
+PART = 512
+"""Longer prompts are read so many tokens at a time, and layers with a window hold so many more than it."""
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +60,11 @@ def generate(
   stop_ids: Iterable[int] | None = None,
   rope: PositionTables | None = None,
   chunk: int = 32,
+  part: int = PART,
+  store: Full | Quantized = STORES["full"],
+  stop: Stop | None = None,
+  on_tokens: OnTokens | None = None,
+  logprobs: int | None = None,
 ) -> Generated:
   """Draws token_t from sampler(logits(prompt, tokens before t)), row by row, to a stop id or max_new_tokens.
 
@@ -74,9 +73,16 @@ def generate(
   more than the rounding of sums over a larger bucket.  stop_ids: () never stops early; None means the
   config's eos_ids.  rope: tables of fixed frequencies in place of the
   config's, as in Transformer.  chunk: how many tokens are drawn between two looks of the host, which changes
-  none of them.
+  none of them; 1 is the least delay and the most overhead.  part: a longer prompt is read so many tokens at a time;
+  layers whose queries see a window hold that and a part, whatever the length of the text.  store: the form of the
+  cache (`nn.STORES` has them by name).
 
-  Compiled once a batch size, bucket of prompt lengths (powers of two) and cache capacity (SLOTS apart);
+  Between chunks: stop(row, its new ids) is asked after every new token, in order, and ends the row with an
+  integer, which says how many of them to keep; on_tokens(row, new ids) is called with what each row has got
+  (more than stop keeps, where that is fewer than it was told before).  logprobs: None, or of how many of the
+  likeliest tokens, besides the drawn one, the log-probability is wanted (0: none).
+
+  Compiled once a batch size, bucket of prompt lengths (`request.bucket`) and cache capacity (SLOTS apart);
   sampler parameters, stop ids, tables and max_new_tokens are data.  Raises DataError for an empty prompt,
   TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite, or
   of which the sampler leaves nothing, ConfigError for the other arguments, and where a learned table has fewer
@@ -84,7 +90,8 @@ def generate(
   """
   cfg = model.cfg
   max_new_tokens, chunk = request.count("max_new_tokens", max_new_tokens), request.count("chunk", chunk)
-  tokens_BT, length_B = request.padded(prompts, cfg.vocab_size, cfg.length_limit)
+  part, logprobs = request.count("part", part), request.top("logprobs", logprobs, cfg.vocab_size)
+  tokens_BT, length_B = request.padded(prompts, cfg.vocab_size, cfg.length_limit, part)
   cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
   key_B = request.row_keys(key, sampler, len(length_B))
   capacity = -(-(tokens_BT.shape[1] + max_new_tokens) // SLOTS) * SLOTS
@@ -93,11 +100,16 @@ def generate(
   stop_V = request.stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
   tables, stop_V = jax.device_put((tables, stop_V))
 
-  state, new_BT = prefill(model, params, tables, sampler, stop_V, tokens_BT, length_B, key_B, capacity)
-  chunks = [np.asarray(new_BT)]
-  while not state.over and int(state.step) < max_new_tokens:
-    state, new_BT = decode(model, params, tables, sampler, stop_V, np.int32(max_new_tokens), state, chunk)
-    chunks.append(np.asarray(new_BT))
+  settings = Settings(model, part, store, logprobs)
+  rows = Rows(len(length_B), stop, on_tokens, logprobs)
+  state, drawn = prefill(settings, params, tables, sampler, stop_V, tokens_BT, length_B, key_B, capacity)
+  while True:
+    if rows.add(drawn):  # for the device, a row that `stop` has ended is done
+      done_B = jax.device_put(np.asarray(state.done) | rows.ended, state.done.sharding)
+      state = dataclasses.replace(state, done=done_B)
+    if state.over or int(state.step) >= max_new_tokens:
+      break
+    state, drawn = decode(settings, params, tables, sampler, stop_V, np.int32(max_new_tokens), state, chunk)
 
   done_B, bad_B = jax.device_get((state.done, state.bad))
   if bad_B.any():
@@ -106,13 +118,22 @@ def generate(
       f"{int(state.step) - 1}, expected finite ones (or -inf for some), of which the sampler leaves one; check the "
       f"parameters, the model's dtype = {cfg.dtype} and what the sampler excludes"
     )
-  tokens = [[token for token in row if token != ENDED] for row in np.concatenate(chunks, axis=1).tolist()]
-  return Generated(tokens, ["stop" if done else "length" for done in done_B])
+  return rows.result(done_B)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the two programs are compiled for beside the shapes of their arguments."""
+
+  model: Transformer
+  part: int
+  store: Full | Quantized
+  logprobs: int | None
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "capacity"))
 def prefill(
-  model: Transformer,
+  settings: Settings,
   params: Any,
   tables: PositionTables,
   sampler: Sampler,
@@ -121,21 +142,43 @@ def prefill(
   length_B: jax.Array,
   key_B: jax.Array,
   capacity: int,
-) -> tuple[State, jax.Array]:
-  """Reads right-padded prompts into a new cache and draws a first token: (state, new ids [B, 1])."""
+) -> tuple[State, Drawn]:
+  """Reads right-padded prompts into a new cache and draws a first token: (state, [B, 1])."""
   B, T = tokens_BT.shape
-  context = Context(valid=jnp.arange(T)[None] < length_B[:, None])
-  cache = init_cache(model.cfg, B, capacity)
-  logits_B1V, cache = model.apply({"params": params}, tokens_BT, context, cache, tables, logits="last")
-  none_B, memory = jnp.zeros((B,), bool), sampler.init(tokens_BT, length_B, capacity - T)
+  cfg, part = settings.model.cfg, min(settings.part, T)
+  cache = init_cache(cfg, B, capacity, call=part, store=settings.store)
+
+  def read(start, cache):
+    """Logits [B, V] of each row's last token in a part, and the cache with the part."""
+    valid = start + jnp.arange(part)[None] < length_B[:, None]
+    tokens = jax.lax.dynamic_slice_in_dim(tokens_BT, start, part, axis=1)
+    variables = {"params": params}
+    logits, cache = settings.model.apply(
+      variables, tokens, Context(valid=valid), cache, tables, logits="last"
+    )
+    return logits[:, 0], cache
+
+  def next_part(carry):
+    start, logits_BV, cache = carry
+    new_BV, cache = read(start, cache)
+    has_tokens_B1 = (start < length_B)[:, None]
+    return start + part, jnp.where(has_tokens_B1, new_BV, logits_BV), cache
+
+  if part == T:
+    logits_BV, cache = read(0, dataclasses.replace(cache, fresh=True))
+  else:
+    unread = lambda carry: carry[0] < jnp.max(length_B)
+    start = (jnp.int32(0), jnp.zeros((B, cfg.vocab_size), jnp.float32), cache)
+    _, logits_BV, cache = jax.lax.while_loop(unread, next_part, start)
+  none_B, memory = jnp.zeros((B,), bool), sampler.init(tokens_BT, length_B, max(capacity - T, 0))
   state = State(cache, memory, key_B, jnp.zeros((B,), jnp.int32), jnp.int32(0), done=none_B, bad=none_B)
-  state, new_B = draw(sampler, stop_V, logits_B1V[:, 0], state)
-  return state, new_B[:, None]
+  state, drawn = draw(sampler, stop_V, logits_BV, state, settings.logprobs)
+  return state, jax.tree.map(lambda x: x[:, None], drawn)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("settings", "chunk"), donate_argnames=("state",))
 def decode(
-  model: Transformer,
+  settings: Settings,
   params: Any,
   tables: PositionTables,
   sampler: Sampler,
@@ -143,8 +186,9 @@ def decode(
   max_new_tokens: jax.Array,
   state: State,
   chunk: int,
-) -> tuple[State, jax.Array]:
-  """Up to `chunk` more tokens: (state, new ids [B, chunk], ENDED where there are none)."""
+) -> tuple[State, Drawn]:
+  """Up to `chunk` more tokens: (state, [B, chunk], ENDED where there are none)."""
+  model, logprobs = settings.model, settings.logprobs
   start, end = state.step, jnp.minimum(state.step + chunk, max_new_tokens)
 
   def unfinished(carry):
@@ -152,21 +196,22 @@ def decode(
     return (state.step < end) & ~state.over
 
   def one_token(carry):
-    state, new_BT = carry
+    state, drawn = carry
     logits_B1V, cache = model.apply({"params": params}, state.token[:, None], cache=state.cache, rope=tables)
-    moved, new_B = draw(sampler, stop_V, logits_B1V[:, 0], dataclasses.replace(state, cache=cache))
-    return moved, new_BT.at[:, state.step - start].set(new_B)
+    moved, new = draw(sampler, stop_V, logits_B1V[:, 0], dataclasses.replace(state, cache=cache), logprobs)
+    return moved, drawn.put(new, state.step - start)
 
-  none_BT = jnp.full((len(state.done), chunk), ENDED, jnp.int32)
-  return jax.lax.while_loop(unfinished, one_token, (state, none_BT))
+  return jax.lax.while_loop(unfinished, one_token, (state, Drawn.none(len(state.done), chunk, logprobs)))
 
 
-def draw(sampler: Sampler, stop_V: jax.Array, logits_BV: jax.Array, state: State) -> tuple[State, jax.Array]:
-  """The next token of every row: (state, new ids [B], ENDED where the row ended before)."""
+def draw(
+  sampler: Sampler, stop_V: jax.Array, logits_BV: jax.Array, state: State, logprobs: int | None = None
+) -> tuple[State, Drawn]:
+  """The next token of every row: (state, [B], ENDED where the row ended before)."""
   key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, state.step)
   token_B, memory = sampler(key_B, logits_BV, state.memory)
   bad_B = ~state.done & (~check_logits(logits_BV) | (token_B == NOTHING))
   token_B = jnp.maximum(token_B, 0)  # an ended row, whose filters may leave nothing, is still read
-  new_B = jnp.where(state.done, ENDED, token_B)
+  drawn = Drawn.of(jnp.where(state.done, ENDED, token_B), logits_BV, logprobs)
   done_B = state.done | stop_V[token_B]
-  return State(state.cache, memory, state.key, token_B, state.step + 1, done=done_B, bad=bad_B), new_B
+  return State(state.cache, memory, state.key, token_B, state.step + 1, done=done_B, bad=bad_B), drawn

@@ -21,12 +21,33 @@ def count(name: str, value: Any) -> int:
   return int(value)
 
 
-def padded(
-  prompts: Sequence[Sequence[int]], vocab_size: int, length_limit: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-  """(ids [B, T] right-padded to a bucket, lengths [B]), int32; T is the next power of two, from 16 on.
+def top(name: str, value: Any, vocab_size: int) -> int | None:
+  """None, or `value` as an int from 0 to the size of the vocabulary; raises ConfigError."""
+  if value is None:
+    return None
+  if not _is_integer(value) or not 0 <= value <= vocab_size:
+    raise ConfigError(f"{name}: found {value!r}, expected None or an integer from 0 to {vocab_size}")
+  return int(value)
 
-  length_limit: a bucket ends there, as padding needs positions too; a longer prompt makes it as long as itself.
+
+def bucket(length: int, part: int) -> int:
+  """The smallest bucket for a prompt: powers of two from 16 up to `part`, then multiples of it about an eighth apart.
+
+  What is longer than `part` is read part by part, and parts that hold no token are not read.
+  """
+  power = max(16, 1 << (length - 1).bit_length())
+  if power <= part:
+    return power
+  step = part * max(1, power // 8 // part)
+  return -(-length // step) * step
+
+
+def padded(
+  prompts: Sequence[Sequence[int]], vocab_size: int, length_limit: int | None = None, part: int = 1 << 30
+) -> tuple[np.ndarray, np.ndarray]:
+  """(ids [B, T] right-padded to a bucket, lengths [B]), int32.
+
+  length_limit: a bucket within `part` ends there, as padding needs positions too; a longer prompt makes it as long as itself.
 
   Raises DataError for no prompts, an empty one, or one that is no list; TokenizerError for what is not an id.
   """
@@ -34,8 +55,10 @@ def padded(
     raise DataError("prompts: found none, expected a list of at least one list of ids")
   rows = [_row(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
   lengths = [len(row) for row in rows]
-  T = max(16, 1 << (max(lengths) - 1).bit_length())
-  T = T if length_limit is None else max(min(T, length_limit), *lengths)
+  T = bucket(max(lengths), part)
+  if length_limit is not None and length_limit < T:
+    T = max(min(T, length_limit), *lengths)
+    T = T if part >= T else -(-T // part) * part
   return np.array([row + [0] * (T - len(row)) for row in rows], np.int32), np.array(lengths, np.int32)
 
 

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.nn.context import Shared, append
+from jaxllm.nn.cache import LayerCache
+from jaxllm.nn.context import Shared
 from jaxllm.nn.layers import HeadNorm, Linear, weight
 from jaxllm.ops.attention import MASKED, Score
 from jaxllm.ops.constrain import constrain
 from jaxllm.ops.head import soft_cap
 from jaxllm.position import Position, Rope
 from jaxllm.position.base import add_bias, inner_products
-
-LayerCache = tuple[jax.Array, jax.Array]
 
 
 def rotates_once(position: Position, rows: int) -> bool:
@@ -59,9 +58,8 @@ class Attention(nn.Module):
     shared: Shared,
     number: jax.Array | int,
     cache: LayerCache | None,
-    length_B: jax.Array | None,
   ) -> tuple[jax.Array, LayerCache | None]:
-    cfg, position, q_side, k_side = self.cfg, self.layer.position, shared.q_side, shared.k_side
+    cfg, position, q_side, k_side = self.cfg, self.layer.position, shared.q_side, shared.q_side
     table, p = shared.of(cfg, position)
     rows = 1 if table is None else table.rows
     scores_keys = not rotates_once(position, rows)
@@ -98,10 +96,10 @@ class Attention(nn.Module):
       return jnp.where(scores > MASKED / 2, soft_cap(scores, cfg.attention_softcap), MASKED)
 
     if cache is not None:
-      k_BTKH, v_BTKH = cache = tuple(
-        constrain(append(slots, new, length_B, q_side.valid), "BSKH")
-        for slots, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
-      )
+      cache = cache.add(k_BTKH, v_BTKH)
+      if not cache.fresh:
+        k_BTKH, v_BTKH = cache.read(cfg.dtype)
+        k_side = cache.place.side
     if (
       position.needs_raw_keys and not scores_keys
     ):  # cached unrotated, as other calls may have other frequencies

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.nn.cache import Cache, Place
 from jaxllm.ops.attention import Side
-from jaxllm.ops.constrain import constrain
 from jaxllm.position import Position
 from jaxllm.position.base import Params
 from jaxllm.position.tables import PositionTables, Table
@@ -35,86 +35,33 @@ class Context:
   prefix: jax.Array | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-  """Keys and values of the tokens so far: slot j of a row holds the token of index j, and slots from length on are unused.
+def sides(
+  context: Context, cache: Cache | None, shape: tuple[int, int]
+) -> tuple[Side, tuple[Place, ...], Cache | None]:
+  """(queries, the places of their keys and of those before, the cache moved on) of a call on tokens of `shape` (B, T).
 
-  k, v: a [B, S, K, H] array a layer (keys unrotated where the position method needs them so); pos_BS: positions of the
-  slots (the first of two: keys are turned by both before they are cached); length_B: how many tokens each row holds, so a
-  row does not depend on the batch it is in.
+  Without a cache the queries' own side is the keys' one, and there are no places.
   """
-
-  k: tuple[jax.Array, ...]
-  v: tuple[jax.Array, ...]
-  pos: jax.Array
-  length: jax.Array
-
-  @property
-  def capacity(self) -> int:
-    """How many tokens a row can hold."""
-    return self.pos.shape[1]
-
-  def check_room(self, new_tokens: int) -> None:
-    """Raise ConfigError if `new_tokens` more do not fit; on the host, as a write past the end is silently dropped."""
-    longest = int(jnp.max(self.length))
-    if longest + new_tokens > self.capacity:
-      raise ConfigError(
-        f"cache: {longest} tokens and {new_tokens} more do not fit in {self.capacity} slots; make it larger (init_cache)"
-      )
-
-
-def init_cache(cfg: ModelConfig, batch: int, capacity: int) -> Cache:
-  """An empty cache for `capacity` tokens a row; raises ConfigError for more than a learned table has positions."""
-  cfg.check_length(capacity, "cache capacity")
-  shape = (batch, capacity, cfg.num_kv_heads, cfg.head_dim)
-  empty = lambda: tuple(constrain(jnp.zeros(shape, cfg.dtype), "BSKH") for _ in range(cfg.num_layers))
-  pos_BS, length_B = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32)
-  return Cache(empty(), empty(), constrain(pos_BS, "BS"), constrain(length_B, "B"))
-
-
-def append(
-  slots_BS: jax.Array, new_BT: jax.Array, length_B: jax.Array, valid_BT: jax.Array | None
-) -> jax.Array:
-  """The valid of `new_BT...` written into each row's slots from its own length on; what is past the end is dropped."""
-  B, T = new_BT.shape[:2]
-  slot_BT = length_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-  if valid_BT is not None:  # padding goes past the end
-    slot_BT = slot_BT + jnp.where(valid_BT, 0, slots_BS.shape[1])
-  # a row at a time, so that rows split over a mesh stay where they are
-  write = jax.vmap(lambda slots, at, new: slots.at[at].set(new, mode="drop", unique_indices=True))
-  return write(slots_BS, jnp.broadcast_to(slot_BT, (B, T)), new_BT.astype(slots_BS.dtype))
-
-
-def sides(context: Context, cache: Cache | None, shape: tuple[int, int]) -> tuple[Side, Side, Cache | None]:
-  """(queries, keys, the cache with positions and lengths moved on) of a call on tokens of `shape` (B, T)."""
-  B, T = shape
   start = jnp.zeros((1,), jnp.int32) if cache is None else cache.length
   index = (
-    context.index if context.index is not None else start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    context.index
+    if context.index is not None
+    else start[:, None] + jnp.arange(shape[1], dtype=jnp.int32)[None]
   )
   pos, block = _positions(context.pos, index)
   prefix = None
   if context.prefix is not None:
-    prefix = jnp.broadcast_to(context.prefix[:, None], (context.prefix.shape[0], T))
-  in_order = cache is None and context.index is None
+    prefix = jnp.broadcast_to(context.prefix[:, None], (context.prefix.shape[0], shape[1]))
+  in_order = context.index is None and (cache is None or cache.fresh)
   queries = Side(index, pos, context.segment, context.valid, block, prefix, in_order)
   if cache is None:
-    return queries, queries, None
+    return queries, (), None
   if context.index is not None or context.segment is not None:
     raise ConfigError(
       "context: index and segment cannot be given with a cache, whose slots are the order of one sequence"
     )
-  new = (
-    jnp.full((B,), T, jnp.int32) if context.valid is None else jnp.sum(context.valid, axis=1, dtype=jnp.int32)
-  )
-  moved = dataclasses.replace(
-    cache,
-    pos=append(cache.pos, jnp.broadcast_to(pos, shape), cache.length, context.valid),
-    length=cache.length + new,
-  )
-  slot = jnp.arange(cache.capacity, dtype=jnp.int32)[None]
-  return queries, Side(slot, moved.pos, valid=slot < moved.length[:, None]), moved
+  moved, places = cache.move(jnp.broadcast_to(pos, shape), context.valid)
+  return queries, places, moved
 
 
 def _positions(pos: jax.Array | None, index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -131,10 +78,9 @@ def _positions(pos: jax.Array | None, index: jax.Array) -> tuple[jax.Array, jax.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared:
-  """What all layers of one call share: both sides of attention, the position tables, and learned position parameters."""
+  """What all layers of one call share: the queries' side, the position tables, and learned position parameters."""
 
   q_side: Side
-  k_side: Side
   tables: PositionTables
   learned: tuple[Params, ...]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import flax.linen as nn
@@ -14,7 +13,8 @@ from jaxllm.errors import ConfigError
 from jaxllm.experts import Moe
 from jaxllm.leaf import Matrix
 from jaxllm.nn.attention import Attention
-from jaxllm.nn.context import Cache, Context, Shared, sides
+from jaxllm.nn.cache import Cache, LayerCache
+from jaxllm.nn.context import Context, Shared, sides
 from jaxllm.nn.layers import Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.nn.moe import MoeFeedForward
@@ -35,11 +35,11 @@ class Block(nn.Module):
   layer: Layer
 
   @nn.compact
-  def __call__(self, x_BTD, shared: Shared, number, cache=None, length_B=None):
+  def __call__(self, x_BTD, shared: Shared, number, cache: LayerCache | None = None):
     def attention(h_BTD):
       nonlocal cache
       layer = Attention(self.cfg, self.layer, name="attn")
-      out_BTD, cache = layer(h_BTD, shared, number, cache, length_B)
+      out_BTD, cache = layer(h_BTD, shared, number, cache)
       return out_BTD
 
     norm = lambda name, h_BTD: Norm(self.cfg.norm, name=name)(h_BTD)
@@ -55,18 +55,13 @@ class Layers(nn.Module):
   repeats: int
 
   @nn.compact
-  def __call__(self, x_BTD, shared: Shared, cache: Cache | None, first: jax.Array | int):
-    cfg, k, v = self.cfg, [], []
+  def __call__(self, x_BTD, shared: Shared, caches: tuple[LayerCache, ...] | None, first: jax.Array | int):
+    cfg, moved = self.cfg, []
     for i in range(self.repeats * len(cfg.layers)):
-      layer = cfg.layer(i)
-      layer_cache = None if cache is None else (cache.k[i], cache.v[i])
-      length_B = None if cache is None else cache.length
-      block = Block(cfg, layer, name=str(i))
-      x_BTD, layer_cache = block(x_BTD, shared, first + i, layer_cache, length_B)
-      if layer_cache is not None:
-        k.append(layer_cache[0])
-        v.append(layer_cache[1])
-    return x_BTD, (tuple(k), tuple(v))
+      block = Block(cfg, cfg.layer(i), name=str(i))
+      x_BTD, cache = block(x_BTD, shared, first + i, None if caches is None else caches[i])
+      moved.append(cache)
+    return x_BTD, None if caches is None else tuple(moved)
 
 
 class PositionParams(nn.Module):
@@ -124,7 +119,7 @@ class Transformer(nn.Module):
     context = Context() if context is None else context
     if cache is None and context.pos is None and context.index is None:
       cfg.check_length(tokens_BT.shape[1], "tokens")
-    q_side, k_side, moved = sides(context, cache, tokens_BT.shape)
+    q_side, places, moved = sides(context, cache, tokens_BT.shape)
     if q_side.block is not None and not any(position.two_dimensional for position in cfg.positions):
       raise ConfigError(
         "context.pos: found [B, T, 2], expected [B, T], as no layer has a two-dimensional RoPE"
@@ -139,7 +134,7 @@ class Transformer(nn.Module):
     if cfg.embed_width is not None:
       w = weight(self, "embed_in", (cfg.embed_width, cfg.embed_dim), _MATRIX_INIT)
       x_BTD = einsum("BTE,ED->BTD", x_BTD.astype(cfg.dtype), w.astype(cfg.dtype))
-    shared = Shared(q_side, k_side, tables, LearnedPositions(cfg, name="positions")())
+    shared = Shared(q_side, tables, LearnedPositions(cfg, name="positions")())
     for position in cfg.positions:  # an embedding is the model's, whichever layers name it
       x_BTD = position.embed(x_BTD, q_side.pos, shared.of(cfg, position)[1])
     if cfg.embed_norm:
@@ -160,8 +155,9 @@ class Transformer(nn.Module):
       first = jnp.arange(0, cfg.num_layers, len(cfg.layers), dtype=jnp.int32)
       x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, shared, None, first)
     else:
-      x_BTD, (k, v) = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")(x_BTD, shared, cache, 0)
-      moved = None if cache is None else dataclasses.replace(moved, k=k, v=v)
+      layers = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")
+      x_BTD, caches = layers(x_BTD, shared, None if cache is None else moved.of_layers(places), 0)
+      moved = None if cache is None else moved.with_layers(caches)
     if cfg.wiring.final_norm:
       x_BTD = Norm(cfg.norm, name="final_norm")(x_BTD)
 

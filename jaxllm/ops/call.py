@@ -10,7 +10,7 @@ from jaxllm.ops.attention import Plain, Score, ScoreFn, Side
 from jaxllm.ops.blockwise import Blockwise
 
 PLAIN_UP_TO = 256
-"""Keys up to which all scores at once are the fastest on CPUs (BENCHMARKS.md has the measurement)."""
+"""Queries and keys up to which all scores at once are the fastest on CPUs (BENCHMARKS.md has the measurement)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ def current_device() -> Device:
 class Call:
   """The static facts of one call of a core: what a choice may depend on.
 
-  hooks, softcap, method: those of its `attention.Score`.  fixed_window: the window is a Python integer, or there is none.
+  hooks, softcap, method: those of its `attention.Score`.  queries: how many there are (None: as many as keys).
+  fixed_window: the window is a Python integer, or there is none.
   """
 
   device: Device
@@ -54,6 +55,7 @@ class Call:
   method: str
   hooks: str | None = None
   softcap: float | None = None
+  queries: int | None = None
   in_order: bool = True
   fixed_window: bool = True
   prefix: bool = False
@@ -73,6 +75,7 @@ def facts(q_BTNH, k_BSKH, q_side: Side, k_side: Side, window, score: ScoreFn, si
     score.method,
     score.hooks,
     score.softcap,
+    q_BTNH.shape[1],
     in_order=q_side.in_order and k_side.in_order,
     fixed_window=window is None or isinstance(window, int),
     prefix=q_side.prefix is not None,
@@ -81,6 +84,7 @@ def facts(q_BTNH, k_BSKH, q_side: Side, k_side: Side, window, score: ScoreFn, si
   )
 
 
-def untiled_or_tiled(keys: int) -> Plain | Blockwise:
-  """The reference core for so many keys: all scores at once while that is as fast, tiles beyond."""
-  return Plain() if keys <= PLAIN_UP_TO else Blockwise()
+def untiled_or_tiled(call: Call) -> Plain | Blockwise:
+  """The reference core for a call: all scores at once while they are few and that is as fast, tiles beyond."""
+  queries = call.keys if call.queries is None else call.queries
+  return Plain() if queries * call.keys <= PLAIN_UP_TO**2 else Blockwise()

@@ -21,7 +21,7 @@ class Choice:
 
 
 def choose(call: Call) -> Choice:
-  """The core for a call: the device's kernel where it serves it, else plain up to PLAIN_UP_TO keys and blockwise beyond.
+  """The core for a call: the device's kernel where it serves it, else plain for up to PLAIN_UP_TO ** 2 scores and blockwise beyond.
 
   NVIDIA GPUs have cuDNN and TPUs splash attention; a call with a cache goes to plain or blockwise.
   """
@@ -34,9 +34,12 @@ def choose(call: Call) -> Choice:
     reason = f"not {kernel.name}: {reason}"
   else:
     return Choice(kernel, f"{call.device}, {call.dtype}, and {call.method} is plain inner products")
-  core = untiled_or_tiled(call.keys)
+  core = untiled_or_tiled(call)
   side = "up to" if isinstance(core, Plain) else "more than"
-  return Choice(core, f"{reason}; {call.keys} keys, {side} {PLAIN_UP_TO}")
+  keys = (
+    f"{call.keys} keys" if call.queries in (None, call.keys) else f"{call.queries} queries, {call.keys} keys"
+  )
+  return Choice(core, f"{reason}; {keys}, {side} {PLAIN_UP_TO}")
 
 
 @dataclasses.dataclass(frozen=True)

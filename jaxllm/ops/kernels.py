@@ -64,7 +64,7 @@ class Kernel:
     call = facts(q_BTNH, k_BSKH, q_side, k_side, window, score, sinks_N)
     self.check(call)
     if not call.in_order:
-      core = untiled_or_tiled(call.keys)
+      core = untiled_or_tiled(call)
       return core(q_BTNH, k_BSKH, v_BSKH, q_side, k_side, window, score, sinks_N)
     k_BSKH, v_BSKH = k_BSKH.astype(q_BTNH.dtype), zero_unused(v_BSKH, k_side.valid).astype(q_BTNH.dtype)
     return self.attend(q_BTNH, k_BSKH, v_BSKH, q_side, k_side, window, call.softcap, sinks_N)

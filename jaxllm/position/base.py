@@ -30,6 +30,9 @@ class Position:
   needs_raw_keys: ClassVar[bool] = False
   """True when a cached key cannot be rotated once and for all, because its rotation depends on the query."""
 
+  seen: ClassVar[tuple[int, int] | None] = None
+  """(sinks, window) where a query sees no more than the first tokens and the nearest ones: a cache may drop the others."""
+
   two_dimensional: ClassVar[bool] = False
   """True when `rotate_q` and `rotate_k` take [B, T, 2] positions: (position, block position)."""
 

@@ -217,6 +217,11 @@ class StreamingRope(WindowRope):
   def clip(self) -> int:
     return self.window if self.window is not None else self.original_length - self.sinks
 
+  @property
+  def seen(self) -> tuple[int, int]:
+    """The sinks and the window."""
+    return self.sinks, self.clip
+
   def scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table: Table, p: Params) -> jax.Array:
     # a sink is as far as the cache reaches even where it is near the window's end: not a matter of distance alone
     near = Rope.scores(self, q_BTNH, k_BSKH, q_pos_BT, k_pos_BS, table, p)

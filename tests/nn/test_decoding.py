@@ -1,5 +1,7 @@
 """Prefill and decoding with a cache against the full forward pass, for every position method."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from model_checks import (
 
 from jaxllm.errors import ConfigError
 from jaxllm.nn import Context, Transformer, init_cache
-from jaxllm.nn.context import append
+from jaxllm.nn.store import write
 
 
 @each_cached
@@ -94,16 +96,15 @@ def test_padding_past_the_end_of_the_cache_overwrites_nothing(name):
 
 
 def test_a_full_cache_keeps_what_it_holds():
-  slots = np.arange(2 * 4, dtype=np.float32).reshape(2, 4, 1)
-  new = np.full((2, 2, 1), -1, np.float32)
-  found = append(jnp.asarray(slots), new, np.array([3, 4]), None)
-  np.testing.assert_array_equal(found[..., 0], [[0, 1, 2, -1], [4, 5, 6, 7]])
+  slots = np.arange(2 * 4, dtype=np.float32).reshape(2, 1, 4, 1)
+  found = write(jnp.asarray(slots), np.array([[3, 4], [4, 5]]), jnp.full((2, 1, 2, 1), -1.0))
+  np.testing.assert_array_equal(found[..., 0, :, 0], [[0, 1, 2, -1], [4, 5, 6, 7]])
 
 
 def test_a_full_cache_is_refused():
   cache = init_cache(MODELS["rope"], B, 8)
   cache.check_room(8)
-  cache = type(cache)(cache.k, cache.v, cache.pos, np.array([2, 6, 0], np.int32))
+  cache = dataclasses.replace(cache, length=np.array([2, 6, 0], np.int32))
   cache.check_room(2)
   with pytest.raises(ConfigError, match="6 tokens and 3 more do not fit in 8 slots"):
     cache.check_room(3)

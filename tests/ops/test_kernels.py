@@ -12,8 +12,7 @@ from model_checks import relative_error
 
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
-from jaxllm.nn import Transformer
-from jaxllm.nn.context import init_cache
+from jaxllm.nn import Transformer, init_cache
 from jaxllm.nn.cores import core_choice, core_report
 from jaxllm.ops import call as calls
 from jaxllm.ops.attention import Plain, Score, Side

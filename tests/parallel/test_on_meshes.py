@@ -48,4 +48,4 @@ def test_decoding_with_a_cache(name, rules, axes):
   heads = mesh.shape.get("tensor", 1)
   whole = CASES[name].num_kv_heads % heads != 0
   assert held[0] == len(cache.length) // parallel.batch_shards(mesh)
-  assert held[2] == CASES[name].num_kv_heads // (1 if whole else heads)
+  assert held[1] == CASES[name].num_kv_heads // (1 if whole else heads)

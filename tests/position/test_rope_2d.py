@@ -112,7 +112,7 @@ def test_a_model_with_blocks_is_the_oracle_and_decodes():
     seen = np.concatenate([seen, new])
     found.append(logits)
   assert relative_error(np.concatenate(found, axis=1), full) <= 1e-5
-  np.testing.assert_array_equal(cache.pos, np.broadcast_to(POSITIONS_2D[:, 0], ids.shape))
+  np.testing.assert_array_equal(cache.pos[0], np.broadcast_to(POSITIONS_2D[:, 0], ids.shape))
 
 
 def test_what_does_not_fit():
