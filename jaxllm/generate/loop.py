@@ -31,14 +31,16 @@ PART = 512
 class State:
   """What decoding carries: `step` tokens a row were drawn, and all but the newest are in the cache.
 
-  memory: the sampler's state; key [B]: each row's own, from which a step folds its own; token [B]: the
-  newest; done [B]: the row met a stop id; bad [B]: its logits are no distribution, or the sampler left nothing.
+  memory: the sampler's state; key [B]: each row's own, from which a step folds its own; token [B]: the newest;
+  place: its position, where the caller gave those of the prompts; done [B]: the row met a stop id; bad [B]: its
+  logits are no distribution, or the sampler left nothing.
   """
 
   cache: Cache
   memory: Any
   key: jax.Array
   token: jax.Array
+  place: request.Place | None
   step: jax.Array
   done: jax.Array
   bad: jax.Array
@@ -65,6 +67,8 @@ def generate(
   stop: Stop | None = None,
   on_tokens: OnTokens | None = None,
   logprobs: int | None = None,
+  positions: Sequence[np.ndarray] | None = None,
+  prefix: Sequence[int] | None = None,
 ) -> Generated:
   """Draws token_t from sampler(logits(prompt, tokens before t)), row by row, to a stop id or max_new_tokens.
 
@@ -82,6 +86,10 @@ def generate(
   (more than stop keeps, where that is fewer than it was told before).  logprobs: None, or of how many of the
   likeliest tokens, besides the drawn one, the log-probability is wanted (0: none).
 
+  positions: those of each prompt's tokens, [T] or [T, 2], where they are not 0, 1, 2, ...; new tokens follow as
+  `position.next_glm_positions` says.  prefix: how many leading tokens of each prompt see each other in both
+  directions (`nn.Context`), all of which the first part must hold.
+
   Compiled once a batch size, bucket of prompt lengths (`request.bucket`) and cache capacity (SLOTS apart);
   sampler parameters, stop ids, tables and max_new_tokens are data.  Raises DataError for an empty prompt,
   TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite, or
@@ -96,13 +104,16 @@ def generate(
   key_B = request.row_keys(key, sampler, len(length_B))
   capacity = -(-(tokens_BT.shape[1] + max_new_tokens) // SLOTS) * SLOTS
   capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
-  tables = cfg.rope_tables(max_len=capacity) if rope is None else request.fixed(rope)
+  own = request.Own.of(positions, prefix, length_B, tokens_BT.shape[1], part)
+  last = max_new_tokens + (0 if own.pos is None else int(own.pos.max()) + 1)
+  cfg.check_length(last, "largest position and max_new_tokens")
+  tables = cfg.rope_tables(max_len=max(capacity, last)) if rope is None else request.fixed(rope)
   stop_V = request.stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
-  tables, stop_V = jax.device_put((tables, stop_V))
+  tables, stop_V, own = jax.device_put((tables, stop_V, own))
 
   settings = Settings(model, part, store, logprobs)
   rows = Rows(len(length_B), stop, on_tokens, logprobs)
-  state, drawn = prefill(settings, params, tables, sampler, stop_V, tokens_BT, length_B, key_B, capacity)
+  state, drawn = prefill(settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, key_B, capacity)
   while True:
     if rows.add(drawn):  # for the device, a row that `stop` has ended is done
       done_B = jax.device_put(np.asarray(state.done) | rows.ended, state.done.sharding)
@@ -140,22 +151,23 @@ def prefill(
   stop_V: jax.Array,
   tokens_BT: jax.Array,
   length_B: jax.Array,
+  own: request.Own,
   key_B: jax.Array,
   capacity: int,
 ) -> tuple[State, Drawn]:
   """Reads right-padded prompts into a new cache and draws a first token: (state, [B, 1])."""
   B, T = tokens_BT.shape
   cfg, part = settings.model.cfg, min(settings.part, T)
-  cache = init_cache(cfg, B, capacity, call=part, store=settings.store)
+  # with positions of their own, what a window leaves out is not what the order says
+  cache = init_cache(cfg, B, capacity, call=part if own.pos is None else None, store=settings.store)
 
   def read(start, cache):
     """Logits [B, V] of each row's last token in a part, and the cache with the part."""
     valid = start + jnp.arange(part)[None] < length_B[:, None]
-    tokens = jax.lax.dynamic_slice_in_dim(tokens_BT, start, part, axis=1)
+    cut = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, part, axis=1)
+    context = Context(valid=valid, pos=cut(own.pos), prefix=own.prefix)
     variables = {"params": params}
-    logits, cache = settings.model.apply(
-      variables, tokens, Context(valid=valid), cache, tables, logits="last"
-    )
+    logits, cache = settings.model.apply(variables, cut(tokens_BT), context, cache, tables, logits="last")
     return logits[:, 0], cache
 
   def next_part(carry):
@@ -171,7 +183,8 @@ def prefill(
     start = (jnp.int32(0), jnp.zeros((B, cfg.vocab_size), jnp.float32), cache)
     _, logits_BV, cache = jax.lax.while_loop(unread, next_part, start)
   none_B, memory = jnp.zeros((B,), bool), sampler.init(tokens_BT, length_B, max(capacity - T, 0))
-  state = State(cache, memory, key_B, jnp.zeros((B,), jnp.int32), jnp.int32(0), done=none_B, bad=none_B)
+  first_B = jnp.zeros((B,), jnp.int32)
+  state = State(cache, memory, key_B, first_B, own.next, jnp.int32(0), done=none_B, bad=none_B)
   state, drawn = draw(sampler, stop_V, logits_BV, state, settings.logprobs)
   return state, jax.tree.map(lambda x: x[:, None], drawn)
 
@@ -197,8 +210,11 @@ def decode(
 
   def one_token(carry):
     state, drawn = carry
-    logits_B1V, cache = model.apply({"params": params}, state.token[:, None], cache=state.cache, rope=tables)
-    moved, new = draw(sampler, stop_V, logits_B1V[:, 0], dataclasses.replace(state, cache=cache), logprobs)
+    place = state.place
+    context = Context(pos=None if place is None else place.pos[:, None])
+    logits_B1V, cache = model.apply({"params": params}, state.token[:, None], context, state.cache, tables)
+    read = dataclasses.replace(state, cache=cache, place=None if place is None else place.moved())
+    moved, new = draw(sampler, stop_V, logits_B1V[:, 0], read, logprobs)
     return moved, drawn.put(new, state.step - start)
 
   return jax.lax.while_loop(unfinished, one_token, (state, Drawn.none(len(state.done), chunk, logprobs)))
@@ -214,4 +230,5 @@ def draw(
   token_B = jnp.maximum(token_B, 0)  # an ended row, whose filters may leave nothing, is still read
   drawn = Drawn.of(jnp.where(state.done, ENDED, token_B), logits_BV, logprobs)
   done_B = state.done | stop_V[token_B]
-  return State(state.cache, memory, state.key, token_B, state.step + 1, done=done_B, bad=bad_B), drawn
+  step = state.step + 1
+  return dataclasses.replace(state, memory=memory, token=token_B, step=step, done=done_B, bad=bad_B), drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
-from jaxllm.position import PositionTables
+from jaxllm.position import PositionTables, next_glm_positions
 from jaxllm.sampling import Greedy, Sampler
 
 
@@ -60,6 +61,67 @@ def padded(
     T = max(min(T, length_limit), *lengths)
     T = T if part >= T else -(-T // part) * part
   return np.array([row + [0] * (T - len(row)) for row in rows], np.int32), np.array(lengths, np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """The position of a row's next token, [B] or [B, 2], and how much more the one after has: as `next_glm_positions` says."""
+
+  pos: Any
+  ahead: Any
+
+  def moved(self) -> Place:
+    """That of the token after."""
+    return dataclasses.replace(self, pos=self.pos + self.ahead)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Own:
+  """What a caller says of the prompts' tokens: pos [B, T] or [B, T, 2], the place of what follows, and prefix [B]; or None."""
+
+  pos: Any = None
+  next: Place | None = None
+  prefix: Any = None
+
+  @staticmethod
+  def of(
+    positions: Sequence[Any] | None, prefix: Sequence[int] | None, length_B: np.ndarray, T: int, part: int
+  ) -> Own:
+    """Of lists with an entry a prompt; raises ConfigError for what does not fit the prompts."""
+    pos = following = leading = None
+    if positions is not None:
+      rows = [_positions(i, *pair) for i, pair in enumerate(_each("positions", positions, length_B))]
+      if len({row.shape[1:] for row in rows}) > 1:
+        raise ConfigError("positions: found [T] for some prompts and [T, 2] for others, expected one for all")
+      pos = np.stack([np.pad(row, [(0, T - len(row)), *[(0, 0)] * (row.ndim - 1)]) for row in rows])
+      two = [next_glm_positions(row, 2) for row in rows]
+      following = Place(np.stack([a for a, _ in two]), np.stack([b - a for a, b in two]))
+    if prefix is not None:
+      for i, (count, n) in enumerate(_each("prefix", prefix, length_B)):
+        if not _is_integer(count) or not 0 <= count <= min(n, part):
+          raise ConfigError(
+            f"prefix[{i}]: found {count!r}, expected an integer from 0 to {min(n, part)}, the tokens of the first part"
+          )
+      leading = np.array(prefix, np.int32)
+    return Own(pos, following, leading)
+
+
+def _each(name: str, values: Sequence[Any], length_B: np.ndarray) -> zip:
+  if len(values) != len(length_B):
+    raise ConfigError(f"{name}: found {len(values)}, expected {len(length_B)}, one a prompt")
+  return zip(values, length_B.tolist(), strict=True)
+
+
+def _positions(i: int, row: Any, n: int) -> np.ndarray:
+  found = np.asarray(row)
+  if found.shape not in ((n,), (n, 2)) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
+    raise ConfigError(
+      f"positions[{i}]: found {found.dtype} of shape {found.shape}, expected integers of at least 0 of shape ({n},) or "
+      f"({n}, 2)"
+    )
+  return found.astype(np.int32)
 
 
 def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:

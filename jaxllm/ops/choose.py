@@ -21,7 +21,7 @@ class Choice:
 
 
 def choose(call: Call) -> Choice:
-  """The core for a call: the device's kernel where it serves it, else plain for up to PLAIN_UP_TO ** 2 scores and blockwise beyond.
+  """The core for a call: the device's kernel where it serves it, else plain for PLAIN_UP_TO ** 2 scores and blockwise beyond.
 
   NVIDIA GPUs have cuDNN and TPUs splash attention; a call with a cache goes to plain or blockwise.
   """
