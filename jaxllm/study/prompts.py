@@ -43,7 +43,9 @@ def read_prompts(path: str) -> list[Prompt]:
   """
   file = Path(path)
   if not file.is_file():
-    raise ConfigError(f"--prompts_file={path}: there is no such file; give one prompt a line, or JSON lines as .jsonl")
+    raise ConfigError(
+      f"--prompts_file={path}: there is no such file; give one prompt a line, or JSON lines as .jsonl"
+    )
   lines = [line.rstrip("\r") for line in _decoded(file.read_bytes(), str(path)).split("\n")]
   numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
   if not numbered:
