@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-from experiments.continuing import Drawing, On, Source, continued
+from experiments.continuing import Drawing, continued
 from experiments.showing import note, write
+from experiments.source import On, Source
 from jaxllm.errors import DataError, JaxllmError
 from jaxllm.generate.text import StopStrings, Stream
 from jaxllm.study.stop import STOPPED

@@ -1,4 +1,4 @@
-"""Continue texts or answer chats, by a checkpoint (--model) or a model that experiments.length_extrapolation has trained (--run).
+"""Continue texts or answer chats: by a checkpoint (--model), or by a model that the sweep has trained (--run).
 
 The text goes to standard output and nothing else does; notes go to standard error.  A position method stretches the model past
 the length it was trained at, and --compare shows what several of them make of the same prompt.

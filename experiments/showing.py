@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.continuing import Figures, On, Source
+from experiments.continuing import Figures
+from experiments.source import On, Source
 from jaxllm.generate.output import Generated
 from jaxllm.generate.text import Stream
 from jaxllm.study.prompts import Prompt

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.continuing import Drawing, On, Source, continued, put_on, put_on_all
+from experiments.continuing import Drawing, continued
 from experiments.dialogue import talk
 from experiments.showing import note, record, summary, write
+from experiments.source import On, Source, put_on, put_on_all
 from jaxllm.errors import ConfigError, DataError, TokenizerError
 from jaxllm.generate.text import StopStrings, Stream
 from jaxllm.study import samplers
