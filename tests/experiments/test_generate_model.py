@@ -31,7 +31,7 @@ def model(tmp_path_factory):
   (directory / "tokenizer_config.json").write_text(
     json.dumps({"bos_token": "<s>", "chat_template": TEMPLATE})
   )
-  cfg = loaded_case.config(vocab_size=size)
+  cfg = loaded_case.config(vocab_size=size, num_layers=1)
   loaded_case.hf.save(directory, cfg, loaded_case.params(cfg, seed=3))
   return directory
 
@@ -174,24 +174,25 @@ def test_chats_are_in_the_template(ask, tmp_path):
   assert rows(ask("--json", f"--prompts_file={path}", prompt=None))[0]["ids"] == row["ids"]
 
 
-@pytest.mark.core
-def test_methods_beside_each_other_are_as_each_alone_and_share_a_program(ask):
-  names = ("none", "ntk", "yarn", "dynamic_ntk", "rerope")
+@pytest.mark.parametrize(
+  ("more", "programs"),
+  [
+    pytest.param((), 0, marks=pytest.mark.core),
+    pytest.param(("dynamic_ntk", "rerope"), 2, marks=pytest.mark.slow),
+  ],
+)
+def test_methods_beside_each_other_are_as_each_alone_and_share_a_program(ask, more, programs):
+  """ntk and yarn have that of none; dynamic NTK has rows of tables, and ReRoPE scores of its own."""
+  names = ("none", "ntk", "yarn", *more)
   args = ("-n=20", "--factor=4")
   ask("-n=20")
   compiled = (loop.prefill._cache_size(), loop.decode._cache_size())
   found = rows(ask(*args, "--json", f"--compare={','.join(names)}"))
-  assert [row["method"] for row in found] == list(names) and [row["factor"] for row in found] == [
-    None,
-    4,
-    4,
-    4,
-    None,
-  ]
+  assert [row["method"] for row in found] == list(names)
+  assert [row["factor"] for row in found] == [None, 4, 4, 4, None][: len(names)]
   assert len({tuple(row["ids"]) for row in found}) > 2
-  # ntk and yarn have that of none; dynamic NTK has rows of tables, and ReRoPE scores of its own
-  assert (loop.prefill._cache_size() - compiled[0], loop.decode._cache_size() - compiled[1]) == (2, 2)
-  for row in found:
+  assert loop.prefill._cache_size() - compiled[0] == programs == loop.decode._cache_size() - compiled[1]
+  for row in found[2:]:
     own = ("--factor=4",) if row["factor"] else ()
     assert rows(ask("-n=20", "--json", f"--method={row['method']}", *own))[0]["ids"] == row["ids"], row[
       "method"
@@ -202,6 +203,7 @@ def test_methods_beside_each_other_are_as_each_alone_and_share_a_program(ask):
   assert "== prompt 1, yarn, factor 4 ==" in ask.err
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_writes_the_same(ask):
   assert ask("--mesh=fsdp=2,tensor=4") == ask("--dtype=float32")
 
