@@ -176,13 +176,13 @@ def measure(directory: str, dtype: str, batch: int, f) -> dict[str, float]:
   return numbers | {"first token s": min(one["first"] for one in sides["jaxllm"][1:] or sides["jaxllm"])}
 
 
-def missed(dtype: str, found: dict[str, float]) -> list[str]:
-  """The bars that the numbers of a line miss, in words."""
+def missed(dtype: str, batch: int, found: dict[str, float]) -> list[str]:
+  """The bars that the numbers of a line miss, in words; the first token's is for a row alone, as its prompts are to be read."""
   bars = {"decode ratio": BARS[dtype], "prefill ratio": PREFILL_BAR}
   problems = [
     f"{name} {found[name]:.2f}, expected at least {bar}" for name, bar in bars.items() if found[name] < bar
   ]
-  if found["first token s"] > FIRST_BAR:
+  if batch == 1 and found["first token s"] > FIRST_BAR:
     problems.append(f"first token after {found['first token s']:.1f} s, expected at most {FIRST_BAR}")
   return problems
 
@@ -217,7 +217,7 @@ def main(f) -> int:
       for batch in map(int, f.batches.split(",")):
         found = measure(directory, dtype, batch, f)
         print(line(dtype, batch, found), flush=True)
-        problems += [f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, found) if large]
+        problems += [f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if large]
         cell = {"model": f.model or f.size, "dtype": dtype, "batch": batch}
         rows += [rows_lib.ok(cell | {"metric": name}, value) for name, value in found.items()]
     finally:

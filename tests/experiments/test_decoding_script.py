@@ -23,14 +23,14 @@ FOUND = {
 
 
 def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
-  assert decoding.missed("float32", FOUND) == []
-  assert decoding.missed("float32", FOUND | {"decode ratio": 1.49}) == [
+  assert decoding.missed("float32", 1, FOUND) == []
+  assert decoding.missed("float32", 1, FOUND | {"decode ratio": 1.49}) == [
     "decode ratio 1.49, expected at least 1.5"
   ]
-  assert decoding.missed("bfloat16", FOUND | {"decode ratio": 1.2, "prefill ratio": 0.79}) == [
+  assert decoding.missed("bfloat16", 1, FOUND | {"decode ratio": 1.2, "prefill ratio": 0.79}) == [
     "prefill ratio 0.79, expected at least 0.8"
   ]
-  assert decoding.missed("bfloat16", FOUND | {"first token s": 4.1}) == [
+  assert decoding.missed("bfloat16", 1, FOUND | {"first token s": 4.1}) == [
     "first token after 4.1 s, expected at most 4.0"
   ]
   assert (
