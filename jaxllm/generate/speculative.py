@@ -173,7 +173,8 @@ def one_round(
   p_GB, q_GB = (
     jnp.take_along_axis(probabilities(x), place_GB1, axis=-1)[..., 0] for x in (p_GBV[:-1], q_GBV)
   )
-  kept_GB = keys.uniform()[:-1] * q_GB < p_GB
+  # where there is no q, as logits are NaN or the filters left nothing, no draft is kept and all of p is left
+  kept_GB = (q_GB > 0) & (keys.uniform()[:-1] * q_GB < p_GB)
   a_B = jnp.sum(jnp.cumprod(kept_GB, axis=0), axis=0)  # drafts before the first that is not kept
 
   at = lambda x_GB: jax.vmap(lambda x_G, a: x_G[a], in_axes=(1, 0))(x_GB, a_B)
