@@ -69,10 +69,13 @@ class DraftModel:
     """Of its ids."""
     return self.model.cfg.vocab_size
 
-  def start(self, tokens_BT: np.ndarray, length_B: np.ndarray, part: int, capacity: int) -> Any:
+  def start(
+    self, tokens_BT: np.ndarray, length_B: np.ndarray, part: int, capacity: int, max_new_tokens: int
+  ) -> Any:
     """Its state after the prompts: the tables for so many positions, and a cache."""
     cfg = self.model.cfg
-    cfg.check_length(capacity, "the draft model's longest text")
+    cfg.check_length(int(length_B.max()) + max_new_tokens, "draft model: longest prompt and max_new_tokens")
+    capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
     tables = jax.device_put(cfg.rope_tables(max_len=capacity + part))
     key_B = request.row_keys(None, Greedy(), len(length_B))
     settings = loop.Settings(self.model, part, loop.STORES["full"], None)
@@ -137,7 +140,9 @@ class PromptLookup:
     """Any."""
     return None
 
-  def start(self, tokens_BT: np.ndarray, length_B: np.ndarray, part: int, capacity: int) -> Any:
+  def start(
+    self, tokens_BT: np.ndarray, length_B: np.ndarray, part: int, capacity: int, max_new_tokens: int
+  ) -> Any:
     """No state."""
     return ()
 

@@ -78,24 +78,27 @@ def generate(
 
   draft: a `draft.DraftModel` or `draft.PromptLookup`.  Rows keep as many tokens as they accept, independently.  The other
   arguments are those of `loop.generate`, and so are the errors; further, ConfigError for a gamma that is no integer from 1 to
-  part - 1, and TokenizerError for a draft model with another vocabulary.
+  part - 1, a draft that is neither of these, and a draft model with fewer positions than the longest prompt with its new
+  tokens, and TokenizerError for a draft model with another vocabulary.
   Source: Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2.
   """
   cfg = model.cfg
   max_new_tokens, part = request.count("max_new_tokens", max_new_tokens), request.count("part", part)
   gamma = request.count("gamma", gamma)
+  if gamma >= part:
+    raise ConfigError(f"gamma: found {gamma}, expected at most part - 1 = {part - 1}, as a round is one call")
+  if not isinstance(draft, Draft):
+    raise ConfigError(f"draft: found {draft!r}, expected DraftModel(model, params) or PromptLookup(ngram)")
   tokens_BT, length_B, capacity, stop_V = request.prepared(
     cfg, prompts, max_new_tokens, stop_ids, part, gamma
   )
-  B, T = tokens_BT.shape
-  if gamma >= min(part, T):
-    raise ConfigError(
-      f"gamma: found {gamma}, expected at most {min(part, T) - 1}, as a round is one call on the cache"
-    )
+  # windowed layers have room for a call as long as that of the prompts
+  tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, gamma + 1 - tokens_BT.shape[1]))))
   if draft.vocab_size not in (None, cfg.vocab_size):
     raise TokenizerError(
       f"draft: found a vocabulary of {draft.vocab_size}, expected the model's {cfg.vocab_size}, as drafted ids are its ids"
     )
+  B = len(length_B)
   key_B = request.row_keys(key, sampler, B)
   tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), stop_V))
   own = request.Own()
@@ -104,7 +107,8 @@ def generate(
   first, drawn = loop.prefill(
     settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, None, key_B, capacity
   )
-  state = start(first, draft.start(tokens_BT, length_B, part, capacity), tokens_BT, length_B, capacity)
+  drafter = draft.start(tokens_BT, length_B, part, capacity, max_new_tokens)
+  state = start(first, drafter, tokens_BT, length_B, capacity)
   rows, rounds, accepted = Rows(B, stop, on_tokens, None), np.zeros(B, int), np.zeros(B, int)
   limit = np.int32(max_new_tokens)
   while True:

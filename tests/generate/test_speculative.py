@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from sampling_reference import chi_square, chi_square_limit, distribution
 
+from jaxllm.config import Layer
 from jaxllm.errors import ConfigError, SamplingError, TokenizerError
 from jaxllm.generate.draft import DraftModel, PromptLookup
 from jaxllm.generate.loop import generate
 from jaxllm.generate.speculative import generate as speculate
 from jaxllm.nn import Transformer
+from jaxllm.position import POSITIONS
 from jaxllm.sampling import Chain, MinNewTokens, RepetitionPenalty, Temperature, TopK, Xtc
 
 core = pytest.mark.core
@@ -226,7 +228,8 @@ def test_the_samplers_own_chance_is_drawn_once_a_token(shallow):
   ("change", "error", "message"),
   [
     (dict(gamma=0), ConfigError, r"gamma: found 0, expected an integer of at least 1"),
-    (dict(gamma=16), ConfigError, r"gamma: found 16, expected at most 15"),
+    (dict(gamma=512), ConfigError, r"gamma: found 512, expected at most part - 1 = 511"),
+    (dict(draft=None), ConfigError, r"draft: found None, expected DraftModel\(model, params\) or"),
     (dict(prompts=[[1], []]), Exception, r"prompts\[1\]: found an empty prompt"),
     (dict(sampler=Temperature(1.0)), ConfigError, r"key: found None"),
     (dict(max_new_tokens=0), ConfigError, r"max_new_tokens: found 0"),
@@ -238,6 +241,40 @@ def test_what_is_refused(shallow, change, error, message):
   prompts, draft = given.pop("prompts"), given.pop("draft")
   with pytest.raises(error, match=message):
     speculate(model, params, prompts, draft, **given)
+
+
+def with_positions(model, limit):
+  """(Transformer, params) with a learned table of so many positions, the first of which are those of any other."""
+  model = Transformer(dataclasses.replace(model.cfg, layers=(Layer(POSITIONS["learned"](limit)),)))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+  draw = lambda leaf: np.float32(np.random.default_rng(1).normal(size=leaf.shape) * 0.4)
+  return model, jax.tree.map(draw, shapes)
+
+
+@pytest.mark.parametrize("part", [512, pytest.param(16, marks=SLOW)])
+def test_a_draft_model_needs_positions_for_the_text_alone(shallow, part):
+  """Not for padding of the prompts, the room of a cache, or drafts beyond the end: one with fewer is as good as the model."""
+  model, params = with_positions(shallow[0], 64)
+  draft = DraftModel(*with_positions(shallow[0], 40))
+  usual = dict(part=part, stop_ids=(), max_new_tokens=7)
+  prompts = [list(range(33)), [5, 6]]
+  out = speculate(model, params, prompts, draft, gamma=5, **usual)
+  assert out.tokens == generate(model, params, prompts, **usual).tokens
+  assert out.rounds == [1, 1] and out.accepted == [5, 5]
+  message = "draft model: longest prompt and max_new_tokens: found 41, expected at most max_length = 40"
+  with pytest.raises(ConfigError, match=message):
+    speculate(model, params, prompts, draft, **usual | dict(max_new_tokens=8))
+
+
+def test_a_round_may_be_longer_than_a_short_prompt(shallow):
+  """In a windowed layer, whose ring must hold the window before all of a round, and past the end of a learned table."""
+  model, params = shallow
+  layers = (dataclasses.replace(model.cfg.layers[0], window=6),)
+  windowed = Transformer(dataclasses.replace(model.cfg, layers=layers)), params
+  for (one, weights), new in ((windowed, 60), (with_positions(model, 12), 10)):
+    plain = generate(one, weights, [[1, 2]], max_new_tokens=new, stop_ids=())
+    out = speculate(one, weights, [[1, 2]], PromptLookup(), gamma=21, max_new_tokens=new, stop_ids=())
+    assert out.tokens == plain.tokens
 
 
 def test_a_draft_of_another_vocabulary_and_an_ngram_of_none_are_refused(shallow):
