@@ -77,6 +77,8 @@ def generate(
 ) -> Beams:
   """The num_return best texts of each prompt by score = sum_t log p(token_t) / T^length_penalty, T new tokens.
 
+  The result has fewer texts only where fewer exist: of one new token, as many as there are ids.
+
   Each step continues num_beams unfinished texts by every token and keeps the num_beams best that are unfinished; a text that
   ends, at a stop id or max_new_tokens, while it is among the num_beams best is a candidate for the result, of which as many are
   kept.  early_stopping True: the search of a prompt ends when num_beams texts have ended; False: when the best unfinished
@@ -84,8 +86,9 @@ def generate(
   length_penalty > 0.  num_groups: the beams in so many groups, each a search of its own, in which a token costs
   diversity_penalty for each earlier group's beam that takes it at the same step; scores are less by what was paid.
 
-  Raises ConfigError for numbers of beams, groups and results that do not fit, and penalties that are no finite numbers; the
-  other arguments and errors are those of `loop.generate`.
+  Compiled once a batch size, bucket of prompt lengths, room for new tokens (request.SLOTS apart), early_stopping and numbers of
+  beams, groups and, from two on, stop ids; the rest is data.  Raises ConfigError for numbers of beams, groups and results that
+  do not fit, an early_stopping that is none of these, and penalties that are no finite numbers; the other arguments and errors are those of `loop.generate`.
   Source: Sutskever et al. (2014), section 3.2; Wu et al. (2016), section 7 (length); Vijayakumar et al. (2018), section 4
   (groups); transformers' `num_beams` for when it ends.
   """
@@ -99,7 +102,7 @@ def generate(
     raise ConfigError(f"num_groups: found {num_groups}, expected a divisor of num_beams = {num_beams}")
   if num_return > num_beams:
     raise ConfigError(f"num_return: found {num_return}, expected at most num_beams = {num_beams}")
-  if early_stopping not in (True, False, "never"):
+  if not isinstance(early_stopping, bool) and str(early_stopping) != "never":
     raise ConfigError(f'early_stopping: found {early_stopping!r}, expected True, False or "never"')
   for name, value in (("diversity_penalty", diversity_penalty), ("length_penalty", length_penalty)):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
@@ -121,7 +124,8 @@ def generate(
     penalties,
     shape,
     early_stopping,
-    max_new_tokens,
+    np.int32(max_new_tokens),
+    request.room(max_new_tokens),
     given.capacity,
   )
   ended, bad_B = jax.device_get((ended, bad_B))
@@ -133,15 +137,13 @@ def generate(
   out = Beams([], [])
   for b in range(len(prompts)):
     flat = [x.reshape(num_beams, *x.shape[2:]) for x in (ended.score[b], ended.token[b], ended.length[b])]
-    best = np.argsort(-flat[0], kind="stable")[:num_return]
+    best = [i for i in np.argsort(-flat[0], kind="stable")[:num_return] if flat[0][i] > -np.inf]
     out.tokens.append([flat[1][i][: flat[2][i]].tolist() for i in best])
     out.scores.append([float(flat[0][i]) for i in best])
   return out
 
 
-@functools.partial(
-  jax.jit, static_argnames=("settings", "shape", "early_stopping", "max_new_tokens", "capacity")
-)
+@functools.partial(jax.jit, static_argnames=("settings", "shape", "early_stopping", "room", "capacity"))
 def search(
   settings: loop.Settings,
   params: Any,
@@ -152,7 +154,8 @@ def search(
   penalties: tuple[jax.Array, jax.Array],
   shape: tuple[int, int, int],
   early_stopping: bool | str,
-  max_new_tokens: int,
+  max_new_tokens: jax.Array,
+  room: int,
   capacity: int,
 ) -> tuple[Texts, jax.Array]:
   """(ended texts of all groups, whether a prompt's logits were no distribution); shape: groups, beams of each, candidates."""
@@ -164,7 +167,7 @@ def search(
   first = jnp.where(
     (jnp.arange(K) == 0)[None, None], zeros(), -jnp.inf
   )  # all beams of a group are one text yet
-  no_texts = Texts(zeros(M).astype(jnp.int32), zeros() - jnp.inf, zeros().astype(jnp.int32))
+  no_texts = Texts(zeros(room).astype(jnp.int32), zeros() - jnp.inf, zeros().astype(jnp.int32))
   state = State(
     jnp.int32(0),
     dataclasses.replace(no_texts, score=first),

@@ -144,6 +144,11 @@ def _positions(i: int, row: Any, n: int) -> np.ndarray:
   return found.astype(np.int32)
 
 
+def room(max_new_tokens: int) -> int:
+  """Places for so many new tokens: a multiple of SLOTS, so that one program serves many numbers of them."""
+  return -(-max_new_tokens // SLOTS) * SLOTS
+
+
 class Prompts(NamedTuple):
   """Checked prompts as all ways of generating read them: ids [B, T], lengths [B], the capacity of the cache, stop ids [V]."""
 
