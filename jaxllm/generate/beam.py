@@ -88,7 +88,8 @@ def generate(
 
   Compiled once a batch size, bucket of prompt lengths, room for new tokens (request.SLOTS apart), early_stopping and numbers of
   beams, groups and, from two on, stop ids; the rest is data.  Raises ConfigError for numbers of beams, groups and results that
-  do not fit, an early_stopping that is none of these, and penalties that are no finite numbers; the other arguments and errors are those of `loop.generate`.
+  do not fit, an early_stopping that is none of these, and penalties that are no finite numbers; the other arguments and errors
+  are those of `loop.generate`.
   Source: Sutskever et al. (2014), section 3.2; Wu et al. (2016), section 7 (length); Vijayakumar et al. (2018), section 4
   (groups); transformers' `num_beams` for when it ends.
   """

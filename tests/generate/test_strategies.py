@@ -119,6 +119,14 @@ def test_enough_beams_find_the_best_of_all_texts(pair):
   assert [tuple(text) for text in out.tokens[0]] == [texts[i] for i in order]
 
 
+def test_there_may_be_fewer_texts_than_are_asked_for(pair):
+  _, model, params = pair
+  out = beam.generate(model, params, PROMPTS, num_beams=80, num_return=80, max_new_tokens=1, stop_ids=())
+  for texts, scores in zip(out.tokens, out.scores, strict=True):
+    assert sorted(texts) == [[token] for token in range(64)]
+    np.testing.assert_allclose(np.exp(scores).sum(), 1, rtol=1e-5)
+
+
 def test_groups_without_a_penalty_are_searches_of_their_own_and_with_one_differ(pair):
   _, model, params = pair
   usual = dict(max_new_tokens=NEW, stop_ids=())
@@ -177,6 +185,10 @@ def test_groups_are_those_of_their_definition(pair):
     (dict(num_groups=3), "num_groups: found 3, expected a divisor of num_beams = 4"),
     (dict(num_return=5), "num_return: found 5, expected at most num_beams = 4"),
     (dict(early_stopping="always"), "early_stopping: found 'always'"),
+    (
+      dict(early_stopping=1),
+      "early_stopping: found 1, expected True",
+    ),  # equals True, and would be taken for False
     (dict(length_penalty=np.nan), "length_penalty: found nan"),
     (dict(diversity_penalty="1"), "diversity_penalty: found '1'"),
   ],
@@ -257,8 +269,14 @@ def test_copies_are_draws_of_one_prompt_and_the_best_of_them_is_the_likeliest(sh
       assert out.tokens[b] == [apart.tokens[4 * b + i] for i in order]
       np.testing.assert_allclose(out.scores[b], sums[order], rtol=1e-4)
       assert out.reasons[b] == ["length"] * 4
-  with pytest.raises(ConfigError, match="length_penalty: found nan"):
-    best_of.generate(model, params, prompts, n=2, length_penalty=np.nan, **usual)
+  for given, message in (
+    (dict(length_penalty=np.nan), "length_penalty: found nan"),
+    (dict(n=0), "n: found 0, expected an integer of at least 1"),
+    (dict(copies=3), "copies: found 3, expected none"),
+    (dict(logprobs=None), "logprobs: found None, expected none"),
+  ):
+    with pytest.raises(ConfigError, match="^" + message):
+      best_of.generate(model, params, prompts, **dict(n=2) | given, **usual)
 
 
 def defined_contrastive(model, params, prompt, alpha, k, steps):
