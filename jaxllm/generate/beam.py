@@ -84,7 +84,8 @@ def generate(
   kept.  early_stopping True: the search of a prompt ends when num_beams texts have ended; False: when the best unfinished
   sum over the present length is no better than the worst of them; "never": the same over the largest possible length where
   length_penalty > 0.  num_groups: the beams in so many groups, each a search of its own, in which a token costs
-  diversity_penalty for each earlier group's beam that takes it at the same step; scores are less by what was paid.
+  diversity_penalty for each earlier group's beam that takes it at the same step, while that group's search lasts; scores are
+  less by what was paid.
 
   Compiled once a batch size, bucket of prompt lengths, room for new tokens (request.SLOTS apart), early_stopping and numbers of
   beams, groups and, from two on, stop ids; the rest is data.  Raises ConfigError for numbers of beams, groups and results that
@@ -190,7 +191,8 @@ def search(
       if g + 1 < G:  # the K unfinished ones are what the group goes on with
         _, places = jax.lax.top_k(jnp.where(stop_V[place % V], -jnp.inf, score), K)
         token_BK = jnp.take_along_axis(place % V, places, axis=1)
-        taken_BV += jnp.sum(jax.nn.one_hot(token_BK, V), axis=1)
+        # a group whose search is over takes no token
+        taken_BV += jnp.where(state.going[:, g, None], jnp.sum(jax.nn.one_hot(token_BK, V), axis=1), 0.0)
     return [jnp.stack(part, axis=1) for part in zip(*found, strict=True)]
 
   def one_step(state):

@@ -141,41 +141,56 @@ def test_groups_without_a_penalty_are_searches_of_their_own_and_with_one_differ(
     assert all(len({text[place] for text in texts}) == 4 for place in range(NEW))
 
 
-def reference_groups(model, params, prompt, G, K, penalty, steps):
-  """Diverse beam search without a cache, in float64: the sums and texts of each group's beams."""
-  groups = [[(0.0, ())] for _ in range(G)]
-  for _ in range(steps):
+def reference_groups(model, params, prompt, G, K, penalty, steps, stop=None):
+  """Diverse beam search without a cache, in float64: each group's scores and texts, and how many groups ended early.
+
+  A group ends with K ended texts, and takes no token from then on.
+  """
+  groups, ended, early = [[(0.0, ())] for _ in range(G)], [[] for _ in range(G)], 0
+  for step in range(1, steps + 1):
     taken = np.zeros(64)
     for g in range(G):
+      if len(ended[g]) == K:
+        continue
       texts = [text for _, text in groups[g]]
       ids = np.array([prompt + list(text) for text in texts], np.int32)
       logits = np.asarray(forward(model, params, ids), np.float64)[:, -1]
       logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
       sums = np.array([score for score, _ in groups[g]])[:, None] + logs - penalty * taken
-      best = np.argsort(-sums, axis=None, kind="stable")[:K]
-      groups[g] = [(sums.flat[i], (*texts[i // 64], int(i % 64))) for i in best]
+      best = np.argsort(-sums, axis=None, kind="stable")[: 2 * K]
+      found = [(sums.flat[i], (*texts[i // 64], int(i % 64))) for i in best]
+      ends = [(score / step, text) for score, text in found[:K] if text[-1] == stop or step == steps]
+      ended[g] = sorted(ended[g] + ends, reverse=True)[:K]
+      early += len(ended[g]) == K and step < steps
+      groups[g] = [(score, text) for score, text in found if text[-1] != stop][:K]
       for _, text in groups[g]:
         taken[text[-1]] += 1
-  return groups
+  return ended, early
 
 
-def test_groups_are_those_of_their_definition(pair):
+@pytest.mark.parametrize("stop", [None, 14, pytest.param(40, marks=pytest.mark.slow)])
+def test_groups_are_those_of_their_definition(pair, stop):
   _, model, params = pair
   out = beam.generate(
     model,
     params,
-    PROMPTS[:1],
+    PROMPTS,
     num_beams=6,
     num_groups=3,
     num_return=6,
     diversity_penalty=1.3,
-    max_new_tokens=5,
-    stop_ids=(),
+    early_stopping=True,
+    max_new_tokens=9,
+    stop_ids=() if stop is None else (stop,),
   )
-  groups = reference_groups(model, params, PROMPTS[0], 3, 2, 1.3, 5)
-  expected = sorted(itertools.chain.from_iterable(groups), reverse=True)
-  assert [tuple(text) for text in out.tokens[0]] == [text for _, text in expected]
-  np.testing.assert_allclose(out.scores[0], [score / 5 for score, _ in expected], rtol=1e-4)
+  ended_early = 0
+  for b, prompt in enumerate(PROMPTS):
+    ended, early = reference_groups(model, params, prompt, 3, 2, 1.3, 9, stop)
+    ended_early += early
+    expected = sorted(itertools.chain.from_iterable(ended), reverse=True)
+    assert [tuple(text) for text in out.tokens[b]] == [text for _, text in expected]
+    np.testing.assert_allclose(out.scores[b], [score for score, _ in expected], rtol=1e-4)
+  assert (ended_early > 0) == (stop is not None)
 
 
 @pytest.mark.parametrize(
