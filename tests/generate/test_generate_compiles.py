@@ -5,8 +5,6 @@ import contextlib
 import jax
 import pytest
 
-from jaxllm.generate import beam, contrastive, speculative
-from jaxllm.generate.draft import DraftModel, PromptLookup
 from jaxllm.generate.loop import generate
 from jaxllm.sampling import TopK
 
@@ -61,29 +59,3 @@ def test_what_differs_in_data_alone_does_not_compile_again(shallow):
   with compilations() as seen:  # another bucket in a cache of the same capacity: the prompts' program alone
     generate(model, params, **(usual | {"prompts": [[9] * 64, [4], [5]]}))
   assert len(seen) == 1
-
-
-@pytest.mark.parametrize(
-  ("search", "own", "others"),
-  [
-    (speculative.generate, {"draft": PromptLookup(2)}, [{"sampler": TopK([7, 2]), "key": jax.random.key(1)}]),
-    (speculative.generate, {"draft": DraftModel}, [{"sampler": TopK([7, 2]), "key": jax.random.key(1)}]),
-    (beam.generate, {"num_beams": 3}, [{"length_penalty": 0.3}, {"diversity_penalty": 1}, {"num_return": 3}]),
-    (contrastive.generate, {"top_k": 3}, [{"alpha": 0.3}, {"alpha": 1}]),
-  ],
-)
-def test_what_differs_in_data_alone_compiles_no_search_again(shallow, search, own, others):
-  model, params = shallow
-  usual = {"prompts": [[1, 2, 3], [4]], "max_new_tokens": 9, "stop_ids": ()} | own
-  if search is speculative.generate:
-    usual |= {"sampler": TopK([3, 4]), "key": jax.random.key(0)}
-    if own["draft"] is DraftModel:
-      usual["draft"] = DraftModel(model, params)
-      others = [*others, {"draft": DraftModel(model, jax.tree.map(lambda x: 2 * x, params))}]
-  with compilations() as seen:
-    search(model, params, **usual)
-  assert seen
-  for other in [*others, {"prompts": [[7] * 16, [9]]}, {"max_new_tokens": 40}, {"stop_ids": (5,)}]:
-    with compilations() as seen:
-      search(model, params, **(usual | other))
-    assert not seen, other
