@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, SamplingError
 from jaxllm.generate import loop, request
-from jaxllm.nn import STORES, Cache, Transformer
+from jaxllm.nn import Cache, Transformer
 from jaxllm.position import PositionTables
 from jaxllm.sampling import check_logits
 from jaxllm.sampling.base import log_probs
@@ -110,25 +110,22 @@ def generate(
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
       raise ConfigError(f"{name}: found {value!r}, expected a finite number")
   part = request.count("part", part)
-  given = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part)
+  given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part)
   kept = max(2, 1 + int(given.stop.sum())) * (num_beams // num_groups)
-  tables = jax.device_put(cfg.rope_tables(max_len=given.capacity))
-  settings = loop.Settings(model, part, STORES["full"], None)
+  tables = jax.device_put(cfg.rope_tables(max_len=capacity))
+  settings = loop.Settings(model, capacity, part)
   shape = (num_groups, num_beams // num_groups, min(kept, cfg.vocab_size * (num_beams // num_groups)))
   penalties = np.float32(length_penalty), np.float32(diversity_penalty)
   ended, bad_B = search(
     settings,
     params,
     tables,
-    given.stop,
-    given.tokens,
-    given.length,
+    given,
     penalties,
     shape,
     early_stopping,
     np.int32(max_new_tokens),
     request.room(max_new_tokens),
-    given.capacity,
   )
   ended, bad_B = jax.device_get((ended, bad_B))
   if bad_B.any():
@@ -145,25 +142,22 @@ def generate(
   return out
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "shape", "early_stopping", "room", "capacity"))
+@functools.partial(jax.jit, static_argnames=("settings", "shape", "early_stopping", "room"))
 def search(
   settings: loop.Settings,
   params: Any,
   tables: PositionTables,
-  stop_V: jax.Array,
-  tokens_BT: jax.Array,
-  length_B: jax.Array,
+  prompts: request.Prompts,
   penalties: tuple[jax.Array, jax.Array],
   shape: tuple[int, int, int],
   early_stopping: bool | str,
   max_new_tokens: jax.Array,
   room: int,
-  capacity: int,
 ) -> tuple[Texts, jax.Array]:
   """(ended texts of all groups, whether a prompt's logits were no distribution); shape: groups, beams of each, candidates."""
-  B, (G, K, kept), M = len(tokens_BT), shape, max_new_tokens
+  B, (G, K, kept), M = len(prompts.tokens), shape, max_new_tokens
   length_penalty, diversity_penalty = penalties
-  logits_BV, cache = loop.read_prompts(settings, params, tables, tokens_BT, length_B, request.Own(), capacity)
+  logits_BV, cache = loop.read_prompts(settings, params, tables, prompts, request.Own())
   V = logits_BV.shape[1]
   zeros = lambda *more: jnp.zeros((B, G, K, *more))
   first = jnp.where(
@@ -180,30 +174,15 @@ def search(
     cache.take(jnp.repeat(jnp.arange(B), G * K)),
   )
 
-  def candidates(state):
-    """The best continuations of each group, [B, G, kept]: sums, tokens, and the beams they continue."""
-    sums = state.open.score[..., None] + log_probs(state.logits)
-    taken_BV, found = jnp.zeros((B, V)), []
-    for g in range(G):
-      penalised = (sums[:, g] - diversity_penalty * taken_BV[:, None]).reshape(B, K * V)
-      score, place = jax.lax.top_k(penalised, kept)
-      found.append((score, place % V, place // V))
-      if g + 1 < G:  # the K unfinished ones are what the group goes on with
-        _, places = jax.lax.top_k(jnp.where(stop_V[place % V], -jnp.inf, score), K)
-        token_BK = jnp.take_along_axis(place % V, places, axis=1)
-        # a group whose search is over takes no token
-        taken_BV += jnp.where(state.going[:, g, None], jnp.sum(jax.nn.one_hot(token_BK, V), axis=1), 0.0)
-    return [jnp.stack(part, axis=1) for part in zip(*found, strict=True)]
-
   def one_step(state):
     step = state.step
-    score, token, beam = candidates(state)
+    score, token, beam = continuations(state, prompts.stop, diversity_penalty, kept)
     texts = Texts(
       jnp.take_along_axis(state.open.token, beam[..., None], axis=2).at[..., step].set(token),
       score,
       jnp.full(score.shape, step + 1),
     )
-    ends = stop_V[token] | (step + 1 == M)
+    ends = prompts.stop[token] | (step + 1 == M)
     place = jax.lax.top_k(jnp.where(ends, -jnp.inf, score), K)[1]
     going_on = texts.take(place)
 
@@ -233,3 +212,23 @@ def search(
   unfinished = lambda state: (state.step < M) & jnp.any(state.going) & ~jnp.any(state.bad)
   state = jax.lax.while_loop(unfinished, one_step, state)
   return state.ended, state.bad
+
+
+def continuations(
+  state: State, stop_V: jax.Array, diversity_penalty: jax.Array, kept: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The best continuations of each group, [B, G, kept]: sums, tokens, and the beams that they continue."""
+  B, G, K, V = state.logits.shape
+  sums = state.open.score[..., None] + log_probs(state.logits)
+  taken_BV, found = jnp.zeros((B, V)), []
+  for g in range(G):
+    penalised = (sums[:, g] - diversity_penalty * taken_BV[:, None]).reshape(B, K * V)
+    score, place = jax.lax.top_k(penalised, kept)
+    found.append((score, place % V, place // V))
+    if g + 1 < G:  # the K unfinished ones are what the group goes on with
+      _, places = jax.lax.top_k(jnp.where(stop_V[place % V], -jnp.inf, score), K)
+      token_BK = jnp.take_along_axis(place % V, places, axis=1)
+      # a group whose search is over takes no token
+      taken_BV += jnp.where(state.going[:, g, None], jnp.sum(jax.nn.one_hot(token_BK, V), axis=1), 0.0)
+  score, token, beam = (jnp.stack(one, axis=1) for one in zip(*found, strict=True))
+  return score, token, beam

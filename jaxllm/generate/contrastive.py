@@ -58,20 +58,18 @@ def generate(
     raise ConfigError(f"alpha: found {alpha!r}, expected a number from 0 to 1")
   if request.count("top_k", top_k) > cfg.vocab_size:
     raise ConfigError(f"top_k: found {top_k}, expected at most the vocabulary, {cfg.vocab_size}")
-  given = request.prepared(cfg, prompts, max_new_tokens, stop_ids, request.ANY)
-  tables = jax.device_put(cfg.rope_tables(max_len=given.capacity))
+  given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, request.ANY)
+  tables = jax.device_put(cfg.rope_tables(max_len=capacity))
   state = search(
     model,
     params,
     tables,
-    given.stop,
-    given.tokens,
-    given.length,
+    given,
     np.float32(alpha),
     np.int32(max_new_tokens),
     int(top_k),
     request.room(max_new_tokens),
-    given.capacity,
+    capacity,
   )
   new_BT, done_B, bad_B = jax.device_get((state.new, state.done, state.bad))
   if bad_B.any():
@@ -88,9 +86,7 @@ def search(
   model: Transformer,
   params: Any,
   tables: PositionTables,
-  stop_V: jax.Array,
-  tokens_BT: jax.Array,
-  length_B: jax.Array,
+  prompts: request.Prompts,
   alpha: jax.Array,
   max_new_tokens: jax.Array,
   top_k: int,
@@ -98,6 +94,7 @@ def search(
   capacity: int,
 ) -> State:
   """The state when every row has ended."""
+  tokens_BT, length_B, stop_V = prompts
   B, T = tokens_BT.shape
   to_logits = head(model.cfg, params)
   valid_BT = jnp.arange(T)[None] < length_B[:, None]

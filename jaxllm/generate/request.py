@@ -150,12 +150,11 @@ def room(max_new_tokens: int) -> int:
 
 
 class Prompts(NamedTuple):
-  """Checked prompts as all ways of generating read them: ids [B, T], lengths [B], the capacity of the cache, stop ids [V]."""
+  """Checked prompts as all ways of generating read them: right-padded ids [B, T], lengths [B], and which ids end a text [V]."""
 
-  tokens: np.ndarray
-  length: np.ndarray
-  capacity: int
-  stop: np.ndarray
+  tokens: Any
+  length: Any
+  stop: Any
 
 
 def prepared(
@@ -165,8 +164,8 @@ def prepared(
   stop_ids: Iterable[int] | None,
   part: int,
   ahead: int = 0,
-) -> Prompts:
-  """The prompts with room for so many new tokens, and for `ahead` that may be read and given up.
+) -> tuple[Prompts, int]:
+  """(the prompts, the capacity of a cache) with room for so many new tokens, and for `ahead` that may be read and given up.
 
   stop_ids None: the config's eos_ids.  What would be read past the last position is not written: such tokens cannot be kept.
   Raises as `padded` and `stop_mask` do, and ConfigError where a learned table has too few positions.
@@ -176,7 +175,7 @@ def prepared(
   capacity = -(-(tokens_BT.shape[1] + max_new_tokens + ahead) // SLOTS) * SLOTS
   capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
   stop_V = stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
-  return Prompts(tokens_BT, length_B, capacity, stop_V)
+  return Prompts(tokens_BT, length_B, stop_V), capacity
 
 
 def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:

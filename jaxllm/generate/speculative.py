@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, SamplingError, TokenizerError
 from jaxllm.generate import loop, request
-from jaxllm.generate.draft import Draft, draft_keys, drawn_from
+from jaxllm.generate.draft import Draft, draft_keys, drawn_from, probabilities
 from jaxllm.generate.output import ENDED, Drawn, OnTokens, Rows, Stop
 from jaxllm.nn import Cache, Transformer
 from jaxllm.position import PositionTables
@@ -89,26 +89,22 @@ def generate(
     raise ConfigError(f"gamma: found {gamma}, expected at most part - 1 = {part - 1}, as a round is one call")
   if not isinstance(draft, Draft):
     raise ConfigError(f"draft: found {draft!r}, expected DraftModel(model, params) or PromptLookup(ngram)")
-  tokens_BT, length_B, capacity, stop_V = request.prepared(
-    cfg, prompts, max_new_tokens, stop_ids, part, gamma
-  )
+  given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part, gamma)
   # windowed layers have room for a call as long as that of the prompts
-  tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, gamma + 1 - tokens_BT.shape[1]))))
+  longer = max(0, gamma + 1 - given.tokens.shape[1])
+  given = given._replace(tokens=np.pad(given.tokens, ((0, 0), (0, longer))))
   if draft.vocab_size not in (None, cfg.vocab_size):
     raise TokenizerError(
       f"draft: found a vocabulary of {draft.vocab_size}, expected the model's {cfg.vocab_size}, as drafted ids are its ids"
     )
-  B = len(length_B)
+  B = len(given.length)
   key_B = request.row_keys(key, sampler, B)
-  tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), stop_V))
-  own = request.Own()
+  tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), given.stop))
 
-  settings = loop.Settings(model, part, loop.STORES["full"], None)
-  first, drawn = loop.prefill(
-    settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, None, key_B, capacity
-  )
-  drafter = draft.start(tokens_BT, length_B, part, capacity, max_new_tokens)
-  state = start(first, drafter, tokens_BT, length_B, capacity)
+  settings = loop.Settings(model, capacity, part)
+  first, drawn = loop.prefill(settings, params, tables, sampler, given, request.Own(), None, key_B)
+  drafter = draft.start(given, part, capacity, max_new_tokens)
+  state = start(first, drafter, given.tokens, given.length, capacity)
   rows, rounds, accepted = Rows(B, stop, on_tokens, None), np.zeros(B, int), np.zeros(B, int)
   limit = np.int32(max_new_tokens)
   while True:
@@ -226,9 +222,3 @@ def filtered(
 
   padded = jnp.pad(draft_BG, ((0, 0), (0, 1)))  # the update after the last is not used
   return jax.lax.scan(one, memory, (keys.toss, logits_BGV.swapaxes(0, 1), padded.T))[1]
-
-
-def probabilities(logits: jax.Array) -> jax.Array:
-  """softmax, and 0 throughout where no logit is finite."""
-  left = jnp.any(logits > -jnp.inf, axis=-1, keepdims=True)
-  return jnp.where(left, jax.nn.softmax(jnp.where(left, logits, 0.0), axis=-1), 0.0)

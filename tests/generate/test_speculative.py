@@ -9,7 +9,7 @@ import pytest
 from sampling_reference import chi_square, chi_square_limit, distribution
 
 from jaxllm.config import Layer
-from jaxllm.errors import ConfigError, SamplingError, TokenizerError
+from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
 from jaxllm.generate.draft import DraftModel, PromptLookup
 from jaxllm.generate.loop import generate
 from jaxllm.generate.speculative import generate as speculate
@@ -212,7 +212,7 @@ def test_the_samplers_own_chance_is_drawn_once_a_token(shallow):
   model, params = shallow
   sampler = Chain((Temperature(1.5), TopK(4), Xtc(0.5, 0.05)))
   usual = dict(sampler=sampler, max_new_tokens=STEPS, stop_ids=(), key=jax.random.key(5))
-  prompts, N = [[3, 1, 4, 1, 5]] * 5000, 5000
+  prompts = [[3, 1, 4, 1, 5]] * 5000
   plain = generate(model, params, prompts, **usual).tokens
   for name in ("near", "lookup"):
     out = speculate(model, params, prompts, drafts(model, params)[name], gamma=2, **usual).tokens
@@ -221,7 +221,6 @@ def test_the_samplers_own_chance_is_drawn_once_a_token(shallow):
       seen = a + b >= 10
       statistic = ((a - b)[seen] ** 2 / (a + b)[seen]).sum()
       assert statistic < chi_square_limit(int(seen.sum())), (name, place, statistic)
-  assert len(plain) == N
 
 
 @pytest.mark.parametrize(
@@ -230,7 +229,7 @@ def test_the_samplers_own_chance_is_drawn_once_a_token(shallow):
     (dict(gamma=0), ConfigError, r"gamma: found 0, expected an integer of at least 1"),
     (dict(gamma=512), ConfigError, r"gamma: found 512, expected at most part - 1 = 511"),
     (dict(draft=None), ConfigError, r"draft: found None, expected DraftModel\(model, params\) or"),
-    (dict(prompts=[[1], []]), Exception, r"prompts\[1\]: found an empty prompt"),
+    (dict(prompts=[[1], []]), DataError, r"prompts\[1\]: found an empty prompt"),
     (dict(sampler=Temperature(1.0)), ConfigError, r"key: found None"),
     (dict(max_new_tokens=0), ConfigError, r"max_new_tokens: found 0"),
   ],
