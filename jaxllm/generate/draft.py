@@ -79,9 +79,8 @@ class DraftModel:
     )
     capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
     tables = jax.device_put(cfg.rope_tables(max_len=capacity + part))
-    key_B = request.row_keys(None, Greedy(), len(prompts.length))
     settings = loop.Settings(self.model, capacity, part)
-    state, _ = loop.prefill(settings, self.params, tables, Greedy(), prompts, request.Own(), None, key_B)
+    state, _ = loop.prefill(settings, self.params, tables, Greedy(), prompts, request.Own(), None, None)
     return tables, state.cache
 
   def propose(

@@ -115,7 +115,8 @@ def generate(
         "negative_prompts: cannot be given with copies, positions or a prefix; leave those out"
       )
   given, capacity = request.prepared(cfg, both, max_new_tokens, stop_ids, part)
-  key_B = request.row_keys(key, sampler, len(prompts) * copies)
+  B = len(prompts) * copies
+  key = request.checked_key(key, sampler, B)
   own = request.Own.of(positions, prefix, given.length, given.tokens.shape[1], part)
   last = max_new_tokens + (0 if own.pos is None else int(own.pos.max()) + 1)
   cfg.check_length(last, "largest position and max_new_tokens")
@@ -123,9 +124,9 @@ def generate(
   tables, stop_V, own, guide = jax.device_put((tables, given.stop, own, guide))
 
   settings = Settings(model, capacity, part, store, logprobs, copies)
-  rows = Rows(len(key_B), stop, on_tokens, logprobs)
+  rows = Rows(B, stop, on_tokens, logprobs)
   given, limit = given._replace(stop=stop_V), np.int32(max_new_tokens)
-  state, drawn = prefill(settings, params, tables, sampler, given, own, guide, key_B)
+  state, drawn = prefill(settings, params, tables, sampler, given, own, guide, key)
   while True:
     if rows.add(drawn):  # for the device, a row that `stop` has ended is done
       done_B = jax.device_put(np.asarray(state.done) | rows.ended, state.done.sharding)
@@ -165,7 +166,7 @@ def prefill(
   prompts: request.Prompts,
   own: request.Own,
   guide: jax.Array | None,
-  key_B: jax.Array,
+  key: jax.Array | None,
 ) -> tuple[State, Drawn]:
   """Reads prompts into a new cache and draws a first token: (state, [B, 1])."""
   logits_BV, cache = read_prompts(settings, params, tables, prompts, own)
@@ -179,6 +180,7 @@ def prefill(
   B, room = len(logits_BV), max(settings.capacity - tokens_BT.shape[1], 0)
   memory = sampler.init(tokens_BT[:B], length_B[:B], room)
   none_B, first_B = jnp.zeros((B,), bool), jnp.zeros((B,), jnp.int32)
+  key_B = request.row_keys(key, B)
   state = State(cache, memory, key_B, first_B, place, jnp.int32(0), done=none_B, bad=none_B)
   state, drawn = draw(sampler, prompts.stop, logits_BV, state, settings.logprobs)
   return state, jax.tree.map(lambda x: x[:, None], drawn)

@@ -191,20 +191,26 @@ def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:
   return mask_V
 
 
-def row_keys(key: jax.Array | None, sampler: Sampler, B: int) -> jax.Array:
-  """One key a row, [B]: those given, or fold_in(key, row); None is good for Greedy only.
+def checked_key(key: jax.Array | None, sampler: Sampler, B: int) -> jax.Array | None:
+  """The key, or one a row; None is good for Greedy only.
 
   Raises SamplingError for what is no sampler, ConfigError for what is no key.
   """
   if not isinstance(sampler, Sampler):
     raise SamplingError(f"sampler: found {sampler!r}, expected a value such as Greedy() or TopP(0.9)")
   if key is None and isinstance(sampler, Greedy):
-    key = jax.random.key(0)  # never read
+    return None
   if isinstance(key, jax.Array) and key.dtype == jnp.uint32:  # PRNGKey's form
     key = jax.random.wrap_key_data(key)
   is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
   if not is_key or key.shape not in ((), (B,)):
     raise ConfigError(f"key: found {key!r}, expected jax.random.key(seed), or a key for each of the {B} rows")
+  return key
+
+
+def row_keys(key: jax.Array | None, B: int) -> jax.Array:
+  """One key a row, [B]: those given, or fold_in(key, row); any where there is none, as they are never read."""
+  key = jax.random.key(0) if key is None else key
   return key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(B))
 
 

@@ -98,11 +98,11 @@ def generate(
       f"draft: found a vocabulary of {draft.vocab_size}, expected the model's {cfg.vocab_size}, as drafted ids are its ids"
     )
   B = len(given.length)
-  key_B = request.row_keys(key, sampler, B)
+  key = request.checked_key(key, sampler, B)
   tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), given.stop))
 
   settings = loop.Settings(model, capacity, part)
-  first, drawn = loop.prefill(settings, params, tables, sampler, given, request.Own(), None, key_B)
+  first, drawn = loop.prefill(settings, params, tables, sampler, given, request.Own(), None, key)
   drafter = draft.start(given, part, capacity, max_new_tokens)
   state = start(first, drafter, given.tokens, given.length, capacity)
   rows, rounds, accepted = Rows(B, stop, on_tokens, None), np.zeros(B, int), np.zeros(B, int)
