@@ -1,8 +1,8 @@
 """What this machine and, with --model, a checkpoint are to jaxllm: devices, versions, fit in memory, settings in force.
 
-Reads settings and headers of files only, no weights; of a repository of the Hub it fetches settings and the tokenizer, and
-sizes are estimated where the weights are not in the cache.  Exits with 1 where something is wrong that a run would not say: an
-accelerator that JAX does not use, a model that does not fit.
+Reads settings and headers of files, and weights only where --weights asks for them; of a repository of the Hub it fetches no
+more, and sizes are estimated where the weights are not in the cache.  Exits with 1 where something is wrong that a run would
+not say: an accelerator that JAX does not use, a model that does not fit.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from jaxllm.errors import ConfigError
 from jaxllm.study import choices, run_app
+
+if TYPE_CHECKING:
+  from jaxllm.hf.loading import Opened
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -32,6 +36,13 @@ flags.DEFINE_bool(
   "verify",
   True,
   f"of settings, the tokenizer, and weights that do not fit them: {choices.VERIFY_HELP}",
+  flag_values=FLAGS,
+)
+
+flags.DEFINE_bool(
+  "weights",
+  False,
+  "read all weights, too, for values that are NaN or infinite and, by --verify, for sums",
   flag_values=FLAGS,
 )
 
@@ -127,14 +138,19 @@ def memory_of(devices) -> Memory | None:
   return None if found is None else Memory(1024 * int(found[1]), 1, "this machine")
 
 
-def model_lines(model: str, context: int | None, verify: bool = True) -> Iterator[tuple[str, str | None]]:
-  """(a line of what the checkpoint is, and what is wrong with that, if anything); raises what loading raises before weights."""
+def model_lines(
+  model: str, context: int | None, verify: bool = True, weights: bool = False
+) -> Iterator[tuple[str, str | None]]:
+  """(a line of what the checkpoint is, and what is wrong with that, if anything); raises what loading raises.
+
+  weights: read them, too, as `hf.load` does; else only settings, headers and the tokenizer.
+  """
   import jax
 
   from jaxllm.hf import families, files, hub, loading, match
   from jaxllm.study import describe
 
-  directory = hub.find(model, weights=False)
+  directory = hub.find(model, weights=weights)
   if not Path(model).expanduser().is_dir() and files.missing_weights(directory):
     yield from _unfetched_lines(directory, context, verify)
     return
@@ -156,6 +172,19 @@ def model_lines(model: str, context: int | None, verify: bool = True) -> Iterato
   unused = sorted(set(checkpoint.tensors) - {stored.name for _, stored in found})
   yield f"tensors that hold no parameters, unused: {_few(unused)}", None
   yield tokenizer_line(checkpoint.directory, cfg, verify), None
+  yield weights_line(opened, weights), None
+
+
+def weights_line(opened: Opened, read: bool) -> str:
+  """What is known of the values of the weights, which are read where that is asked; raises what loading raises."""
+  from jaxllm.hf import files, sums
+
+  if not read:
+    return "weights: not read; --weights looks at every value, and at the sums that were kept of the files"
+  opened.params()
+  names = {name for name in opened.checkpoint.read_files if name.endswith(files.WEIGHTS)}
+  kept = len(names & opened.kept.digests.keys())
+  return f"weights: every value is finite; {kept} of {len(names)} files have a sum in {sums.NAME}, and it is theirs"
 
 
 def _unfetched_lines(directory: Path, context: int | None, verify: bool) -> Iterator[tuple[str, str | None]]:
@@ -251,6 +280,8 @@ def check(f) -> None:
     raise ConfigError(f"--context={f.context}: found {f.context}, expected a whole number of at least 1")
   if f.context is not None and f.model is None:
     raise ConfigError(f"--context={f.context} without --model: there is no cache without a model")
+  if f.weights and f.model is None:
+    raise ConfigError("--weights without --model: give the checkpoint whose weights are to be read")
 
 
 def main(f) -> int:
@@ -261,7 +292,7 @@ def main(f) -> int:
   for problem in wrong:
     print(f"\n*** {problem}\n", file=sys.stderr)
   if f.model is not None:
-    for line, problem in model_lines(f.model, f.context, f.verify):
+    for line, problem in model_lines(f.model, f.context, f.verify, f.weights):
       print(line, flush=True)
       if problem:
         print(f"\n*** {problem}\n", file=sys.stderr)

@@ -247,6 +247,32 @@ def test_what_cannot_be_loaded_says_why(checkpoint, tmp_path, capfd, change, cod
     assert words in error, error
 
 
+@pytest.mark.parametrize(
+  ("damage", "named"),
+  [
+    ("nan", "1 value is NaN or infinite"),
+    ("flip", "found the SHA-256"),
+    (None, "every value is finite; 1 of 1"),
+  ],
+)
+def test_weights_are_read_where_that_is_asked(checkpoint, tmp_path, monkeypatch, capfd, damage, named):
+  """Of two bytes that no header tells of, each is met by --weights alone, which a run without it says."""
+  monkeypatch.setattr(doctor, "accelerators", lambda: {})
+  model, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+  hf.save(model, *hf.load(checkpoint))
+  data = bytearray(weights.read_bytes())
+  data[-2:] = b"\xc0\x7f" if damage == "nan" else data[-2:]
+  data[-8] ^= damage == "flip"
+  weights.write_bytes(data)
+  if damage == "nan":
+    (model / sums.NAME).unlink()
+  assert call(f"--model={model}") == 0
+  assert "weights: not read; --weights" in capfd.readouterr().out
+  assert call(f"--model={model}", "--weights") == (65 if damage else 0)
+  said = capfd.readouterr()
+  assert named in (said.err if damage else said.out)
+
+
 def test_a_fall_back_ends_with_1(monkeypatch, capfd):
   monkeypatch.setattr(doctor, "accelerators", lambda: {"NVIDIA GPU": 1})
   assert call() == 1
@@ -255,7 +281,12 @@ def test_a_fall_back_ends_with_1(monkeypatch, capfd):
 
 @pytest.mark.parametrize(
   ("args", "named"),
-  [(["--context=0"], "--context=0"), (["--context=5"], "without --model"), (["--modell=x"], "--model")],
+  [
+    (["--context=0"], "--context=0"),
+    (["--context=5"], "without --model"),
+    (["--modell=x"], "--model"),
+    (["--weights"], "without --model"),
+  ],
 )
 def test_bad_flags(capfd, args, named):
   assert call(*args) == 2

@@ -7,9 +7,10 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.config import Layer, ModelConfig
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, DataError, TokenizerError
 from jaxllm.experts import Moe
 from jaxllm.leaf import Matrix
 from jaxllm.nn.attention import Attention
@@ -123,9 +124,11 @@ class Transformer(nn.Module):
     `rope` (cfg.rope_tables()) replaces everything the config says of frequencies and query scale, so that methods which
     differ only there share one compiled program.  Raises ConfigError for tables that do not fit as far as their shapes and
     static fields tell: see `cfg.rope_tables` for what they do not, to which own positions add, as they may lie beyond the
-    tables' `max_len`.  Tokens must be in [0, vocab_size): JAX reads the last row otherwise.
+    tables' `max_len`.  Tokens must be in [0, vocab_size): TokenizerError where they are known, but a compiled program, which
+    cannot look, reads the last row for what is beyond.
     """
     cfg = self.cfg
+    check_tokens(tokens_BT, cfg.vocab_size)
     if logits not in ("all", "last", None):
       raise ConfigError(f'logits: found {logits!r}, expected "all", "last" or None')
     context = Context() if context is None else context
@@ -219,6 +222,21 @@ class Transformer(nn.Module):
           "build the model from cfg.with_position(...), or pin one length with rope_tables(seq_len=...)"
         )
     return rope
+
+
+def check_tokens(tokens_BT: jax.Array, vocab_size: int) -> None:
+  """Raises DataError for what is not integers [B, T], TokenizerError for ids outside the vocabulary, unless traced."""
+  dtype, shape = getattr(tokens_BT, "dtype", type(tokens_BT).__name__), np.shape(tokens_BT)
+  if len(shape) != 2 or not jnp.issubdtype(getattr(tokens_BT, "dtype", None), jnp.integer):
+    raise DataError(
+      f"tokens: found {dtype} of shape {shape}, expected an array of integers, one row a text: [B, T]"
+    )
+  if isinstance(tokens_BT, jax.core.Tracer) or not getattr(tokens_BT, "is_fully_addressable", True):
+    return
+  ids_BT = np.asarray(tokens_BT)
+  if ids_BT.size and not 0 <= ids_BT.min() <= ids_BT.max() < vocab_size:
+    b, t = np.argwhere((ids_BT < 0) | (ids_BT >= vocab_size))[0]
+    raise TokenizerError(f"tokens[{b}, {t}]: found {ids_BT[b, t]}, expected an id from 0 to {vocab_size - 1}")
 
 
 def head(cfg: ModelConfig, params) -> Head:
