@@ -106,7 +106,7 @@ def stretched(cfg, name: str, factor: float | None, train_length: int):
 
 def main(f) -> int:
   """Write the model, or compare it."""
-  from experiments.generate import load
+  from experiments.restored import load, trained_length
   from jaxllm import hf
 
   run = Path(f.run)
@@ -125,16 +125,9 @@ def main(f) -> int:
   return 0
 
 
-def trained_length(run: Path) -> int:
-  """The length that the models of a run were trained at."""
-  import json
-
-  return json.loads((run / "config.json").read_text())["settings"]["train_length"]
-
-
 def compare(run: Path, cfg, params, train_length: int, f) -> int:
   """The table of --check: perplexity of the trained model here, and of what is exported in transformers, on equal windows."""
-  from experiments.generate import load
+  from experiments.restored import load
   from jaxllm import hf
   from jaxllm.evaluate.windows import cut_windows
 

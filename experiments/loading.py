@@ -11,6 +11,7 @@ from 1 GB on, as tracing the model takes half a second whatever its size, and me
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,9 +29,17 @@ from jaxllm.study import choices, run_app
 from jaxllm.study import rows as rows_lib
 from jaxllm.study.files import write_results
 
-SIZES = {  # settings of LlamaConfig; 1b has the shape of TinyLlama
+SIZES = {  # settings of LlamaConfig; 1b has the shape of TinyLlama; the heads of 213m are tied
   "1b": dict(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32
+  ),
+  "213m": dict(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    tie_word_embeddings=True,
   ),
   "small": dict(
     vocab_size=2000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
@@ -64,7 +73,7 @@ flags.DEFINE_enum(
   "size",
   "1b",
   list(SIZES),
-  "of the random Llama: 1.1 billion parameters, 26 million, or 150 thousand",
+  "of the random Llama: 1.1 billion parameters, 213 million, 26 million, or 150 thousand",
   flag_values=FLAGS,
 )
 flags.DEFINE_string(
@@ -106,7 +115,7 @@ def check(f) -> None:
 
 def make(directory: str, size: str, dtype: str) -> None:
   """Writes a random Llama, in files of up to 2 GB."""
-  settings = SIZES[size] | {"num_key_value_heads": KV_HEADS, "tie_word_embeddings": False}
+  settings = {"num_key_value_heads": KV_HEADS, "tie_word_embeddings": False} | SIZES[size]
   if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
     import torch
     import transformers
@@ -268,6 +277,13 @@ def line(dtype: str, mesh: str, found: dict[str, float | int | None]) -> str:
     f"{found['speed_ratio']:.2f}",
   )
   return f"| {' | '.join((*cells, f'{size / 1e9:.3f}', *memory))} |"
+
+
+def parameters(directory: str) -> int:
+  """How many numbers a checkpoint's tensors hold."""
+  from jaxllm.hf.files import Checkpoint
+
+  return sum(math.prod(tensor.shape) for tensor in Checkpoint(directory).tensors.values())
 
 
 def stored_type(directory: str) -> str:

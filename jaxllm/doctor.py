@@ -206,12 +206,13 @@ def fit(cfg, weights: int, context: int | None, memory: Memory | None) -> tuple[
 
 
 def cache_bytes(cfg, context: int) -> int:
-  """Bytes of the key and value cache of one row: 2 L K H context values of the compute type, and positions."""
+  """Bytes of one row's keys, values and positions as `generate` holds them: of a layer with a window, the window and a part."""
   import jax
 
+  from jaxllm.generate.loop import PART
   from jaxllm.nn import init_cache
 
-  cache = jax.eval_shape(lambda: init_cache(cfg, 1, context))
+  cache = jax.eval_shape(lambda: init_cache(cfg, 1, context, call=PART))
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 

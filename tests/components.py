@@ -20,6 +20,7 @@ from jaxllm.config import _KINDS, ModelConfig
 from jaxllm.experts import ROUTERS
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.context import Context
+from jaxllm.nn.store import Quantized
 from jaxllm.norm import NORMS, BatchNorm, QkNorm
 from jaxllm.ops.head import Head, shrink_gradient, soft_cap
 from jaxllm.position import POSITIONS
@@ -62,8 +63,9 @@ KINDS = (
   ),
   *(_KINDS["attention"], SAMPLERS),
 )
+INTEGERS = {"int8": Quantized, "int4": Quantized}
 NAMES = {thing: name for kinds in KINDS for name, thing in kinds.items()}
-COMPONENTS = {name: (thing, "") for kinds in (*KINDS, QK_NORMS) for name, thing in kinds.items()}
+COMPONENTS = {name: (thing, "") for kinds in (*KINDS, QK_NORMS, INTEGERS) for name, thing in kinds.items()}
 COMPONENTS |= {name: (thing, topic) for name, (thing, topic, _) in FEATURES.items()}
 
 

@@ -19,14 +19,14 @@ def test_every_component_says_where_it_is_from(name):
 
 
 def test_no_name_is_two_components():
-  kinds = [*components.KINDS, components.QK_NORMS, components.FEATURES]
+  kinds = [*components.KINDS, components.QK_NORMS, components.INTEGERS, components.FEATURES]
   assert len(COMPONENTS) == sum(map(len, kinds))
 
 
 def test_every_component_is_in_a_model_or_has_tests_of_its_own():
   """Else the oracle would never see it, and nobody would notice."""
   apart = {"batch", "l2", "clamped_glu", "xielu", "blockwise", "embed_gradient", "prefix"}
-  apart |= {"auto", "cudnn", "splash"}
+  apart |= {"auto", "cudnn", "splash", *components.INTEGERS}
   apart |= components.SAMPLERS.keys() | (components.ACTIVATIONS.keys() - {"silu", "gelu", "gelu_tanh"})
   assert set().union(*map(named, MODELS.values())) == COMPONENTS.keys() - apart
 

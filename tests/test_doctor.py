@@ -15,6 +15,7 @@ from jaxllm import doctor, hf
 from jaxllm.activation import Glu
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.experts import Moe, SoftmaxRouter
+from jaxllm.generate.loop import PART
 from jaxllm.hf import sums
 from jaxllm.nn import Transformer, init_cache
 from jaxllm.norm import RMSNorm
@@ -82,6 +83,12 @@ def test_the_cache_is_counted_as_it_is_allocated():
   cache = init_cache(CFG, 1, 50)
   assert doctor.cache_bytes(CFG, 50) == sum(x.nbytes for x in (*cache.k, *cache.v, *cache.pos, cache.length))
   assert doctor.cache_bytes(CFG, 50) == 2 * 3 * 2 * 8 * 50 * 2 + 4 * 50 + 4
+
+
+def test_a_layer_with_a_window_is_counted_as_its_window():
+  windowed = dataclasses.replace(CFG, layers=(Layer(window=100), Layer(), Layer()))
+  full, ring = (doctor.cache_bytes(cfg, 100_000) for cfg in (CFG, windowed))
+  assert full - ring == 2 * 2 * 8 * 2 * (100_000 - 100 - PART) - 4 * (100 + PART)
 
 
 def test_what_does_not_fit_is_wrong():

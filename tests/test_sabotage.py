@@ -21,7 +21,7 @@ from model_checks import (
 from sabotage import must_be_caught, register, wrap, wrap_method
 
 from jaxllm.activation import Mlp
-from jaxllm.nn import Context, context, transformer
+from jaxllm.nn import Context, store, transformer
 from jaxllm.nn import attention as nn_attention
 from jaxllm.norm import LayerNorm, RMSNorm
 from jaxllm.ops import attention
@@ -274,11 +274,8 @@ def values_of_unused_slots_kept(monkeypatch):
 
 @bug(check_decode, "rope")
 def cache_written_one_slot_early(monkeypatch):
-  early = lambda append, slots, new, length_B, valid: append(
-    slots, new, length_B - (new.shape[1] == 1), valid
-  )
-  wrap(monkeypatch, context, "append", early)
-  monkeypatch.setattr(nn_attention, "append", context.append)
+  early = lambda write, slots, at, new: write(slots, at - (at.shape[1] == 1), new)
+  wrap(monkeypatch, store, "write", early)
 
 
 @bug(check_decode, "rope")

@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.errors import SamplingError
+from jaxllm.errors import ConfigError, SamplingError
 from jaxllm.generate import request
 from jaxllm.generate.output import ENDED, Drawn, Generated, OnTokens, Rows, Stop
 from jaxllm.nn import STORES, Cache, Context, Transformer, init_cache
 from jaxllm.nn.store import Full, Quantized
 from jaxllm.position import PositionTables
 from jaxllm.sampling import NOTHING, Greedy, Sampler, check_logits
-
-SLOTS = 128
-"""Cache capacities are multiples of it, so that one program serves many lengths of prompt and output."""
+from jaxllm.sampling.base import log_probs
 
 PART = 512
 """Longer prompts are read so many tokens at a time, and layers with a window hold so many more than it."""
@@ -31,14 +29,16 @@ PART = 512
 class State:
   """What decoding carries: `step` tokens a row were drawn, and all but the newest are in the cache.
 
-  memory: the sampler's state; key [B]: each row's own, from which a step folds its own; token [B]: the
-  newest; done [B]: the row met a stop id; bad [B]: its logits are no distribution, or the sampler left nothing.
+  memory: the sampler's state; key [B]: each row's own, from which a step folds its own; token [B]: the newest;
+  place: its position, where the caller gave those of the prompts; done [B]: the row met a stop id; bad [B]: its
+  logits are no distribution, or the sampler left nothing.
   """
 
   cache: Cache
   memory: Any
   key: jax.Array
   token: jax.Array
+  place: request.Place | None
   step: jax.Array
   done: jax.Array
   bad: jax.Array
@@ -65,6 +65,11 @@ def generate(
   stop: Stop | None = None,
   on_tokens: OnTokens | None = None,
   logprobs: int | None = None,
+  positions: Sequence[np.ndarray] | None = None,
+  prefix: Sequence[int] | None = None,
+  copies: int = 1,
+  negative_prompts: Sequence[Sequence[int]] | None = None,
+  guidance_scale: float | Sequence[float] = 1.5,
 ) -> Generated:
   """Draws token_t from sampler(logits(prompt, tokens before t)), row by row, to a stop id or max_new_tokens.
 
@@ -82,34 +87,54 @@ def generate(
   (more than stop keeps, where that is fewer than it was told before).  logprobs: None, or of how many of the
   likeliest tokens, besides the drawn one, the log-probability is wanted (0: none).
 
+  positions: those of each prompt's tokens, [T] or [T, 2], where they are not 0, 1, 2, ...; new tokens follow as
+  `position.next_glm_positions` says.  prefix: how many leading tokens of each prompt see each other in both
+  directions (`nn.Context`), all of which the first part must hold.
+
+  copies: rows of each prompt, which is read once: rows 0 to copies - 1 are the first prompt's.  negative_prompts: a
+  prompt to steer away from for each, with the strength guidance_scale, s, a number or one a prompt: classifier-free
+  guidance, logits = u + s (c - u) of the log-probabilities c after the prompt and u after the negative one, both
+  followed by the new tokens, before the sampler; s = 1 is the prompt alone.
+
   Compiled once a batch size, bucket of prompt lengths (`request.bucket`) and cache capacity (SLOTS apart);
   sampler parameters, stop ids, tables and max_new_tokens are data.  Raises DataError for an empty prompt,
   TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite, or
   of which the sampler leaves nothing, ConfigError for the other arguments, and where a learned table has fewer
   positions than the longest prompt with its new tokens.
+  Source of the guidance: Sanchez et al. (2023), "Stay on topic with classifier-free guidance", section 2.2.
   """
   cfg = model.cfg
   max_new_tokens, chunk = request.count("max_new_tokens", max_new_tokens), request.count("chunk", chunk)
   part, logprobs = request.count("part", part), request.top("logprobs", logprobs, cfg.vocab_size)
-  tokens_BT, length_B = request.padded(prompts, cfg.vocab_size, cfg.length_limit, part)
-  cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
-  key_B = request.row_keys(key, sampler, len(length_B))
-  capacity = -(-(tokens_BT.shape[1] + max_new_tokens) // SLOTS) * SLOTS
-  capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
-  tables = cfg.rope_tables(max_len=capacity) if rope is None else request.fixed(rope)
-  stop_V = request.stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
-  tables, stop_V = jax.device_put((tables, stop_V))
+  copies, both, guide = request.count("copies", copies), prompts, None
+  if negative_prompts is not None:
+    guide = request.guide(prompts, negative_prompts, guidance_scale)
+    both = [*prompts, *negative_prompts]
+    if copies != 1 or positions is not None or prefix is not None:
+      raise ConfigError(
+        "negative_prompts: cannot be given with copies, positions or a prefix; leave those out"
+      )
+  tokens_BT, length_B, capacity, stop_V = request.prepared(cfg, both, max_new_tokens, stop_ids, part)
+  key_B = request.row_keys(key, sampler, len(prompts) * copies)
+  own = request.Own.of(positions, prefix, length_B, tokens_BT.shape[1], part)
+  last = max_new_tokens + (0 if own.pos is None else int(own.pos.max()) + 1)
+  cfg.check_length(last, "largest position and max_new_tokens")
+  tables = cfg.rope_tables(max_len=max(capacity, last)) if rope is None else request.fixed(rope)
+  tables, stop_V, own, guide = jax.device_put((tables, stop_V, own, guide))
 
-  settings = Settings(model, part, store, logprobs)
-  rows = Rows(len(length_B), stop, on_tokens, logprobs)
-  state, drawn = prefill(settings, params, tables, sampler, stop_V, tokens_BT, length_B, key_B, capacity)
+  settings = Settings(model, part, store, logprobs, copies)
+  rows = Rows(len(key_B), stop, on_tokens, logprobs)
+  state, drawn = prefill(
+    settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, guide, key_B, capacity
+  )
   while True:
     if rows.add(drawn):  # for the device, a row that `stop` has ended is done
       done_B = jax.device_put(np.asarray(state.done) | rows.ended, state.done.sharding)
       state = dataclasses.replace(state, done=done_B)
     if state.over or int(state.step) >= max_new_tokens:
       break
-    state, drawn = decode(settings, params, tables, sampler, stop_V, np.int32(max_new_tokens), state, chunk)
+    limit = np.int32(max_new_tokens)
+    state, drawn = decode(settings, params, tables, sampler, stop_V, guide, limit, state, chunk)
 
   done_B, bad_B = jax.device_get((state.done, state.bad))
   if bad_B.any():
@@ -129,6 +154,7 @@ class Settings:
   part: int
   store: Full | Quantized
   logprobs: int | None
+  copies: int = 1
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "capacity"))
@@ -140,22 +166,49 @@ def prefill(
   stop_V: jax.Array,
   tokens_BT: jax.Array,
   length_B: jax.Array,
+  own: request.Own,
+  guide: jax.Array | None,
   key_B: jax.Array,
   capacity: int,
 ) -> tuple[State, Drawn]:
   """Reads right-padded prompts into a new cache and draws a first token: (state, [B, 1])."""
+  logits_BV, cache = read_prompts(settings, params, tables, tokens_BT, length_B, own, capacity)
+  logits_BV = guided(logits_BV, guide)
+  place = own.next
+  if settings.copies > 1:
+    repeat = lambda x: jnp.repeat(x, settings.copies, axis=0)
+    cache, logits_BV, tokens_BT, length_B, place = jax.tree.map(
+      repeat, (cache, logits_BV, tokens_BT, length_B, place)
+    )
+  B, room = len(logits_BV), max(capacity - tokens_BT.shape[1], 0)
+  memory = sampler.init(tokens_BT[:B], length_B[:B], room)
+  none_B, first_B = jnp.zeros((B,), bool), jnp.zeros((B,), jnp.int32)
+  state = State(cache, memory, key_B, first_B, place, jnp.int32(0), done=none_B, bad=none_B)
+  state, drawn = draw(sampler, stop_V, logits_BV, state, settings.logprobs)
+  return state, jax.tree.map(lambda x: x[:, None], drawn)
+
+
+def read_prompts(
+  settings: Settings,
+  params: Any,
+  tables: PositionTables,
+  tokens_BT: jax.Array,
+  length_B: jax.Array,
+  own: request.Own,
+  capacity: int,
+) -> tuple[jax.Array, Cache]:
+  """(logits [B, V] of each row's last token, the cache) of right-padded prompts, read in parts where they are long."""
   B, T = tokens_BT.shape
   cfg, part = settings.model.cfg, min(settings.part, T)
-  cache = init_cache(cfg, B, capacity, call=part, store=settings.store)
+  # with positions of their own, what a window leaves out is not what the order says
+  cache = init_cache(cfg, B, capacity, call=part if own.pos is None else None, store=settings.store)
 
   def read(start, cache):
-    """Logits [B, V] of each row's last token in a part, and the cache with the part."""
     valid = start + jnp.arange(part)[None] < length_B[:, None]
-    tokens = jax.lax.dynamic_slice_in_dim(tokens_BT, start, part, axis=1)
+    cut = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, part, axis=1)
+    context = Context(valid=valid, pos=cut(own.pos), prefix=own.prefix)
     variables = {"params": params}
-    logits, cache = settings.model.apply(
-      variables, tokens, Context(valid=valid), cache, tables, logits="last"
-    )
+    logits, cache = settings.model.apply(variables, cut(tokens_BT), context, cache, tables, logits="last")
     return logits[:, 0], cache
 
   def next_part(carry):
@@ -165,15 +218,18 @@ def prefill(
     return start + part, jnp.where(has_tokens_B1, new_BV, logits_BV), cache
 
   if part == T:
-    logits_BV, cache = read(0, dataclasses.replace(cache, fresh=True))
-  else:
-    unread = lambda carry: carry[0] < jnp.max(length_B)
-    start = (jnp.int32(0), jnp.zeros((B, cfg.vocab_size), jnp.float32), cache)
-    _, logits_BV, cache = jax.lax.while_loop(unread, next_part, start)
-  none_B, memory = jnp.zeros((B,), bool), sampler.init(tokens_BT, length_B, max(capacity - T, 0))
-  state = State(cache, memory, key_B, jnp.zeros((B,), jnp.int32), jnp.int32(0), done=none_B, bad=none_B)
-  state, drawn = draw(sampler, stop_V, logits_BV, state, settings.logprobs)
-  return state, jax.tree.map(lambda x: x[:, None], drawn)
+    return read(0, dataclasses.replace(cache, fresh=True))
+  unread = lambda carry: carry[0] < jnp.max(length_B)
+  start = (jnp.int32(0), jnp.zeros((B, cfg.vocab_size), jnp.float32), cache)
+  return jax.lax.while_loop(unread, next_part, start)[1:]
+
+
+def guided(logits_BV: jax.Array, guide_B: jax.Array | None) -> jax.Array:
+  """The logits themselves, or u + guide (c - u) of the log-probabilities c of the first half of the rows and u of the other."""
+  if guide_B is None:
+    return logits_BV
+  c_BV, u_BV = jnp.split(log_probs(logits_BV), 2)
+  return u_BV + guide_B[:, None] * (c_BV - u_BV)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "chunk"), donate_argnames=("state",))
@@ -183,6 +239,7 @@ def decode(
   tables: PositionTables,
   sampler: Sampler,
   stop_V: jax.Array,
+  guide: jax.Array | None,
   max_new_tokens: jax.Array,
   state: State,
   chunk: int,
@@ -197,8 +254,12 @@ def decode(
 
   def one_token(carry):
     state, drawn = carry
-    logits_B1V, cache = model.apply({"params": params}, state.token[:, None], cache=state.cache, rope=tables)
-    moved, new = draw(sampler, stop_V, logits_B1V[:, 0], dataclasses.replace(state, cache=cache), logprobs)
+    place = state.place
+    context = Context(pos=None if place is None else place.pos[:, None])
+    token_B = state.token if guide is None else jnp.tile(state.token, 2)
+    logits, cache = model.apply({"params": params}, token_B[:, None], context, state.cache, tables)
+    read = dataclasses.replace(state, cache=cache, place=None if place is None else place.moved())
+    moved, new = draw(sampler, stop_V, guided(logits[:, 0], guide), read, logprobs)
     return moved, drawn.put(new, state.step - start)
 
   return jax.lax.while_loop(unfinished, one_token, (state, Drawn.none(len(state.done), chunk, logprobs)))
@@ -214,4 +275,5 @@ def draw(
   token_B = jnp.maximum(token_B, 0)  # an ended row, whose filters may leave nothing, is still read
   drawn = Drawn.of(jnp.where(state.done, ENDED, token_B), logits_BV, logprobs)
   done_B = state.done | stop_V[token_B]
-  return State(state.cache, memory, state.key, token_B, state.step + 1, done=done_B, bad=bad_B), drawn
+  step = state.step + 1
+  return dataclasses.replace(state, memory=memory, token=token_B, step=step, done=done_B, bad=bad_B), drawn

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
-from jaxllm.position import PositionTables
+from jaxllm.position import PositionTables, next_glm_positions
 from jaxllm.sampling import Greedy, Sampler
+
+SLOTS = 128
+"""Cache capacities are multiples of it, so that one program serves many lengths of prompt and output."""
+
+ANY = 1 << 30
+"""A part that holds any prompt."""
 
 
 def count(name: str, value: Any) -> int:
@@ -43,7 +51,7 @@ def bucket(length: int, part: int) -> int:
 
 
 def padded(
-  prompts: Sequence[Sequence[int]], vocab_size: int, length_limit: int | None = None, part: int = 1 << 30
+  prompts: Sequence[Sequence[int]], vocab_size: int, length_limit: int | None = None, part: int = ANY
 ) -> tuple[np.ndarray, np.ndarray]:
   """(ids [B, T] right-padded to a bucket, lengths [B]), int32.
 
@@ -60,6 +68,110 @@ def padded(
     T = max(min(T, length_limit), *lengths)
     T = T if part >= T else -(-T // part) * part
   return np.array([row + [0] * (T - len(row)) for row in rows], np.int32), np.array(lengths, np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """The position of a row's next token, [B] or [B, 2], and how much more the one after has: as `next_glm_positions` says."""
+
+  pos: Any
+  ahead: Any
+
+  def moved(self) -> Place:
+    """That of the token after."""
+    return dataclasses.replace(self, pos=self.pos + self.ahead)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Own:
+  """What a caller says of the prompts' tokens: pos [B, T] or [B, T, 2], the place of what follows, and prefix [B]; or None."""
+
+  pos: Any = None
+  next: Place | None = None
+  prefix: Any = None
+
+  @staticmethod
+  def of(
+    positions: Sequence[Any] | None, prefix: Sequence[int] | None, length_B: np.ndarray, T: int, part: int
+  ) -> Own:
+    """Of lists with an entry a prompt; raises ConfigError for what does not fit the prompts."""
+    pos = following = leading = None
+    if positions is not None:
+      rows = [_positions(i, *pair) for i, pair in enumerate(_each("positions", positions, length_B))]
+      if len({row.shape[1:] for row in rows}) > 1:
+        raise ConfigError("positions: found [T] for some prompts and [T, 2] for others, expected one for all")
+      pos = np.stack([np.pad(row, [(0, T - len(row)), *[(0, 0)] * (row.ndim - 1)]) for row in rows])
+      two = [next_glm_positions(row, 2) for row in rows]
+      following = Place(np.stack([a for a, _ in two]), np.stack([b - a for a, b in two]))
+    if prefix is not None:
+      for i, (count, n) in enumerate(_each("prefix", prefix, length_B)):
+        if not _is_integer(count) or not 0 <= count <= min(n, part):
+          raise ConfigError(
+            f"prefix[{i}]: found {count!r}, expected an integer from 0 to {min(n, part)}, the tokens of the first part"
+          )
+      leading = np.array(prefix, np.int32)
+    return Own(pos, following, leading)
+
+
+def guide(prompts: Sequence[Any], negative_prompts: Sequence[Any], scale: Any) -> np.ndarray:
+  """The guidance of each prompt, float32 [B]; raises ConfigError for what is no number or does not fit the prompts."""
+  if len(negative_prompts) != len(prompts):
+    raise ConfigError(
+      f"negative_prompts: found {len(negative_prompts)}, expected {len(prompts)}, one a prompt"
+    )
+  found = np.asarray(scale)
+  numeric = np.issubdtype(found.dtype, np.integer) or np.issubdtype(found.dtype, np.floating)
+  if not numeric or found.shape not in ((), (len(prompts),)) or not np.isfinite(found).all():
+    raise ConfigError(f"guidance_scale: found {scale!r}, expected a finite number, or one a prompt")
+  return np.broadcast_to(found.astype(np.float32), (len(prompts),))
+
+
+def _each(name: str, values: Sequence[Any], length_B: np.ndarray) -> zip:
+  if len(values) != len(length_B):
+    raise ConfigError(f"{name}: found {len(values)}, expected {len(length_B)}, one a prompt")
+  return zip(values, length_B.tolist(), strict=True)
+
+
+def _positions(i: int, row: Any, n: int) -> np.ndarray:
+  found = np.asarray(row)
+  if found.shape not in ((n,), (n, 2)) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
+    raise ConfigError(
+      f"positions[{i}]: found {found.dtype} of shape {found.shape}, expected integers of at least 0 of shape ({n},) or "
+      f"({n}, 2)"
+    )
+  return found.astype(np.int32)
+
+
+class Prompts(NamedTuple):
+  """Checked prompts as all ways of generating read them: ids [B, T], lengths [B], the capacity of the cache, stop ids [V]."""
+
+  tokens: np.ndarray
+  length: np.ndarray
+  capacity: int
+  stop: np.ndarray
+
+
+def prepared(
+  cfg: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  stop_ids: Iterable[int] | None,
+  part: int,
+  ahead: int = 0,
+) -> Prompts:
+  """The prompts with room for so many new tokens, and for `ahead` that may be read and given up.
+
+  stop_ids None: the config's eos_ids.  What would be read past the last position is not written: such tokens cannot be kept.
+  Raises as `padded` and `stop_mask` do, and ConfigError where a learned table has too few positions.
+  """
+  tokens_BT, length_B = padded(prompts, cfg.vocab_size, cfg.length_limit, part)
+  cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
+  capacity = -(-(tokens_BT.shape[1] + max_new_tokens + ahead) // SLOTS) * SLOTS
+  capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
+  stop_V = stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
+  return Prompts(tokens_BT, length_B, capacity, stop_V)
 
 
 def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:

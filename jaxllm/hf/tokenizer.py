@@ -256,7 +256,7 @@ def byte_tokenizer() -> Tokenizer:
 def _from_json(directory: Path, there: dict[str, Path], settings: Mapping[str, Any]) -> Tokenizer:
   data = read_bytes(there[TOKENIZER], TokenizerError, LIMIT)
   if data == (own := byte_tokenizer()).files[TOKENIZER]:  # much faster, and nothing to install
-    return dataclasses.replace(own, source=str(directory), files=there)
+    return dataclasses.replace(own, source=str(directory), files=there, template=_template(there, settings))
   try:
     import tokenizers
   except ImportError:

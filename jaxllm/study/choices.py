@@ -14,6 +14,9 @@ CORES = ("auto", "plain", "blockwise", "cudnn", "splash")
 RULES = ("data", "fsdp", "tensor", "fsdp_tensor")
 """Names of rule sets (`parallel.RULES`), likewise."""
 
+STORES = ("full", "int8", "int4")
+"""Forms of the cache (`nn.STORES`), likewise."""
+
 RULES_HELP = (
   f"with --mesh: the rule set, one of {', '.join(RULES)}; default the one that uses all axes of the mesh"
 )

@@ -70,12 +70,14 @@ FLAGS: dict[str, tuple[float, Allowed, str]] = {  # default, allowed, help
 }
 
 
-def define(unit: str = "tokens") -> None:
-  """Define the flags of FLAGS, and --sampler_order; `unit`: what a token is called in their help."""
+def define(unit: str = "tokens", values: flags.FlagValues = flags.FLAGS) -> None:
+  """Define the flags of FLAGS, and --sampler_order, in `values`; `unit`: what a token is called in their help."""
   for name, (default, _, text) in FLAGS.items():
     kind = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
-    kind(name, default, text.format(unit))
-  flags.DEFINE_enum("sampler_order", ORDERS[0], ORDERS, "the project in whose order they are applied")
+    kind(name, default, text.format(unit), flag_values=values)
+  flags.DEFINE_enum(
+    "sampler_order", ORDERS[0], ORDERS, "the project in whose order they are applied", flag_values=values
+  )
 
 
 def check(f: Any) -> None:

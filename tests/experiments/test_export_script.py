@@ -45,7 +45,7 @@ def exported(trained, tmp_path_factory):
 @pytest.mark.core
 def test_what_is_exported_has_the_same_parameters_and_logits(trained, exported):
   """Bit for bit but for the embeddings, which are multiplied; compiled programs then fuse, and round, in another order."""
-  from experiments.generate import load
+  from experiments.restored import load
 
   cfg, params = load(trained, "rope", 0)
   loaded_cfg, loaded = hf.load(exported)

@@ -3,12 +3,12 @@
 import io
 import json
 import shutil
-import types
 
 import pytest
 import sweep_case
 
 from experiments import export, generate
+from jaxllm.generate.output import Generated
 
 
 def call(*args):
@@ -41,7 +41,7 @@ def test_the_method_and_its_factor_are_put_on_the_model(finished, monkeypatch):
     seen.append(
       (type(position).__name__, getattr(position, "factor", None), model.cfg.query_scale is not None)
     )
-    return types.SimpleNamespace(tokens=[[65] * max_new_tokens])
+    return Generated([[65] * max_new_tokens], ["length"])
 
   monkeypatch.setattr("jaxllm.generate.loop.generate", watched)
   for extra in (["--method=pi"], ["--method=ntk_logn", "--factor=3"], ["--method=none"], ["--method=rerope"]):
@@ -82,7 +82,7 @@ def test_the_flags_of_samplers_reach_the_text(finished, capfd):
     (["--method=pi,ntk"], 2, ["--method=pi,ntk"]),
     (["--scheme=all"], 2, ["--scheme=all", "rope_logn"]),
     (["--scheme=alibi"], 2, ["--method=rerope", "--scheme=alibi", "--method=none"]),
-    (["--tokens=0"], 2, ["--tokens=0", "above 0"]),
+    (["--tokens=0"], 2, ["--max_new_tokens=0", "above 0"]),
     (["--factor=-1"], 2, ["--factor=-1"]),
     (["--factor=2", "--method=none"], 2, ["--factor=2.0", "--method=none", "takes no factor", "yarn"]),
     (["--factor=2", "--method=rerope"], 2, ["--factor=2.0", "--method=rerope"]),

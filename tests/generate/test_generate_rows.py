@@ -147,3 +147,17 @@ def test_the_loop_ends_with_the_last_row_and_the_samplers_state_moves_on(text):
   jax.effects_barrier()
   # one draw a token, over all chunks, and none after the last row
   assert Counted.seen == list(range(longest))
+
+
+@pytest.mark.parametrize("sizes", [(3, 8), pytest.param(range(2, 17), marks=pytest.mark.slow)])
+def test_greedy_text_is_the_same_in_every_place_of_every_batch(text, sizes):
+  """Float32: one prompt among others of other lengths, in batches of 2 to 16."""
+  rng = np.random.default_rng(3)
+  one = rng.integers(0, 64, 11).tolist()
+  alone = text(prompts=[one], sampler=Greedy(), key=None).tokens[0]
+  assert len(set(alone)) >= 5
+  for B in sizes:
+    others = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 16, B - 1)]
+    for place in range(B) if B > 8 else {0, B // 2, B - 1}:
+      batch = [*others[:place], one, *others[place:]]
+      assert text(prompts=batch, sampler=Greedy(), key=None).tokens[place] == alone, (B, place)

@@ -30,17 +30,12 @@ core = pytest.mark.core
 
 
 @pytest.fixture
-def parse(monkeypatch):
+def parse():
   """parse(*arguments): the flags' values, in a set of flags of their own."""
 
   def parsed(*arguments):
     values = flags.FlagValues()
-    for kind in ("integer", "float", "enum"):
-      define = getattr(flags, f"DEFINE_{kind}")
-      own = lambda *args, define=define: define(*args, flag_values=values)
-      monkeypatch.setattr(samplers.flags, f"DEFINE_{kind}", own)
-    samplers.define()
-    monkeypatch.undo()
+    samplers.define(values=values)
     values(["program", *arguments])
     return values
 

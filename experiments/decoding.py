@@ -1,0 +1,235 @@
+"""How fast does a model read a prompt and write text, beside transformers in the same type on the same machine?
+
+A random Llama of --size is written by transformers and removed after; --model=DIR takes any checkpoint that both read.  Each
+reading is a process of its own that loads the checkpoint and generates greedily, without stop ids: once to warm up, then
+--reads times; the sides take turns, and medians of all reads of all processes count.  Prefill is the time to the first new
+token, and decoding that of the others.  The bars: decoding at least 1.5 times as fast in float32 and 1.2 times in bfloat16,
+prefill at least 0.8 times, and the first token of a process that finds its programs in the compilation cache within 4 seconds
+of its start.  Exits with 1 where one is missed, as far as the model has 100 million parameters.
+"""
+
+import importlib.util
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+from experiments import loading
+from jaxllm.errors import ConfigError
+from jaxllm.study import choices, run_app
+from jaxllm.study import rows as rows_lib
+from jaxllm.study.files import write_results
+
+BARS = {"float32": 1.5, "bfloat16": 1.2}
+PREFILL_BAR, FIRST_BAR = 0.8, 4.0
+LARGE = 100_000_000
+"""Parameters from which the bars count: of less, it is not the model that takes the time."""
+COLUMNS = ("model", "dtype", "batch", "metric", "value", *rows_lib.OUTCOME[1:])
+HEADER = (
+  "dtype",
+  "batch",
+  "decode tok/s",
+  "transformers",
+  "ratio",
+  "prefill tok/s",
+  "transformers",
+  "ratio",
+  "first token s",
+)
+FLAGS = flags.FlagValues()
+
+flags.DEFINE_string("model", None, "directory of a checkpoint; default: a random Llama", flag_values=FLAGS)
+flags.DEFINE_enum("size", "213m", list(loading.SIZES), "of the random Llama", flag_values=FLAGS)
+flags.DEFINE_string("dtypes", "float32,bfloat16", f"all, or any of {', '.join(BARS)}", flag_values=FLAGS)
+flags.DEFINE_string("batches", "1,8", "numbers of rows", flag_values=FLAGS)
+flags.DEFINE_integer("prompt", 128, "tokens of a prompt", flag_values=FLAGS)
+flags.DEFINE_integer("new", 64, "tokens to generate", flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 2, "processes of each side", flag_values=FLAGS)
+flags.DEFINE_integer("reads", 3, "readings of a process", flag_values=FLAGS)
+flags.DEFINE_string("out", None, "directory for results.jsonl and results.csv", flag_values=FLAGS)
+flags.DEFINE_bool("smoke", False, "the tiny Llama in float32, one process a side", flag_values=FLAGS)
+
+
+def check(f) -> None:
+  """Refuse what cannot be measured."""
+  if f.model is not None and not Path(f.model).is_dir():
+    raise ConfigError(f"--model={f.model}: no such directory")
+  choices.choice_list("dtypes", f.dtypes, BARS)
+  for name in ("prompt", "rounds", "reads"):
+    choices.positive(name, f[name].value)
+  if f.new < 2:
+    raise ConfigError(f"--new={f.new}: expected at least 2, as the first token belongs to the prompt")
+  if not all(one.strip().isdigit() and int(one) for one in f.batches.split(",")):
+    raise ConfigError(f"--batches={f.batches}: expected numbers of rows, as in 1,8")
+  missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
+  if missing:
+    raise ConfigError(
+      f"{' and '.join(missing)}: not installed, and the other side of the comparison; pip install -e '.[parity]'"
+    )
+
+
+def prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:
+  """Random ids."""
+  import numpy as np
+
+  return np.random.default_rng(0).integers(0, vocab_size, (batch, length)).tolist()
+
+
+def jaxllm_side(
+  directory: str, dtype: str, batch: int, length: int, new: int, reads: int, started: float
+) -> dict:
+  """Seconds to the first token and for the others, of each read, and from `started` (of the process) to the very first."""
+  from jaxllm import hf
+  from jaxllm.generate.loop import generate
+  from jaxllm.nn import Transformer
+
+  cfg, params = hf.load(directory, dtype=dtype, verify=False)
+  model, texts = Transformer(cfg), prompts(cfg.vocab_size, batch, length)
+
+  def read() -> tuple[float, float]:
+    first = []
+    start = time.perf_counter()
+    generate(
+      model,
+      params,
+      texts,
+      max_new_tokens=new,
+      stop_ids=(),
+      on_tokens=lambda row, ids: first.append(time.perf_counter()) if not first else None,
+    )
+    return first[0] - start, time.perf_counter() - first[0]
+
+  before = time.time() - started
+  prefill, _ = read()
+  return {"first": before + prefill, "reads": [read() for _ in range(reads)]}
+
+
+def transformers_side(
+  directory: str, dtype: str, batch: int, length: int, new: int, reads: int, started: float
+) -> dict:
+  """The same of transformers."""
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+  model.generation_config.eos_token_id = None
+  ids = torch.tensor(prompts(model.config.vocab_size, batch, length))
+
+  def read() -> tuple[float, float]:
+    start, at = time.perf_counter(), []
+
+    def seen(_, scores):  # called with the logits of every new token
+      at.append(time.perf_counter())
+      return scores
+
+    with torch.inference_mode():
+      model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        logits_processor=transformers.LogitsProcessorList([seen]),
+      )
+    assert len(at) == new, (len(at), new)
+    return at[0] - start, time.perf_counter() - at[0]
+
+  before = time.time() - started
+  prefill, _ = read()
+  return {"first": before + prefill, "reads": [read() for _ in range(reads)]}
+
+
+def in_own_process(side: str, *arguments) -> dict:
+  """What `<side>_side` returns in a new process."""
+  call = f"{side}_side(*{arguments!r}, started=float(sys.argv[1]))"
+  code = f"import json, sys; from experiments import decoding; print(json.dumps(decoding.{call}))"
+  run = subprocess.run(
+    [sys.executable, "-c", code, str(time.time())], capture_output=True, text=True, check=False
+  )
+  if run.returncode:
+    raise RuntimeError(f"{side}: {run.stderr.strip()[-2000:]}")
+  return json.loads(run.stdout.splitlines()[-1])
+
+
+def measure(directory: str, dtype: str, batch: int, f) -> dict[str, float]:
+  """The numbers of one line of the table."""
+  sides = {"jaxllm": [], "transformers": []}
+  for _ in range(f.rounds):
+    for side, found in sides.items():
+      found.append(in_own_process(side, directory, dtype, batch, f.prompt, f.new, f.reads))
+  numbers = {}
+  for side, found in sides.items():
+    reads = [read for one in found for read in one["reads"]]
+    prefill, decoding = (statistics.median(column) for column in zip(*reads, strict=True))
+    numbers[f"{side} decode tok/s"] = batch * (f.new - 1) / decoding
+    numbers[f"{side} prefill tok/s"] = batch * f.prompt / prefill
+  for name in ("decode", "prefill"):
+    numbers[f"{name} ratio"] = numbers[f"jaxllm {name} tok/s"] / numbers[f"transformers {name} tok/s"]
+  # the first process may have compiled; the others found its programs
+  return numbers | {"first token s": min(one["first"] for one in sides["jaxllm"][1:] or sides["jaxllm"])}
+
+
+def missed(dtype: str, batch: int, found: dict[str, float]) -> list[str]:
+  """The bars that the numbers of a line miss, in words; the first token's is for a row alone, as its prompts are to be read."""
+  bars = {"decode ratio": BARS[dtype], "prefill ratio": PREFILL_BAR}
+  problems = [
+    f"{name} {found[name]:.2f}, expected at least {bar}" for name, bar in bars.items() if found[name] < bar
+  ]
+  if batch == 1 and found["first token s"] > FIRST_BAR:
+    problems.append(f"first token after {found['first token s']:.1f} s, expected at most {FIRST_BAR}")
+  return problems
+
+
+def line(dtype: str, batch: int, found: dict[str, float]) -> str:
+  """One line of the table in Markdown."""
+  cells = [dtype, str(batch)]
+  for name in ("decode", "prefill"):
+    cells += [f"{found[f'{side} {name} tok/s']:.1f}" for side in ("jaxllm", "transformers")]
+    cells.append(f"{found[f'{name} ratio']:.2f}")
+  return f"| {' | '.join([*cells, format(found['first token s'], '.2f')])} |"
+
+
+def main(f) -> int:
+  """Measure, print the table and, with --out, write its numbers; 1 where a bar is missed."""
+  import jax
+
+  if f.smoke:
+    f.size, f.dtypes, f.batches, f.prompt, f.new, f.rounds, f.reads = "tiny", "float32", "2", 8, 4, 1, 1
+  print(
+    f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}; "
+    f"prompts of {f.prompt} tokens, {f.new} new ones\n"
+  )
+  print(f"| {' | '.join(HEADER)} |\n|---{'|---:' * (len(HEADER) - 1)}|", flush=True)
+  rows, problems = [], []
+  for dtype in choices.choice_list("dtypes", f.dtypes, BARS):
+    directory = f.model or tempfile.mkdtemp(prefix="jaxllm-decoding-")
+    try:
+      if f.model is None:
+        loading.in_own_process(f"make({directory!r}, {f.size!r}, {dtype!r})")
+      large = loading.parameters(directory) >= LARGE
+      for batch in map(int, f.batches.split(",")):
+        found = measure(directory, dtype, batch, f)
+        print(line(dtype, batch, found), flush=True)
+        problems += [f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if large]
+        cell = {"model": f.model or f.size, "dtype": dtype, "batch": batch}
+        rows += [rows_lib.ok(cell | {"metric": name}, value) for name, value in found.items()]
+    finally:
+      if f.model is None:
+        shutil.rmtree(directory)
+  if f.out is not None:
+    Path(f.out).mkdir(parents=True, exist_ok=True)
+    write_results(f.out, rows, COLUMNS)
+  for problem in problems:
+    print(problem, file=sys.stderr)
+  return 1 if problems else 0
+
+
+if __name__ == "__main__":
+  run_app(main, check=check, values=FLAGS)

@@ -1,0 +1,155 @@
+"""All texts of a call of experiments.generate: each prompt by each method."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.continuing import Drawing, continued
+from experiments.dialogue import talk
+from experiments.showing import note, record, summary, write
+from experiments.source import On, Source, put_on, put_on_all
+from jaxllm.errors import ConfigError, DataError, TokenizerError
+from jaxllm.generate.text import StopStrings, Stream
+from jaxllm.study import samplers
+from jaxllm.study.prompts import Prompt
+
+CHUNK = 32
+"""Tokens drawn between two looks at them, where they are not shown one by one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A prompt: its number, the text that the model reads, and its ids."""
+
+  number: int
+  prompt: Prompt
+  text: str
+  ids: list[int]
+
+
+def write_all(f: Any, prompts: Sequence[Prompt], names: Sequence[str]) -> int:
+  """Everything that the flags ask for: texts, JSON lines or a dialogue; 0."""
+  source = Source.of_checkpoint(f) if f.model else Source.of_run(Path(f.run), f.scheme, f.seed)
+  if f.chat and source.tokenizer.template is None:
+    raise TokenizerError(
+      f"{source.tokenizer.source}: no chat template; leave --chat out, or take a model tuned for chats"
+    )
+  streams = f.interactive or (
+    not f.json and f.batch_size == 1 and (sys.stdout.isatty() if f.stream is None else f.stream)
+  )
+  drawing = Drawing(
+    samplers.sampler(f),
+    f.max_new_tokens,
+    () if f.ignore_eos else source.stop_ids(f.stop),
+    1 if streams else CHUNK,
+    f.cache_type,
+    f.logprobs,
+  )
+  asked = [_encoded(source, number, prompt) for number, prompt in enumerate(prompts)]
+  longest = max((len(one.ids) for one in asked), default=0)
+  length = None if f.interactive else longest + f.max_new_tokens
+  source.cfg.check_length(length or 1 + f.max_new_tokens, "longest prompt and --max_new_tokens")
+  if f.logprobs is not None and f.logprobs > source.cfg.vocab_size:
+    raise ConfigError(
+      f"--logprobs={f.logprobs}: expected at most {source.cfg.vocab_size}, the ids of the model"
+    )
+  if f.compare is None:
+    factor = f.factor
+    ons = [put_on(source, names[0], factor, length, f"--method={names[0]}", f.method is not None)[0]]
+  else:
+    ons = put_on_all(source, names, f.factor, length)
+  params, key = source.params(), jax.random.key(f.seed)
+  if f.interactive:
+    return talk(source, params, ons[0], drawing, key, f.stop, f.chat, f.system)
+  show = functools.partial(_batch, f, source, params, drawing, key, streams)
+  for start in range(0, len(asked), f.batch_size):
+    for on in ons:
+      show(on, asked[start : start + f.batch_size], several=len(asked) > 1 or len(ons) > 1)
+  return 0
+
+
+def _encoded(source: Source, number: int, prompt: Prompt) -> Asked:
+  if prompt.messages is not None:
+    text = source.tokenizer.chat_text(prompt.messages)
+    ids = source.tokenizer.encode(text, special_tokens=False)
+  else:
+    text = prompt.text
+    ids = source.tokenizer.encode(text)
+  if not ids:
+    raise DataError(f"prompt {number + 1}: {text!r} has no tokens, expected at least one")
+  return Asked(number, prompt, text, ids)
+
+
+def _batch(
+  f: Any,
+  source: Source,
+  params: Any,
+  drawing: Drawing,
+  key: jax.Array,
+  streams: bool,
+  on: On,
+  asked: Sequence[Asked],
+  several: bool,
+) -> None:
+  """Continue some prompts at once, and write what comes of them."""
+  # the last batch is as large as the others, so that there is one program
+  rows = [*asked, *[asked[-1]] * (f.batch_size - len(asked))]
+  stop = StopStrings(f.stop, source.decode, broken=source.broken, prompts=[one.ids for one in rows])
+  texts = [Stream(source.decode, source.broken, one.ids, stop) for one in rows]
+  numbers = np.array([one.number for one in rows])
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+  begin = lambda one: (
+    one.prompt.text if one.prompt.messages is None and f.display_prompt in (None, True) else ""
+  )
+  heading = lambda one: note(f"== prompt {one.number + 1}, {on} ==") if several and not f.json else None
+
+  def told(row: int, ids: list[int]) -> None:
+    new = texts[row].push(ids)
+    if streams:
+      write(new)
+
+  if streams:
+    heading(asked[0])
+    write(begin(asked[0]))
+  out, figures = continued(source, params, on, drawing, [one.ids for one in rows], keys, stop, told)
+  for row, one in enumerate(asked):
+    rest = texts[row].finish()
+    if f.json:
+      more = _settings(f, source, drawing)
+      write(
+        record(source, on, one.prompt, one.text, one.ids, one.number, row, texts[row], out, figures, more)
+      )
+    elif streams:
+      write(rest + "\n")
+    else:
+      heading(one)
+      write(begin(one) + texts[row].text + "\n")
+    if not f.json:
+      note(summary(figures, out.reasons[row]))
+
+
+def _settings(f: Any, source: Source, drawing: Drawing) -> dict[str, Any]:
+  """What made the text, beside its prompt, method and factor."""
+  model = {"model": f.model} if f.model else {"run": f.run, "scheme": f.scheme}
+  return {
+    **model,
+    "trained_length": source.trained,
+    "dtype": source.cfg.dtype,
+    "mesh": f.mesh,
+    "cache_type": f.cache_type,
+    "seed": f.seed,
+    "max_new_tokens": f.max_new_tokens,
+    "stop": list(f.stop),
+    "stop_ids": list(drawing.stop_ids),
+    "batch_size": f.batch_size,
+    **{name: f[name].value for name in samplers.FLAGS},
+    "sampler_order": f.sampler_order,
+  }

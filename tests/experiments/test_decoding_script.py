@@ -1,0 +1,87 @@
+"""experiments.decoding: both sides are timed on the same prompts, ratios are theirs, and missed bars are told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+from experiments import decoding
+from jaxllm.errors import ConfigError
+
+FOUND = {
+  "jaxllm decode tok/s": 30.0,
+  "transformers decode tok/s": 20.0,
+  "decode ratio": 1.5,
+  "jaxllm prefill tok/s": 80.0,
+  "transformers prefill tok/s": 100.0,
+  "prefill ratio": 0.8,
+  "first token s": 4.0,
+}
+
+
+def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
+  assert decoding.missed("float32", 1, FOUND) == []
+  assert decoding.missed("float32", 1, FOUND | {"decode ratio": 1.49}) == [
+    "decode ratio 1.49, expected at least 1.5"
+  ]
+  assert decoding.missed("bfloat16", 1, FOUND | {"decode ratio": 1.2, "prefill ratio": 0.79}) == [
+    "prefill ratio 0.79, expected at least 0.8"
+  ]
+  assert decoding.missed("bfloat16", 1, FOUND | {"first token s": 4.1}) == [
+    "first token after 4.1 s, expected at most 4.0"
+  ]
+  assert (
+    decoding.line("float32", 8, FOUND) == "| float32 | 8 | 30.0 | 20.0 | 1.50 | 80.0 | 100.0 | 0.80 | 4.00 |"
+  )
+
+
+def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch):
+  class f:
+    rounds, reads, prompt, new = 2, 2, 16, 5
+
+  reads = iter(
+    [
+      {"first": 9.0, "reads": [[1.0, 2.0], [1.0, 2.0]]},
+      {"first": 7.0, "reads": [[2.0, 4.0], [2.0, 4.0]]},
+      {"first": 3.0, "reads": [[1.0, 2.0], [9.0, 8.0]]},
+      {"first": 6.0, "reads": [[2.0, 4.0], [9.0, 8.0]]},
+    ]
+  )
+  monkeypatch.setattr(decoding, "in_own_process", lambda *_: next(reads))
+  found = decoding.measure("", "float32", 3, f)
+  assert found["jaxllm decode tok/s"] == 3 * 4 / 2.0 and found["transformers decode tok/s"] == 3 * 4 / 4.0
+  assert found["jaxllm prefill tok/s"] == 3 * 16 / 1.0 and found["prefill ratio"] == 2.0
+  assert found["first token s"] == 3.0
+
+
+@pytest.mark.parametrize(
+  ("flag", "reason"),
+  [
+    ("--model=no-such-directory", "no such directory"),
+    ("--dtypes=float16", "'float16' is not known"),
+    ("--batches=1,x", "expected numbers of rows"),
+    ("--batches=0", "expected numbers of rows"),
+    ("--new=1", "expected at least 2"),
+    ("--rounds=0", "--rounds=0"),
+  ],
+)
+def test_flags_that_cannot_be_measured_are_refused(flag, reason):
+  saved = flagsaver.save_flag_values(decoding.FLAGS)
+  try:
+    decoding.FLAGS(["decoding", flag])
+    with pytest.raises(ConfigError, match=reason):
+      decoding.check(decoding.FLAGS)
+  finally:
+    flagsaver.restore_flag_values(saved, decoding.FLAGS)
+
+
+@pytest.mark.slow
+def test_a_smoke_run_writes_all_numbers(tmp_path):
+  call = [sys.executable, "-m", "experiments.decoding", "--smoke", f"--out={tmp_path}"]
+  run = subprocess.run(call, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+  assert run.returncode == 0, run.stderr
+  rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+  assert {row["metric"] for row in rows} == FOUND.keys() and all(row["value"] > 0 for row in rows)

@@ -1,0 +1,258 @@
+"""Speculative text is the model's own: token by token where it is greedy, and in distribution where it is drawn."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from sampling_reference import chi_square, chi_square_limit, distribution
+
+from jaxllm.errors import ConfigError, SamplingError, TokenizerError
+from jaxllm.generate.draft import DraftModel, PromptLookup
+from jaxllm.generate.loop import generate
+from jaxllm.generate.speculative import generate as speculate
+from jaxllm.nn import Transformer
+from jaxllm.sampling import Chain, MinNewTokens, RepetitionPenalty, Temperature, TopK, Xtc
+
+core = pytest.mark.core
+NEW = 30
+
+
+def near(params, size):
+  """Parameters near those of the model: a draft that is often right."""
+  rng = np.random.default_rng(9)
+  return jax.tree.map(lambda x: (x + size * np.std(x) * rng.standard_normal(x.shape)).astype(x.dtype), params)
+
+
+def drafts(model, params):
+  return {
+    "near": DraftModel(model, near(params, 0.05)),
+    "itself": DraftModel(model, params),
+    "wrong": DraftModel(model, jax.tree.map(lambda x: -x, params)),
+    "lookup": PromptLookup(3),
+  }
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("gamma", [pytest.param(1, marks=SLOW), pytest.param(4, marks=core)])
+@pytest.mark.parametrize("name", ["near", "itself", pytest.param("wrong", marks=SLOW), "lookup"])
+def test_greedy_text_is_that_of_the_model(deep, prompts, name, gamma):
+  model, params = deep
+  plain = generate(model, params, prompts, max_new_tokens=NEW, stop_ids=())
+  out = speculate(
+    model, params, prompts, drafts(model, params)[name], gamma=gamma, max_new_tokens=NEW, stop_ids=()
+  )
+  assert (out.tokens, out.reasons) == (plain.tokens, plain.reasons)
+  for row in range(len(prompts)):
+    # every round gives the drafts that it keeps, and but for the last one another token
+    assert 0 <= NEW - 1 - out.accepted[row] - (out.rounds[row] - 1) <= 1
+  if name == "itself":
+    assert out.rounds == [-(-(NEW - 1) // (gamma + 1))] * 3
+  if name == "near":
+    assert sum(out.accepted) > 0
+
+
+@core
+def test_stop_ids_end_rows_within_a_round_and_what_follows_is_dropped(shallow, prompts):
+  model, params = shallow
+  plain = generate(model, params, prompts, max_new_tokens=NEW, stop_ids=())
+  stops = (plain.tokens[0][6], plain.tokens[2][11])
+  expected = generate(model, params, prompts, max_new_tokens=NEW, stop_ids=stops)
+  for name in ("near", "lookup"):
+    draft = drafts(model, params)[name]
+    out = speculate(model, params, prompts, draft, max_new_tokens=NEW, stop_ids=stops)
+    assert (out.tokens, out.reasons) == (expected.tokens, expected.reasons)
+
+
+def test_samplers_that_remember_filter_drafts_as_text(shallow, prompts):
+  """A penalty on what was drafted before, and a stop id that may not come yet."""
+  model, params = shallow
+  stop = generate(model, params, prompts, max_new_tokens=4, stop_ids=()).tokens[0][2]
+  mask = np.arange(64) == stop
+  sampler = Chain((RepetitionPenalty(1.7), MinNewTokens(9, mask), Temperature(0.0)))
+  usual = dict(sampler=sampler, key=jax.random.key(0), max_new_tokens=NEW, stop_ids=(stop,))
+  plain = generate(model, params, prompts, **usual)
+  assert plain.tokens != generate(model, params, prompts, **usual | dict(sampler=Temperature(0.0))).tokens
+  for name in ("near", "lookup"):
+    out = speculate(model, params, prompts, drafts(model, params)[name], **usual)
+    assert (out.tokens, out.reasons) == (plain.tokens, plain.reasons)
+
+
+def test_windowed_layers_and_long_prompts(deep, prompts):
+  """Rings, which a rejected draft has written into, and prompts read in parts."""
+  model, params = deep
+  (layer,) = model.cfg.layers
+  layers = (layer, dataclasses.replace(layer, window=6), layer)
+  model = Transformer(dataclasses.replace(model.cfg, layers=layers))
+  plain = generate(model, params, prompts, max_new_tokens=NEW)
+  for name in ("near", "wrong", "lookup"):
+    draft = drafts(model, params)[name]
+    assert (
+      speculate(model, params, prompts, draft, gamma=3, part=4, max_new_tokens=NEW).tokens == plain.tokens
+    )
+
+
+def test_stop_and_on_tokens_are_told_as_in_the_loop(shallow, prompts):
+  model, params = shallow
+  stop = lambda row, ids: 5 if row == 1 and len(ids) == 7 else None
+  told = [[] for _ in prompts]
+  usual = dict(max_new_tokens=NEW, stop_ids=(), stop=stop)
+  out = speculate(
+    model,
+    params,
+    prompts,
+    DraftModel(model, params),
+    on_tokens=lambda row, ids: told[row].extend(ids),
+    **usual,
+  )
+  assert out.tokens == generate(model, params, prompts, **usual).tokens
+  assert told[0] == out.tokens[0] and out.reasons == ["length", "stop", "length"]
+
+
+def test_lookup_drafts_what_followed_the_longest_and_latest_match():
+  row = jax.jit(functools.partial(PromptLookup(3)._row, gamma=3))
+  for text, expected in [
+    ([1, 2, 3, 4, 5, 1, 2, 3], [4, 5, 1]),  # three tokens match
+    ([1, 2, 9, 8, 2, 7, 6, 1, 2], [9, 8, 2]),  # two match before, one later
+    ([5, 1, 5, 2, 5], [2, 5, 5]),  # one matches twice: the later; past the end the newest
+    ([1, 2, 3], [3, 3, 3]),  # none
+    ([4], [4, 4, 4]),
+  ]:
+    padded = np.array(text + [7] * (12 - len(text)), np.int32)
+    assert row(padded, len(text)).tolist() == expected
+
+
+STEPS = 3
+
+
+@functools.cache
+def exact(model_of, temperature, k):
+  """Probabilities [5 ** STEPS] of the first three tokens in float64, and the ids [V] that can come at each place."""
+  model, params, prompt = model_of()
+  texts, probs = [[]], [1.0]
+  forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids)[0][:, -1])
+  for _ in range(STEPS):
+    logits = np.asarray(forward(params, np.array([prompt + text for text in texts], np.int32)), np.float64)
+    dists = [distribution(row, temperature, k)[0] for row in logits]
+    grown = [
+      ([*text, int(v)], p * dist[v])
+      for text, p, dist in zip(texts, probs, dists, strict=True)
+      for v in np.flatnonzero(dist)
+    ]
+    texts, probs = [text for text, _ in grown], [p for _, p in grown]
+  return {tuple(text): i for i, text in enumerate(texts)}, np.array(probs)
+
+
+def check_distribution(shallow, name, N, temperature=1.5, k=4, sampler=None):
+  model, params = shallow
+  prompt = [3, 1, 4, 1, 5]
+
+  def model_of():
+    return model, params, prompt
+
+  places, probs = exact(model_of, temperature, k)
+  sampler = sampler or Chain((Temperature(temperature), TopK(k)))
+  draft, B, found, kept = drafts(model, params)[name], min(N, 5000), [], 0
+  for i in range(N // B):
+    out = speculate(
+      model,
+      params,
+      [prompt] * B,
+      draft,
+      gamma=2,
+      sampler=sampler,
+      key=jax.random.key(i),
+      max_new_tokens=STEPS,
+      stop_ids=(),
+    )
+    found += [places[tuple(row)] for row in out.tokens]  # KeyError: outside the support
+    kept += sum(out.accepted)
+  statistic, freedom = chi_square(np.array(found), probs)
+  assert freedom > 10 and statistic < chi_square_limit(freedom), (name, statistic, freedom)
+  return kept / (N * (STEPS - 1))
+
+
+@pytest.mark.parametrize("name", ["near", pytest.param("wrong", marks=SLOW), "lookup"])
+def test_draws_have_the_models_distribution(shallow, name):
+  share = check_distribution(shallow, name, 5000)
+  assert share > 0.3 if name == "near" else share < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["near", "itself", "wrong", "lookup"])
+def test_200_000_draws_have_the_models_distribution(shallow, name):
+  check_distribution(shallow, name, 200_000)
+
+
+def test_the_chi_square_sees_drafts_that_are_kept_too_often(shallow, monkeypatch):
+  """With half of the acceptance test gone: every draft is kept."""
+  monkeypatch.setattr(
+    "jaxllm.generate.draft.Keys.uniform", lambda self: 0.0 * jax.vmap(jax.vmap(jax.random.uniform))(self.keep)
+  )
+  jax.clear_caches()
+  try:
+    with pytest.raises((AssertionError, KeyError)):
+      check_distribution(shallow, "near", 5000)
+  finally:
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_the_samplers_own_chance_is_drawn_once_a_token(shallow):
+  """XTC at half of the draws: of the second token its share is that of plain text."""
+  model, params = shallow
+  sampler = Chain((Temperature(1.5), TopK(4), Xtc(0.5, 0.05)))
+  usual = dict(sampler=sampler, max_new_tokens=STEPS, stop_ids=(), key=jax.random.key(5))
+  prompts, N = [[3, 1, 4, 1, 5]] * 5000, 5000
+  plain = generate(model, params, prompts, **usual).tokens
+  for name in ("near", "lookup"):
+    out = speculate(model, params, prompts, drafts(model, params)[name], gamma=2, **usual).tokens
+    for place in range(STEPS):
+      a, b = (np.bincount([row[place] for row in rows], minlength=64) for rows in (plain, out))
+      seen = a + b >= 10
+      statistic = ((a - b)[seen] ** 2 / (a + b)[seen]).sum()
+      assert statistic < chi_square_limit(int(seen.sum())), (name, place, statistic)
+  assert len(plain) == N
+
+
+@pytest.mark.parametrize(
+  ("change", "error", "message"),
+  [
+    (dict(gamma=0), ConfigError, r"gamma: found 0, expected an integer of at least 1"),
+    (dict(gamma=16), ConfigError, r"gamma: found 16, expected at most 15"),
+    (dict(prompts=[[1], []]), Exception, r"prompts\[1\]: found an empty prompt"),
+    (dict(sampler=Temperature(1.0)), ConfigError, r"key: found None"),
+    (dict(max_new_tokens=0), ConfigError, r"max_new_tokens: found 0"),
+  ],
+)
+def test_what_is_refused(shallow, change, error, message):
+  model, params = shallow
+  given = dict(prompts=[[1, 2]], draft=PromptLookup()) | change
+  prompts, draft = given.pop("prompts"), given.pop("draft")
+  with pytest.raises(error, match=message):
+    speculate(model, params, prompts, draft, **given)
+
+
+def test_a_draft_of_another_vocabulary_and_an_ngram_of_none_are_refused(shallow):
+  model, params = shallow
+  other = Transformer(dataclasses.replace(model.cfg, vocab_size=65))
+  with pytest.raises(TokenizerError, match=r"draft: found a vocabulary of 65, expected the model's 64"):
+    speculate(model, params, [[1]], DraftModel(other, params))
+  for ngram in (0, 1.5, True):
+    with pytest.raises(ConfigError, match=r"PromptLookup.ngram: found"):
+      PromptLookup(ngram)
+
+
+def test_logits_that_are_no_numbers_are_told(shallow):
+  model, params = shallow
+  broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+  with pytest.raises(SamplingError, match=r"row 0: found NaN, \+inf or nothing finite in the logits"):
+    speculate(model, broken, [[1, 2]], PromptLookup(), max_new_tokens=5)
+  # a draft model that is broken costs speed alone
+  plain = generate(model, params, [[1, 2]], max_new_tokens=NEW, stop_ids=())
+  out = speculate(model, params, [[1, 2]], DraftModel(model, broken), max_new_tokens=NEW, stop_ids=())
+  assert out.tokens == plain.tokens
