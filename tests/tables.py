@@ -1,4 +1,4 @@
-"""What the tables of `pytest --components`, `--families` and `--generation` share: numbers of passed tests, gathered and printed.
+"""What the tables of `pytest --components`, `--families` and `--generation` share: numbers of passed tests, in rows.
 
 A test records what it measured as properties of its report, which xdist brings to one process.
 """
@@ -31,7 +31,7 @@ def markdown(header, rows, left=1):
 
 
 class Plugin:
-  """A pytest plugin that makes a table: `begin` before a test, `add` with the properties of each that passed, `text` at the end."""
+  """A pytest plugin that makes a table: `begin` before a test, `add` after each that passed, `text` at the end."""
 
   title = ""
 

@@ -1,0 +1,115 @@
+"""The tables of `pytest --generation`: what passed tests measured of generated text, numbered, a row a case.
+
+`pytest tests/generate tests/nn tests/sampling tests/hf/test_greedy_parity.py tests/parallel --generation -m ""` runs the slow
+counts too.  The fifth table, speed, is a benchmark: `python -m experiments.decoding`.
+"""
+
+import dataclasses
+import math
+
+import tables
+from cache_cases import CACHES
+
+MEASURED = "generation measured"
+ERROR = (max, ".1e")
+COUNT, MOST, LEAST = (sum, ",d"), (max, ",d"), (min, ",d")
+TEXT = (max, "")
+"""How the values of several tests of a row come together, and how they are written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """One table: its number, its title, what a row is, and its columns by name."""
+
+  number: int
+  title: str
+  row: str
+  columns: dict
+
+
+KINDS = {
+  "cache": Kind(
+    1,
+    "Cache exactness: logits of prefill and decoding against the full forward pass, by the largest",
+    "position method or block",
+    {name: ERROR for name in (*CACHES, "text", "loaded")},
+  ),
+  "samplers": Kind(
+    2,
+    "Filters against transformers' processors, element by element, relative",
+    "sampler",
+    {"worst difference": ERROR, "logits": COUNT, "cases": COUNT},
+  ),
+  "chi-square": Kind(
+    3,
+    "Draws against float64 probabilities, chi-square",
+    "grid",
+    {"N": MOST, "cells": COUNT, "worst p": (min, ".1e"), "outside the support": COUNT},
+  ),
+  "greedy": Kind(
+    4,
+    "Greedy text against transformers' generate, float32",
+    "family",
+    {"tokens compared": COUNT, "distinct a row": LEAST, "near-ties": COUNT, "widest near-tie": ERROR},
+  ),
+  "compilations": Kind(
+    6, "Compilations of a second call", "what differs", {"compiled": MOST, "expected": MOST}
+  ),
+  "bad input": Kind(7, "Bad input", "case", {"compiled": MOST, "error": TEXT, "says": TEXT}),
+  "same text": Kind(8, "What changes no token", "what differs", {"texts": COUNT, "tokens": COUNT}),
+}
+"""`text` of the first: log-probabilities while generating, past the trained length; `loaded`: those of a checkpoint."""
+
+
+def measured(kind, row, **values):
+  """Record values of a row for the running test, once they are known to be within their bounds; `_` stands for a space."""
+  values = {name.replace("_", " "): getattr(x, "item", lambda x=x: x)() for name, x in values.items()}
+  assert values.keys() <= KINDS[kind].columns.keys(), (kind, row, values)
+  assert all(isinstance(x, str) or math.isfinite(x) for x in values.values()), (kind, row, values)
+  tables.record(MEASURED, [kind, row, values])
+
+
+class Table(tables.Plugin):
+  """The plugin: all tables that a passed test has a number for."""
+
+  title = "generation"
+
+  def __init__(self, path=""):
+    super().__init__(path)
+    self.found = {kind: {} for kind in KINDS}
+
+  def add(self, properties):
+    for key, value in properties:
+      if key == MEASURED:
+        kind, row, values = value
+        row = self.found[kind].setdefault(row, {})
+        for name, x in values.items():
+          row.setdefault(name, []).append(x)
+
+  def rows(self, kind):
+    """Header and rows of one table, rows in the order of their tests, columns that nothing was measured for left out."""
+    found = self.found[kind]
+    columns = {
+      name: how for name, how in KINDS[kind].columns.items() if any(name in row for row in found.values())
+    }
+    cell = lambda x, how: format(how[0](x), how[1]) if x else "-"
+    yield (KINDS[kind].row, *columns)
+    for row in sorted(found, key=lambda row: (row != "bound", row)) if kind == "cache" else found:
+      yield (row, *(cell(found[row].get(name), how) for name, how in columns.items()))
+
+  def sections(self):
+    """(heading, header and rows) of the tables that have any."""
+    for kind, table in KINDS.items():
+      if self.found[kind]:
+        yield f"{table.number}. {table.title}", list(self.rows(kind))
+
+  def text(self):
+    lines = []
+    for heading, rows in self.sections():
+      lines += [heading, *tables.aligned(rows), ""]
+    return lines or ["no test that ran has a number for it"]
+
+  def markdown(self):
+    return "\n".join(
+      f"**{heading}**\n\n{tables.markdown(header, rows)}" for heading, (header, *rows) in self.sections()
+    )
