@@ -50,7 +50,7 @@ KINDS = {
     4,
     "Greedy text against transformers' generate, float32",
     "family",
-    {"tokens compared": COUNT, "distinct a row": LEAST, "near-ties": COUNT, "widest near-tie": ERROR},
+    {"tokens compared": COUNT, "distinct a row": LEAST, "near ties": COUNT, "widest near tie": ERROR},
   ),
   "compilations": Kind(
     6, "Compilations of a second call", "what differs", {"compiled": MOST, "expected": MOST}

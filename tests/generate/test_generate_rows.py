@@ -152,6 +152,11 @@ def test_the_loop_ends_with_the_last_row_and_the_samplers_state_moves_on(text):
   assert Counted.seen == list(range(longest))
 
 
+def span(sizes):
+  """In words, from the first to the last."""
+  return " to ".join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))
+
+
 @pytest.mark.parametrize("sizes", [(3, 8), pytest.param(range(2, 17), marks=pytest.mark.slow)])
 def test_greedy_text_is_the_same_in_every_place_of_every_batch(text, sizes):
   """Float32: one prompt among others of other lengths, in batches of 2 to 16."""
@@ -164,7 +169,7 @@ def test_greedy_text_is_the_same_in_every_place_of_every_batch(text, sizes):
     for place in range(B) if B > 8 else {0, B // 2, B - 1}:
       batch = [*others[:place], one, *others[place:]]
       assert text(prompts=batch, sampler=Greedy(), key=None).tokens[place] == alone, (B, place)
-      measured("same text", f"greedy, batches of {sizes[0]} to {sizes[-1]}, every place", texts=1, tokens=NEW)
+      measured("same text", f"greedy, batches of {span(sizes)}, every place", texts=1, tokens=NEW)
 
 
 @pytest.mark.parametrize("sizes", [(4,), pytest.param(range(2, 17), marks=pytest.mark.slow)])
@@ -189,6 +194,4 @@ def test_sampled_text_is_the_same_in_every_place_of_every_batch(text, sizes):
       batch, parameters = [*others[:place], one, *others[place:]], np.insert(theirs, place, own, axis=0)
       key_B = jnp.concatenate([keys[:place], key[None], keys[place:]])
       assert tokens(batch, key_B, parameters)[place] == alone, (B, place)
-      measured(
-        "same text", f"sampled, batches of {sizes[0]} to {sizes[-1]}, every place", texts=1, tokens=NEW
-      )
+      measured("same text", f"sampled, batches of {span(sizes)}, every place", texts=1, tokens=NEW)

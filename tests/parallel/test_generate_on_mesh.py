@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from generation_table import measured
 from mesh_checks import make_mesh
 from model_cases import MODELS, params
 
@@ -44,6 +45,9 @@ def test_every_method(name):
   )
   truth = call(Transformer(cfg), weights)
   assert on_mesh(cfg, weights, "fsdp=2,tensor=2", "fsdp_tensor", call) == truth
+  measured(
+    "same text", "a mesh fsdp=2,tensor=2: every position method", texts=len(truth), tokens=16 * len(truth)
+  )
 
 
 def test_draws_penalties_stops_and_integers():
@@ -65,7 +69,12 @@ def test_draws_penalties_stops_and_integers():
       store=STORES["int8"],
     )
 
-  assert on_mesh(cfg, weights, "data=2,fsdp=2", "fsdp", call) == call(Transformer(cfg), weights)
+  truth = call(Transformer(cfg), weights)
+  assert on_mesh(cfg, weights, "data=2,fsdp=2", "fsdp", call) == truth
+  tokens = sum(map(len, truth.tokens))
+  measured(
+    "same text", "a mesh data=2,fsdp=2: draws, penalties, stops, int8", texts=len(truth.tokens), tokens=tokens
+  )
 
 
 def test_searches_and_drafts():
