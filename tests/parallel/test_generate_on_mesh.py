@@ -50,6 +50,19 @@ def test_every_method(name):
   )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alibi", "rope", "dynamic_ntk", "rerope", "learned", "streaming"])
+@pytest.mark.parametrize(("axes", "rules"), [("data=2,tensor=4", "tensor"), ("fsdp=8", "fsdp")])
+def test_eight_devices(name, axes, rules):
+  """Key heads that a tensor axis does not divide are whole on each device; eight rows, one a device of fsdp=8."""
+  cfg, weights = MODELS[name], params(MODELS[name])
+  both = prompts(cfg) + [prompt[::-1] for prompt in prompts(cfg)]
+  call = lambda model, weights: generate(model, weights, both, max_new_tokens=16, stop_ids=()).tokens
+  truth = call(Transformer(cfg), weights)
+  assert on_mesh(cfg, weights, axes, rules, call) == truth
+  measured("same text", f"a mesh {axes}", texts=len(truth), tokens=16 * len(truth))
+
+
 def test_draws_penalties_stops_and_integers():
   """data=2 splits the rows with their keys, histories and caches."""
   cfg, weights = MODELS["rope"], params(MODELS["rope"])

@@ -1,6 +1,7 @@
 """Element by element against transformers' logits processors: random logits, ties, excluded tokens, float16, many sizes."""
 
 import filter_reference
+import generation_table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,7 +146,9 @@ def compare(name, make, theirs, told, kind, rows, vocabulary):
   if not kept.any():
     return
   size = np.where(found_BV[kept] == wanted_BV[kept], 1, np.abs(wanted_BV[kept]))
-  measured(name, "transformers", np.max(np.abs(found_BV[kept] - wanted_BV[kept]) / size))
+  error = np.max(np.abs(found_BV[kept] - wanted_BV[kept]) / size)
+  measured(name, "transformers", error)
+  generation_table.measured("samplers", name, worst_difference=error, logits=found_BV[decided].size, cases=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Element by element against transformers' logits processors."""
 
 import components
+import generation_table
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,6 +60,8 @@ def test_the_filtered_logits_are_those_of_transformers(temperature, k, p):
   ]
   error = np.max(np.abs(ours[kept] / expected[kept] - 1))
   components.measured([*acting, "chain"], "transformers", error)
+  numbers = dict(worst_difference=error, logits=ours[decided].size, cases=1)
+  generation_table.measured("samplers", ", ".join(acting), **numbers)
 
 
 def test_greedy_is_the_argmax_of_torch():
@@ -66,6 +69,7 @@ def test_greedy_is_the_argmax_of_torch():
   ours, _ = Greedy()(None, jnp.asarray(LOGITS), ())
   np.testing.assert_array_equal(ours, torch.argmax(torch.tensor(LOGITS), -1))
   components.measured("greedy", "torch", 0)
+  generation_table.measured("samplers", "greedy", worst_difference=0.0, logits=LOGITS.size, cases=1)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 30])
@@ -73,6 +77,7 @@ def test_top_k_keeps_the_ties_that_transformers_keeps(k):
   ours = np.asarray(TopK(k).filter(jnp.asarray(TIED), ()))
   np.testing.assert_array_equal(ours, theirs(TIED, 1.0, k, 1.0))
   assert (np.isfinite(ours).sum(-1) > k).any()
+  generation_table.measured("samplers", "top_k", worst_difference=0.0, logits=ours.size, cases=1)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.9, 0.99])
