@@ -25,7 +25,6 @@ from experiments import loading
 from jaxllm.errors import ConfigError
 from jaxllm.study import choices, run_app
 from jaxllm.study import rows as rows_lib
-from jaxllm.study.files import write_results
 
 BARS = {"float32": 1.5, "bfloat16": 1.2}
 PREFILL_BAR, FIRST_BAR = 0.8, 4.0
@@ -223,12 +222,7 @@ def main(f) -> int:
     finally:
       if f.model is None:
         shutil.rmtree(directory)
-  if f.out is not None:
-    Path(f.out).mkdir(parents=True, exist_ok=True)
-    write_results(f.out, rows, COLUMNS)
-  for problem in problems:
-    print(problem, file=sys.stderr)
-  return 1 if problems else 0
+  return loading.end(f.out, rows, COLUMNS, problems)
 
 
 if __name__ == "__main__":

@@ -318,9 +318,14 @@ def main(f) -> int:
     finally:
       if f.model is None:
         shutil.rmtree(directory)
-  if f.out is not None:
-    Path(f.out).mkdir(parents=True, exist_ok=True)
-    write_results(f.out, rows, COLUMNS)
+  return end(f.out, rows, COLUMNS, problems)
+
+
+def end(out: str | None, rows: list[dict], columns: tuple[str, ...], problems: list[str]) -> int:
+  """Writes the numbers where a directory is given, tells of missed bars, and is the exit code: 1 where one is missed."""
+  if out is not None:
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_results(out, rows, columns)
   for problem in problems:
     print(problem, file=sys.stderr)
   return 1 if problems else 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from experiments.continuing import Figures
@@ -38,13 +38,20 @@ def summary(figures: Figures, reason: str) -> str:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A prompt: its number, the text that the model reads, and its ids."""
+
+  number: int
+  prompt: Prompt
+  text: str
+  ids: list[int]
+
+
 def record(
   source: Source,
   method: On,
-  prompt: Prompt,
-  prompt_text: str,
-  ids: Sequence[int],
-  number: int,
+  asked: Asked,
   row: int,
   stream: Stream,
   out: Generated,
@@ -57,13 +64,13 @@ def record(
   if by is None and out.reasons[row] == "stop":
     by = new[-1]
   found = {
-    "row": number,
+    "row": asked.number,
     "method": method.name,
     "factor": method.factor,
-    "prompt": prompt_text,
-    **({} if prompt.messages is None else {"messages": list(prompt.messages)}),
+    "prompt": asked.text,
+    **({} if asked.prompt.messages is None else {"messages": list(asked.prompt.messages)}),
     "text": stream.text,
-    "prompt_tokens": len(ids),
+    "prompt_tokens": len(asked.ids),
     "tokens": len(new),
     "ids": new,
     "finish_reason": out.reasons[row],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 
 from experiments.continuing import Drawing, continued
 from experiments.dialogue import talk
-from experiments.showing import note, record, summary, write
+from experiments.showing import Asked, note, record, summary, write
 from experiments.source import On, Source, put_on, put_on_all
 from jaxllm.errors import ConfigError, DataError, TokenizerError
 from jaxllm.generate.text import StopStrings, Stream
@@ -23,16 +22,6 @@ from jaxllm.study.prompts import Prompt
 
 CHUNK = 32
 """Tokens drawn between two looks at them, where they are not shown one by one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-  """A prompt: its number, the text that the model reads, and its ids."""
-
-  number: int
-  prompt: Prompt
-  text: str
-  ids: list[int]
 
 
 def write_all(f: Any, prompts: Sequence[Prompt], names: Sequence[str]) -> int:
@@ -124,9 +113,7 @@ def _batch(
     rest = texts[row].finish()
     if f.json:
       more = _settings(f, source, drawing)
-      write(
-        record(source, on, one.prompt, one.text, one.ids, one.number, row, texts[row], out, figures, more)
-      )
+      write(record(source, on, one, row, texts[row], out, figures, more))
     elif streams:
       write(rest + "\n")
     else:

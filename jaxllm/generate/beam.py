@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, SamplingError
 from jaxllm.generate import loop, request
-from jaxllm.nn import STORES, Cache, Transformer
+from jaxllm.nn import Cache, Transformer
 from jaxllm.position import PositionTables
 from jaxllm.sampling import check_logits
 from jaxllm.sampling.base import log_probs
@@ -77,15 +77,20 @@ def generate(
 ) -> Beams:
   """The num_return best texts of each prompt by score = sum_t log p(token_t) / T^length_penalty, T new tokens.
 
+  The result has fewer texts only where fewer exist: of one new token, as many as there are ids.
+
   Each step continues num_beams unfinished texts by every token and keeps the num_beams best that are unfinished; a text that
   ends, at a stop id or max_new_tokens, while it is among the num_beams best is a candidate for the result, of which as many are
   kept.  early_stopping True: the search of a prompt ends when num_beams texts have ended; False: when the best unfinished
   sum over the present length is no better than the worst of them; "never": the same over the largest possible length where
   length_penalty > 0.  num_groups: the beams in so many groups, each a search of its own, in which a token costs
-  diversity_penalty for each earlier group's beam that takes it at the same step; scores are less by what was paid.
+  diversity_penalty for each earlier group's beam that takes it at the same step, while that group's search lasts; scores are
+  less by what was paid.
 
-  Raises ConfigError for numbers of beams, groups and results that do not fit, and penalties that are no finite numbers; the
-  other arguments and errors are those of `loop.generate`.
+  Compiled once a batch size, bucket of prompt lengths, room for new tokens (request.SLOTS apart), early_stopping and numbers of
+  beams, groups and, from two on, stop ids; the rest is data.  Raises ConfigError for numbers of beams, groups and results that
+  do not fit, an early_stopping that is none of these, and penalties that are no finite numbers; the other arguments and errors
+  are those of `loop.generate`.
   Source: Sutskever et al. (2014), section 3.2; Wu et al. (2016), section 7 (length); Vijayakumar et al. (2018), section 4
   (groups); transformers' `num_beams` for when it ends.
   """
@@ -99,30 +104,28 @@ def generate(
     raise ConfigError(f"num_groups: found {num_groups}, expected a divisor of num_beams = {num_beams}")
   if num_return > num_beams:
     raise ConfigError(f"num_return: found {num_return}, expected at most num_beams = {num_beams}")
-  if early_stopping not in (True, False, "never"):
+  if not isinstance(early_stopping, bool) and str(early_stopping) != "never":
     raise ConfigError(f'early_stopping: found {early_stopping!r}, expected True, False or "never"')
   for name, value in (("diversity_penalty", diversity_penalty), ("length_penalty", length_penalty)):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
       raise ConfigError(f"{name}: found {value!r}, expected a finite number")
   part = request.count("part", part)
-  given = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part)
+  given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part)
   kept = max(2, 1 + int(given.stop.sum())) * (num_beams // num_groups)
-  tables = jax.device_put(cfg.rope_tables(max_len=given.capacity))
-  settings = loop.Settings(model, part, STORES["full"], None)
+  tables = jax.device_put(cfg.rope_tables(max_len=capacity))
+  settings = loop.Settings(model, capacity, part)
   shape = (num_groups, num_beams // num_groups, min(kept, cfg.vocab_size * (num_beams // num_groups)))
   penalties = np.float32(length_penalty), np.float32(diversity_penalty)
   ended, bad_B = search(
     settings,
     params,
     tables,
-    given.stop,
-    given.tokens,
-    given.length,
+    given,
     penalties,
     shape,
     early_stopping,
-    max_new_tokens,
-    given.capacity,
+    np.int32(max_new_tokens),
+    request.room(max_new_tokens),
   )
   ended, bad_B = jax.device_get((ended, bad_B))
   if bad_B.any():
@@ -133,38 +136,34 @@ def generate(
   out = Beams([], [])
   for b in range(len(prompts)):
     flat = [x.reshape(num_beams, *x.shape[2:]) for x in (ended.score[b], ended.token[b], ended.length[b])]
-    best = np.argsort(-flat[0], kind="stable")[:num_return]
+    best = [i for i in np.argsort(-flat[0], kind="stable")[:num_return] if flat[0][i] > -np.inf]
     out.tokens.append([flat[1][i][: flat[2][i]].tolist() for i in best])
     out.scores.append([float(flat[0][i]) for i in best])
   return out
 
 
-@functools.partial(
-  jax.jit, static_argnames=("settings", "shape", "early_stopping", "max_new_tokens", "capacity")
-)
+@functools.partial(jax.jit, static_argnames=("settings", "shape", "early_stopping", "room"))
 def search(
   settings: loop.Settings,
   params: Any,
   tables: PositionTables,
-  stop_V: jax.Array,
-  tokens_BT: jax.Array,
-  length_B: jax.Array,
+  prompts: request.Prompts,
   penalties: tuple[jax.Array, jax.Array],
   shape: tuple[int, int, int],
   early_stopping: bool | str,
-  max_new_tokens: int,
-  capacity: int,
+  max_new_tokens: jax.Array,
+  room: int,
 ) -> tuple[Texts, jax.Array]:
   """(ended texts of all groups, whether a prompt's logits were no distribution); shape: groups, beams of each, candidates."""
-  B, (G, K, kept), M = len(tokens_BT), shape, max_new_tokens
+  B, (G, K, kept), M = len(prompts.tokens), shape, max_new_tokens
   length_penalty, diversity_penalty = penalties
-  logits_BV, cache = loop.read_prompts(settings, params, tables, tokens_BT, length_B, request.Own(), capacity)
+  logits_BV, cache = loop.read_prompts(settings, params, tables, prompts, request.Own())
   V = logits_BV.shape[1]
   zeros = lambda *more: jnp.zeros((B, G, K, *more))
   first = jnp.where(
     (jnp.arange(K) == 0)[None, None], zeros(), -jnp.inf
   )  # all beams of a group are one text yet
-  no_texts = Texts(zeros(M).astype(jnp.int32), zeros() - jnp.inf, zeros().astype(jnp.int32))
+  no_texts = Texts(zeros(room).astype(jnp.int32), zeros() - jnp.inf, zeros().astype(jnp.int32))
   state = State(
     jnp.int32(0),
     dataclasses.replace(no_texts, score=first),
@@ -175,29 +174,15 @@ def search(
     cache.take(jnp.repeat(jnp.arange(B), G * K)),
   )
 
-  def candidates(state):
-    """The best continuations of each group, [B, G, kept]: sums, tokens, and the beams they continue."""
-    sums = state.open.score[..., None] + log_probs(state.logits)
-    taken_BV, found = jnp.zeros((B, V)), []
-    for g in range(G):
-      penalised = (sums[:, g] - diversity_penalty * taken_BV[:, None]).reshape(B, K * V)
-      score, place = jax.lax.top_k(penalised, kept)
-      found.append((score, place % V, place // V))
-      if g + 1 < G:  # the K unfinished ones are what the group goes on with
-        _, places = jax.lax.top_k(jnp.where(stop_V[place % V], -jnp.inf, score), K)
-        token_BK = jnp.take_along_axis(place % V, places, axis=1)
-        taken_BV += jnp.sum(jax.nn.one_hot(token_BK, V), axis=1)
-    return [jnp.stack(part, axis=1) for part in zip(*found, strict=True)]
-
   def one_step(state):
     step = state.step
-    score, token, beam = candidates(state)
+    score, token, beam = continuations(state, prompts.stop, diversity_penalty, kept)
     texts = Texts(
       jnp.take_along_axis(state.open.token, beam[..., None], axis=2).at[..., step].set(token),
       score,
       jnp.full(score.shape, step + 1),
     )
-    ends = stop_V[token] | (step + 1 == M)
+    ends = prompts.stop[token] | (step + 1 == M)
     place = jax.lax.top_k(jnp.where(ends, -jnp.inf, score), K)[1]
     going_on = texts.take(place)
 
@@ -227,3 +212,23 @@ def search(
   unfinished = lambda state: (state.step < M) & jnp.any(state.going) & ~jnp.any(state.bad)
   state = jax.lax.while_loop(unfinished, one_step, state)
   return state.ended, state.bad
+
+
+def continuations(
+  state: State, stop_V: jax.Array, diversity_penalty: jax.Array, kept: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The best continuations of each group, [B, G, kept]: sums, tokens, and the beams that they continue."""
+  B, G, K, V = state.logits.shape
+  sums = state.open.score[..., None] + log_probs(state.logits)
+  taken_BV, found = jnp.zeros((B, V)), []
+  for g in range(G):
+    penalised = (sums[:, g] - diversity_penalty * taken_BV[:, None]).reshape(B, K * V)
+    score, place = jax.lax.top_k(penalised, kept)
+    found.append((score, place % V, place // V))
+    if g + 1 < G:  # the K unfinished ones are what the group goes on with
+      _, places = jax.lax.top_k(jnp.where(stop_V[place % V], -jnp.inf, score), K)
+      token_BK = jnp.take_along_axis(place % V, places, axis=1)
+      # a group whose search is over takes no token
+      taken_BV += jnp.where(state.going[:, g, None], jnp.sum(jax.nn.one_hot(token_BK, V), axis=1), 0.0)
+  score, token, beam = (jnp.stack(one, axis=1) for one in zip(*found, strict=True))
+  return score, token, beam

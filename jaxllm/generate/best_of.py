@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxllm.errors import ConfigError
-from jaxllm.generate import loop
+from jaxllm.generate import loop, request
 from jaxllm.nn import Transformer
 from jaxllm.sampling import Sampler
 
@@ -38,8 +38,8 @@ def generate(
   """n draws of each prompt, which is read once, ordered by sum_t log p(token_t) / T^length_penalty, T new tokens.
 
   p is the model's own distribution, before the sampler.  length_penalty: 0 is the sum, 1 the mean.  arguments: as
-  `loop.generate` takes them.  Raises ConfigError for an n that is no integer of at least 1, and a length_penalty that is no
-  finite number.
+  `loop.generate` takes them, but for copies and logprobs, which are set here.  Raises ConfigError for an n that is no integer
+  of at least 1, a length_penalty that is no finite number, and those two.
   Source: Stiennon et al. (2020), section 3.3, with the likelihood as the score; OpenAI's `best_of`.
   """
   if (
@@ -48,9 +48,13 @@ def generate(
     or not np.isfinite(length_penalty)
   ):
     raise ConfigError(f"length_penalty: found {length_penalty!r}, expected a finite number")
-  out = loop.generate(
-    model, params, prompts, sampler=sampler, key=key, copies=n, **{"logprobs": 0} | arguments
-  )
+  n = request.count("n", n)
+  for name in ("copies", "logprobs"):
+    if name in arguments:
+      raise ConfigError(
+        f"{name}: found {arguments[name]!r}, expected none, as n and the ranking set it; leave it out"
+      )
+  out = loop.generate(model, params, prompts, sampler=sampler, key=key, copies=n, logprobs=0, **arguments)
   ranked = Ranked([], [], [])
   for first in range(0, len(out.tokens), n):
     rows = range(first, first + n)

@@ -47,7 +47,8 @@ def generate(
   """token_t = argmax over the top_k likeliest v of (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), j < t.
 
   h_v is the last hidden state of v read after the text, h_j those of the tokens before it, prompt included.  alpha 0 is greedy.
-  A step reads top_k tokens a row; prompts are read in one call.  Raises ConfigError for an alpha outside [0, 1], and a top_k
+  A step reads top_k tokens a row; prompts are read in one call.  Compiled once a batch size, bucket of prompt lengths, room for
+  new tokens (request.SLOTS apart) and top_k.  Raises ConfigError for an alpha outside [0, 1], and a top_k
   that is no integer from 1 to the size of the vocabulary; the other arguments and errors are those of `loop.generate`.
   Source: Su et al. (2022), "A contrastive framework for neural text generation", equation 5.
   """
@@ -57,19 +58,18 @@ def generate(
     raise ConfigError(f"alpha: found {alpha!r}, expected a number from 0 to 1")
   if request.count("top_k", top_k) > cfg.vocab_size:
     raise ConfigError(f"top_k: found {top_k}, expected at most the vocabulary, {cfg.vocab_size}")
-  given = request.prepared(cfg, prompts, max_new_tokens, stop_ids, request.ANY)
-  tables = jax.device_put(cfg.rope_tables(max_len=given.capacity))
+  given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, request.ANY)
+  tables = jax.device_put(cfg.rope_tables(max_len=capacity))
   state = search(
     model,
     params,
     tables,
-    given.stop,
-    given.tokens,
-    given.length,
+    given,
     np.float32(alpha),
+    np.int32(max_new_tokens),
     int(top_k),
-    max_new_tokens,
-    given.capacity,
+    request.room(max_new_tokens),
+    capacity,
   )
   new_BT, done_B, bad_B = jax.device_get((state.new, state.done, state.bad))
   if bad_B.any():
@@ -81,21 +81,21 @@ def generate(
   return Generated(tokens, ["stop" if done else "length" for done in done_B])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top_k", "max_new_tokens", "capacity"))
+@functools.partial(jax.jit, static_argnames=("model", "top_k", "room", "capacity"))
 def search(
   model: Transformer,
   params: Any,
   tables: PositionTables,
-  stop_V: jax.Array,
-  tokens_BT: jax.Array,
-  length_B: jax.Array,
+  prompts: request.Prompts,
   alpha: jax.Array,
+  max_new_tokens: jax.Array,
   top_k: int,
-  max_new_tokens: int,
+  room: int,
   capacity: int,
 ) -> State:
   """The state when every row has ended."""
-  (B, T), M = tokens_BT.shape, max_new_tokens
+  tokens_BT, length_B, stop_V = prompts
+  B, T = tokens_BT.shape
   to_logits = head(model.cfg, params)
   valid_BT = jnp.arange(T)[None] < length_B[:, None]
   cache = dataclasses.replace(init_cache(model.cfg, B, capacity), fresh=True)
@@ -106,9 +106,9 @@ def search(
   none_B = jnp.zeros((B,), bool)
   state = State(
     jnp.int32(0),
-    jnp.full((B, M), ENDED, jnp.int32),
+    jnp.full((B, room), ENDED, jnp.int32),
     to_logits(last_BD[:, None])[:, 0],
-    jnp.pad(seen_BTD, ((0, 0), (0, M), (0, 0))),
+    jnp.pad(seen_BTD, ((0, 0), (0, room), (0, 0))),
     cache,
     none_B,
     none_B,
@@ -139,7 +139,7 @@ def search(
       state.bad | (~state.done & ~check_logits(state.logits)),
     )
 
-  unfinished = lambda state: (state.step < M) & ~jnp.all(state.done) & ~jnp.any(state.bad)
+  unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.done) & ~jnp.any(state.bad)
   return jax.lax.while_loop(unfinished, one_step, state)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxllm.errors import ConfigError
 from jaxllm.generate import loop, request
@@ -42,12 +41,15 @@ def draft_keys(key_B: jax.Array, count_B: jax.Array, G: int) -> Keys:
   return Keys(*(keys_GB4[..., i] for i in range(4)))
 
 
+def probabilities(logits: jax.Array) -> jax.Array:
+  """softmax, and 0 throughout where no logit is finite."""
+  left = jnp.any(logits > -jnp.inf, axis=-1, keepdims=True)
+  return jnp.where(left, jax.nn.softmax(jnp.where(left, logits, 0.0), axis=-1), 0.0)
+
+
 def drawn_from(key_B: jax.Array, p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
   """A token a row from max(0, p - q), normalised, of logits p and q; from p where nothing is left: [B]."""
-  softmax = lambda x: jnp.where(
-    jnp.any(x > -jnp.inf, axis=-1, keepdims=True), jax.nn.softmax(jnp.maximum(x, -1e30), axis=-1), 0.0
-  )
-  rest_BV = jnp.maximum(softmax(p_BV) - softmax(q_BV), 0.0)
+  rest_BV = jnp.maximum(probabilities(p_BV) - probabilities(q_BV), 0.0)
   some_B1 = jnp.sum(rest_BV, axis=-1, keepdims=True) > 0
   return draw(key_B, jnp.where(some_B1, jnp.log(rest_BV), p_BV))
 
@@ -69,27 +71,16 @@ class DraftModel:
     """Of its ids."""
     return self.model.cfg.vocab_size
 
-  def start(self, tokens_BT: np.ndarray, length_B: np.ndarray, part: int, capacity: int) -> Any:
+  def start(self, prompts: request.Prompts, part: int, capacity: int, max_new_tokens: int) -> Any:
     """Its state after the prompts: the tables for so many positions, and a cache."""
     cfg = self.model.cfg
-    cfg.check_length(capacity, "the draft model's longest text")
-    tables = jax.device_put(cfg.rope_tables(max_len=capacity + part))
-    key_B = request.row_keys(None, Greedy(), len(length_B))
-    settings = loop.Settings(self.model, part, loop.STORES["full"], None)
-    none_V = np.zeros(cfg.vocab_size, bool)
-    state, _ = loop.prefill(
-      settings,
-      self.params,
-      tables,
-      Greedy(),
-      none_V,
-      tokens_BT,
-      length_B,
-      request.Own(),
-      None,
-      key_B,
-      capacity,
+    cfg.check_length(
+      int(prompts.length.max()) + max_new_tokens, "draft model: longest prompt and max_new_tokens"
     )
+    capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
+    tables = jax.device_put(cfg.rope_tables(max_len=capacity + part))
+    settings = loop.Settings(self.model, capacity, part)
+    state, _ = loop.prefill(settings, self.params, tables, Greedy(), prompts, request.Own(), None, None)
     return tables, state.cache
 
   def propose(
@@ -137,7 +128,7 @@ class PromptLookup:
     """Any."""
     return None
 
-  def start(self, tokens_BT: np.ndarray, length_B: np.ndarray, part: int, capacity: int) -> Any:
+  def start(self, prompts: request.Prompts, part: int, capacity: int, max_new_tokens: int) -> Any:
     """No state."""
     return ()
 

@@ -116,26 +116,25 @@ def generate(
       raise ConfigError(
         "negative_prompts: cannot be given with copies, positions or a prefix; leave those out"
       )
-  tokens_BT, length_B, capacity, stop_V = request.prepared(cfg, both, max_new_tokens, stop_ids, part)
-  key_B = request.row_keys(key, sampler, len(prompts) * copies)
-  own = request.Own.of(positions, prefix, length_B, tokens_BT.shape[1], part)
+  given, capacity = request.prepared(cfg, both, max_new_tokens, stop_ids, part)
+  B = len(prompts) * copies
+  key = request.checked_key(key, sampler, B)
+  own = request.Own.of(positions, prefix, given.length, given.tokens.shape[1], part)
   last = max_new_tokens + (0 if own.pos is None else int(own.pos.max()) + 1)
   cfg.check_length(last, "largest position and max_new_tokens")
   tables = cfg.rope_tables(max_len=max(capacity, last)) if rope is None else request.fixed(rope)
-  tables, stop_V, own, guide = jax.device_put((tables, stop_V, own, guide))
+  tables, stop_V, own, guide = jax.device_put((tables, given.stop, own, guide))
 
-  settings = Settings(model, part, store, logprobs, copies)
-  rows = Rows(len(key_B), stop, on_tokens, logprobs)
-  state, drawn = prefill(
-    settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, guide, key_B, capacity
-  )
+  settings = Settings(model, capacity, part, store, logprobs, copies)
+  rows = Rows(B, stop, on_tokens, logprobs)
+  given, limit = given._replace(stop=stop_V), np.int32(max_new_tokens)
+  state, drawn = prefill(settings, params, tables, sampler, given, own, guide, key)
   while True:
     if rows.add(drawn):  # for the device, a row that `stop` has ended is done
       done_B = jax.device_put(np.asarray(state.done) | rows.ended, state.done.sharding)
       state = dataclasses.replace(state, done=done_B)
     if state.over or int(state.step) >= max_new_tokens:
       break
-    limit = np.int32(max_new_tokens)
     state, drawn = decode(settings, params, tables, sampler, stop_V, guide, limit, state, chunk)
 
   done_B, bad_B = jax.device_get((state.done, state.bad))
@@ -153,40 +152,39 @@ class Settings:
   """What the two programs are compiled for beside the shapes of their arguments."""
 
   model: Transformer
+  capacity: int
   part: int
-  store: Full | Quantized
-  logprobs: int | None
+  store: Full | Quantized = STORES["full"]
+  logprobs: int | None = None
   copies: int = 1
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "capacity"))
+@functools.partial(jax.jit, static_argnames=("settings",))
 def prefill(
   settings: Settings,
   params: Any,
   tables: PositionTables,
   sampler: Sampler,
-  stop_V: jax.Array,
-  tokens_BT: jax.Array,
-  length_B: jax.Array,
+  prompts: request.Prompts,
   own: request.Own,
   guide: jax.Array | None,
-  key_B: jax.Array,
-  capacity: int,
+  key: jax.Array | None,
 ) -> tuple[State, Drawn]:
-  """Reads right-padded prompts into a new cache and draws a first token: (state, [B, 1])."""
-  logits_BV, cache = read_prompts(settings, params, tables, tokens_BT, length_B, own, capacity)
+  """Reads prompts into a new cache and draws a first token: (state, [B, 1])."""
+  logits_BV, cache = read_prompts(settings, params, tables, prompts, own)
   logits_BV = guided(logits_BV, guide)
-  place = own.next
+  tokens_BT, length_B, place = prompts.tokens, prompts.length, own.next
   if settings.copies > 1:
     repeat = lambda x: jnp.repeat(x, settings.copies, axis=0)
     cache, logits_BV, tokens_BT, length_B, place = jax.tree.map(
       repeat, (cache, logits_BV, tokens_BT, length_B, place)
     )
-  B, room = len(logits_BV), max(capacity - tokens_BT.shape[1], 0)
+  B, room = len(logits_BV), max(settings.capacity - tokens_BT.shape[1], 0)
   memory = sampler.init(tokens_BT[:B], length_B[:B], room)
   none_B, first_B = jnp.zeros((B,), bool), jnp.zeros((B,), jnp.int32)
+  key_B = request.row_keys(key, B)
   state = State(cache, memory, key_B, first_B, place, jnp.int32(0), done=none_B, bad=none_B)
-  state, drawn = draw(sampler, stop_V, logits_BV, state, settings.logprobs)
+  state, drawn = draw(sampler, prompts.stop, logits_BV, state, settings.logprobs)
   return state, jax.tree.map(lambda x: x[:, None], drawn)
 
 
@@ -194,23 +192,24 @@ def read_prompts(
   settings: Settings,
   params: Any,
   tables: PositionTables,
-  tokens_BT: jax.Array,
-  length_B: jax.Array,
+  prompts: request.Prompts,
   own: request.Own,
-  capacity: int,
 ) -> tuple[jax.Array, Cache]:
-  """(logits [B, V] of each row's last token, the cache) of right-padded prompts, read in parts where they are long."""
-  B, T = tokens_BT.shape
+  """(logits [B, V] of each row's last token, the cache) of prompts, read in parts where they are long."""
+  (B, T), length_B = prompts.tokens.shape, prompts.length
   cfg, part = settings.model.cfg, min(settings.part, T)
   # with positions of their own, what a window leaves out is not what the order says
-  cache = init_cache(cfg, B, capacity, call=part if own.pos is None else None, store=settings.store)
+  call = part if own.pos is None else None
+  cache = init_cache(cfg, B, settings.capacity, call=call, store=settings.store)
 
   def read(start, cache):
     valid = start + jnp.arange(part)[None] < length_B[:, None]
     cut = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, start, part, axis=1)
     context = Context(valid=valid, pos=cut(own.pos), prefix=own.prefix)
     variables = {"params": params}
-    logits, cache = settings.model.apply(variables, cut(tokens_BT), context, cache, tables, logits="last")
+    logits, cache = settings.model.apply(
+      variables, cut(prompts.tokens), context, cache, tables, logits="last"
+    )
     return logits[:, 0], cache
 
   def next_part(carry):

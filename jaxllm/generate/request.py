@@ -165,13 +165,17 @@ def _positions(i: int, row: Any, n: int) -> np.ndarray:
   return found.astype(np.int32)
 
 
-class Prompts(NamedTuple):
-  """Checked prompts as all ways of generating read them: ids [B, T], lengths [B], the capacity of the cache, stop ids [V]."""
+def room(max_new_tokens: int) -> int:
+  """Places for so many new tokens: a multiple of SLOTS, so that one program serves many numbers of them."""
+  return -(-max_new_tokens // SLOTS) * SLOTS
 
-  tokens: np.ndarray
-  length: np.ndarray
-  capacity: int
-  stop: np.ndarray
+
+class Prompts(NamedTuple):
+  """Checked prompts as all ways of generating read them: right-padded ids [B, T], lengths [B], and which ids end a text [V]."""
+
+  tokens: Any
+  length: Any
+  stop: Any
 
 
 def prepared(
@@ -181,8 +185,8 @@ def prepared(
   stop_ids: Iterable[int] | None,
   part: int,
   ahead: int = 0,
-) -> Prompts:
-  """The prompts with room for so many new tokens, and for `ahead` that may be read and given up.
+) -> tuple[Prompts, int]:
+  """(the prompts, the capacity of a cache) with room for so many new tokens, and for `ahead` that may be read and given up.
 
   stop_ids None: the config's eos_ids.  What would be read past the last position is not written: such tokens cannot be kept.
   Raises as `padded` and `stop_mask` do, and ConfigError where a learned table has too few positions.
@@ -194,7 +198,7 @@ def prepared(
   if capacity > MOST:
     raise ConfigError(f"max_new_tokens: found {max_new_tokens}, expected fewer: positions are below 2^31")
   stop_V = stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
-  return Prompts(tokens_BT, length_B, capacity, stop_V)
+  return Prompts(tokens_BT, length_B, stop_V), capacity
 
 
 def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:
@@ -210,20 +214,26 @@ def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:
   return mask_V
 
 
-def row_keys(key: jax.Array | None, sampler: Sampler, B: int) -> jax.Array:
-  """One key a row, [B]: those given, or fold_in(key, row); None is good for Greedy only.
+def checked_key(key: jax.Array | None, sampler: Sampler, B: int) -> jax.Array | None:
+  """The key, or one a row; None is good for Greedy only.
 
   Raises SamplingError for what is no sampler, ConfigError for what is no key.
   """
   if not isinstance(sampler, Sampler):
     raise SamplingError(f"sampler: found {sampler!r}, expected a value such as Greedy() or TopP(0.9)")
   if key is None and isinstance(sampler, Greedy):
-    key = jax.random.key(0)  # never read
+    return None
   if isinstance(key, jax.Array) and key.dtype == jnp.uint32:  # PRNGKey's form
     key = jax.random.wrap_key_data(key)
   is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
   if not is_key or key.shape not in ((), (B,)):
     raise ConfigError(f"key: found {key!r}, expected jax.random.key(seed), or a key for each of the {B} rows")
+  return key
+
+
+def row_keys(key: jax.Array | None, B: int) -> jax.Array:
+  """One key a row, [B]: those given, or fold_in(key, row); any where there is none, as they are never read."""
+  key = jax.random.key(0) if key is None else key
   return key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(B))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, SamplingError, TokenizerError
 from jaxllm.generate import loop, request
-from jaxllm.generate.draft import Draft, draft_keys, drawn_from
+from jaxllm.generate.draft import Draft, draft_keys, drawn_from, probabilities
 from jaxllm.generate.output import ENDED, Drawn, OnTokens, Rows, Stop
 from jaxllm.nn import Cache, Transformer
 from jaxllm.position import PositionTables
@@ -78,33 +78,33 @@ def generate(
 
   draft: a `draft.DraftModel` or `draft.PromptLookup`.  Rows keep as many tokens as they accept, independently.  The other
   arguments are those of `loop.generate`, and so are the errors; further, ConfigError for a gamma that is no integer from 1 to
-  part - 1, and TokenizerError for a draft model with another vocabulary.
+  part - 1, a draft that is neither of these, and a draft model with fewer positions than the longest prompt with its new
+  tokens, and TokenizerError for a draft model with another vocabulary.
   Source: Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2.
   """
   cfg = model.cfg
   max_new_tokens, part = request.count("max_new_tokens", max_new_tokens), request.count("part", part)
   gamma = request.count("gamma", gamma)
-  tokens_BT, length_B, capacity, stop_V = request.prepared(
-    cfg, prompts, max_new_tokens, stop_ids, part, gamma
-  )
-  B, T = tokens_BT.shape
-  if gamma >= min(part, T):
-    raise ConfigError(
-      f"gamma: found {gamma}, expected at most {min(part, T) - 1}, as a round is one call on the cache"
-    )
+  if gamma >= part:
+    raise ConfigError(f"gamma: found {gamma}, expected at most part - 1 = {part - 1}, as a round is one call")
+  if not isinstance(draft, Draft):
+    raise ConfigError(f"draft: found {draft!r}, expected DraftModel(model, params) or PromptLookup(ngram)")
+  given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part, gamma)
+  # windowed layers have room for a call as long as that of the prompts
+  longer = max(0, gamma + 1 - given.tokens.shape[1])
+  given = given._replace(tokens=np.pad(given.tokens, ((0, 0), (0, longer))))
   if draft.vocab_size not in (None, cfg.vocab_size):
     raise TokenizerError(
       f"draft: found a vocabulary of {draft.vocab_size}, expected the model's {cfg.vocab_size}, as drafted ids are its ids"
     )
-  key_B = request.row_keys(key, sampler, B)
-  tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), stop_V))
-  own = request.Own()
+  B = len(given.length)
+  key = request.checked_key(key, sampler, B)
+  tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), given.stop))
 
-  settings = loop.Settings(model, part, loop.STORES["full"], None)
-  first, drawn = loop.prefill(
-    settings, params, tables, sampler, stop_V, tokens_BT, length_B, own, None, key_B, capacity
-  )
-  state = start(first, draft.start(tokens_BT, length_B, part, capacity), tokens_BT, length_B, capacity)
+  settings = loop.Settings(model, capacity, part)
+  first, drawn = loop.prefill(settings, params, tables, sampler, given, request.Own(), None, key)
+  drafter = draft.start(given, part, capacity, max_new_tokens)
+  state = start(first, drafter, given.tokens, given.length, capacity)
   rows, rounds, accepted = Rows(B, stop, on_tokens, None), np.zeros(B, int), np.zeros(B, int)
   limit = np.int32(max_new_tokens)
   while True:
@@ -173,7 +173,8 @@ def one_round(
   p_GB, q_GB = (
     jnp.take_along_axis(probabilities(x), place_GB1, axis=-1)[..., 0] for x in (p_GBV[:-1], q_GBV)
   )
-  kept_GB = keys.uniform()[:-1] * q_GB < p_GB
+  # where there is no q, as logits are NaN or the filters left nothing, no draft is kept and all of p is left
+  kept_GB = (q_GB > 0) & (keys.uniform()[:-1] * q_GB < p_GB)
   a_B = jnp.sum(jnp.cumprod(kept_GB, axis=0), axis=0)  # drafts before the first that is not kept
 
   at = lambda x_GB: jax.vmap(lambda x_G, a: x_G[a], in_axes=(1, 0))(x_GB, a_B)
@@ -221,9 +222,3 @@ def filtered(
 
   padded = jnp.pad(draft_BG, ((0, 0), (0, 1)))  # the update after the last is not used
   return jax.lax.scan(one, memory, (keys.toss, logits_BGV.swapaxes(0, 1), padded.T))[1]
-
-
-def probabilities(logits: jax.Array) -> jax.Array:
-  """softmax, and 0 throughout where no logit is finite."""
-  left = jnp.any(logits > -jnp.inf, axis=-1, keepdims=True)
-  return jnp.where(left, jax.nn.softmax(jnp.where(left, logits, 0.0), axis=-1), 0.0)

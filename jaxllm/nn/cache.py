@@ -22,6 +22,7 @@ class Slots:
   Token i is in slot i for i < sinks, else in sinks + (i - sinks) mod (size - sinks), where the newest one stays.  A ring as
   large as the text never comes round: it is the usual cache, slot i for token i.  call: the most tokens of one call where there
   is a ring (None: there is none).
+  Source: Beltagy et al. (2020), Longformer, section 3.1 (the window); Xiao et al. (2023), section 3.2 (the sinks).
   """
 
   size: int

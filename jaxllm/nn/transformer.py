@@ -49,17 +49,29 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-  """`repeats` repeats of the layer pattern, named by their numbers: all of the model, or one repeat as the body of a scan."""
+  """`repeats` repeats of the layer pattern, named by their numbers: all of the model, or one repeat as the body of a scan.
+
+  A program that reads a cache traces a layer of each kind once, and calls it for the others (the compiler inlines calls):
+  tracing is most of what a process that finds its programs compiled waits for, and grows with the layers.
+  """
 
   cfg: ModelConfig
   repeats: int
 
   @nn.compact
   def __call__(self, x_BTD, shared: Shared, caches: tuple[LayerCache, ...] | None, first: jax.Array | int):
-    cfg, moved = self.cfg, []
+    cfg, moved, kinds = self.cfg, [], {}
+    once = caches is not None and isinstance(x_BTD, jax.core.Tracer)
+    once = once and not any(map(self.is_mutable_collection, ("params", "intermediates")))
     for i in range(self.repeats * len(cfg.layers)):
-      block = Block(cfg, cfg.layer(i), name=str(i))
-      x_BTD, cache = block(x_BTD, shared, first + i, None if caches is None else caches[i])
+      kind, cache = cfg.layer(i), None if caches is None else caches[i]
+      if once:
+        if kind not in kinds:
+          kinds[kind] = jax.jit(Block(cfg, kind, parent=None).apply)
+        variables = {"params": self.variables["params"][str(i)]}
+        x_BTD, cache = kinds[kind](variables, x_BTD, shared, first + i, cache)
+      else:
+        x_BTD, cache = Block(cfg, kind, name=str(i))(x_BTD, shared, first + i, cache)
       moved.append(cache)
     return x_BTD, None if caches is None else tuple(moved)
 

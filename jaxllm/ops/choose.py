@@ -23,7 +23,7 @@ class Choice:
 def choose(call: Call) -> Choice:
   """The core for a call: the device's kernel where it serves it, else plain for PLAIN_UP_TO ** 2 scores and blockwise beyond.
 
-  NVIDIA GPUs have cuDNN and TPUs splash attention; a call with a cache goes to plain or blockwise.
+  NVIDIA GPUs have cuDNN and TPUs splash attention; a call on a cache that holds tokens goes to plain or blockwise.
   """
   kernel = {"cuda": Cudnn(), "tpu": Splash()}.get(call.device.platform)
   if kernel is None:

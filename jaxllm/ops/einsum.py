@@ -32,6 +32,8 @@ def _is_slow_row(equation: str, operands: tuple[jax.Array | Matrix, ...]) -> boo
   if len(operands) != 2:
     return False
   (x, w), (rows, matrix, output) = operands, equation.replace("->", ",").split(",")
+  if isinstance(x, Matrix):
+    return False
   by_matrix = len(matrix) == 2 and rows[-1] == matrix[0] and output == rows[:-1] + matrix[1]
   return (
     by_matrix

@@ -53,9 +53,11 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
 
 def expert_lines(cfg: ModelConfig) -> list[str]:
   """The layers with experts: how many there are, how wide, and how many of them a token takes."""
+  from jaxllm.experts import Moe
+
   lines = []
-  for mlp in getattr(cfg, "mlps", ()):
-    if hasattr(mlp, "num_experts"):
+  for mlp in cfg.mlps:
+    if isinstance(mlp, Moe):
       found = [i for i in range(cfg.num_layers) if cfg.mlp_of(cfg.layer(i)) == mlp]
       which = "all layers" if len(found) == cfg.num_layers else f"layers {runs(found)}"
       lines.append(

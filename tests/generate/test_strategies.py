@@ -119,6 +119,14 @@ def test_enough_beams_find_the_best_of_all_texts(pair):
   assert [tuple(text) for text in out.tokens[0]] == [texts[i] for i in order]
 
 
+def test_there_may_be_fewer_texts_than_are_asked_for(pair):
+  _, model, params = pair
+  out = beam.generate(model, params, PROMPTS, num_beams=80, num_return=80, max_new_tokens=1, stop_ids=())
+  for texts, scores in zip(out.tokens, out.scores, strict=True):
+    assert sorted(texts) == [[token] for token in range(64)]
+    np.testing.assert_allclose(np.exp(scores).sum(), 1, rtol=1e-5)
+
+
 def test_groups_without_a_penalty_are_searches_of_their_own_and_with_one_differ(pair):
   _, model, params = pair
   usual = dict(max_new_tokens=NEW, stop_ids=())
@@ -133,41 +141,56 @@ def test_groups_without_a_penalty_are_searches_of_their_own_and_with_one_differ(
     assert all(len({text[place] for text in texts}) == 4 for place in range(NEW))
 
 
-def reference_groups(model, params, prompt, G, K, penalty, steps):
-  """Diverse beam search without a cache, in float64: the sums and texts of each group's beams."""
-  groups = [[(0.0, ())] for _ in range(G)]
-  for _ in range(steps):
+def reference_groups(model, params, prompt, G, K, penalty, steps, stop=None):
+  """Diverse beam search without a cache, in float64: each group's scores and texts, and how many groups ended early.
+
+  A group ends with K ended texts, and takes no token from then on.
+  """
+  groups, ended, early = [[(0.0, ())] for _ in range(G)], [[] for _ in range(G)], 0
+  for step in range(1, steps + 1):
     taken = np.zeros(64)
     for g in range(G):
+      if len(ended[g]) == K:
+        continue
       texts = [text for _, text in groups[g]]
       ids = np.array([prompt + list(text) for text in texts], np.int32)
       logits = np.asarray(forward(model, params, ids), np.float64)[:, -1]
       logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
       sums = np.array([score for score, _ in groups[g]])[:, None] + logs - penalty * taken
-      best = np.argsort(-sums, axis=None, kind="stable")[:K]
-      groups[g] = [(sums.flat[i], (*texts[i // 64], int(i % 64))) for i in best]
+      best = np.argsort(-sums, axis=None, kind="stable")[: 2 * K]
+      found = [(sums.flat[i], (*texts[i // 64], int(i % 64))) for i in best]
+      ends = [(score / step, text) for score, text in found[:K] if text[-1] == stop or step == steps]
+      ended[g] = sorted(ended[g] + ends, reverse=True)[:K]
+      early += len(ended[g]) == K and step < steps
+      groups[g] = [(score, text) for score, text in found if text[-1] != stop][:K]
       for _, text in groups[g]:
         taken[text[-1]] += 1
-  return groups
+  return ended, early
 
 
-def test_groups_are_those_of_their_definition(pair):
+@pytest.mark.parametrize("stop", [None, 14, pytest.param(40, marks=pytest.mark.slow)])
+def test_groups_are_those_of_their_definition(pair, stop):
   _, model, params = pair
   out = beam.generate(
     model,
     params,
-    PROMPTS[:1],
+    PROMPTS,
     num_beams=6,
     num_groups=3,
     num_return=6,
     diversity_penalty=1.3,
-    max_new_tokens=5,
-    stop_ids=(),
+    early_stopping=True,
+    max_new_tokens=9,
+    stop_ids=() if stop is None else (stop,),
   )
-  groups = reference_groups(model, params, PROMPTS[0], 3, 2, 1.3, 5)
-  expected = sorted(itertools.chain.from_iterable(groups), reverse=True)
-  assert [tuple(text) for text in out.tokens[0]] == [text for _, text in expected]
-  np.testing.assert_allclose(out.scores[0], [score / 5 for score, _ in expected], rtol=1e-4)
+  ended_early = 0
+  for b, prompt in enumerate(PROMPTS):
+    ended, early = reference_groups(model, params, prompt, 3, 2, 1.3, 9, stop)
+    ended_early += early
+    expected = sorted(itertools.chain.from_iterable(ended), reverse=True)
+    assert [tuple(text) for text in out.tokens[b]] == [text for _, text in expected]
+    np.testing.assert_allclose(out.scores[b], [score for score, _ in expected], rtol=1e-4)
+  assert (ended_early > 0) == (stop is not None)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +200,10 @@ def test_groups_are_those_of_their_definition(pair):
     (dict(num_groups=3), "num_groups: found 3, expected a divisor of num_beams = 4"),
     (dict(num_return=5), "num_return: found 5, expected at most num_beams = 4"),
     (dict(early_stopping="always"), "early_stopping: found 'always'"),
+    (
+      dict(early_stopping=1),
+      "early_stopping: found 1, expected True",
+    ),  # equals True, and would be taken for False
     (dict(length_penalty=np.nan), "length_penalty: found nan"),
     (dict(diversity_penalty="1"), "diversity_penalty: found '1'"),
   ],
@@ -257,8 +284,14 @@ def test_copies_are_draws_of_one_prompt_and_the_best_of_them_is_the_likeliest(sh
       assert out.tokens[b] == [apart.tokens[4 * b + i] for i in order]
       np.testing.assert_allclose(out.scores[b], sums[order], rtol=1e-4)
       assert out.reasons[b] == ["length"] * 4
-  with pytest.raises(ConfigError, match="length_penalty: found nan"):
-    best_of.generate(model, params, prompts, n=2, length_penalty=np.nan, **usual)
+  for given, message in (
+    (dict(length_penalty=np.nan), "length_penalty: found nan"),
+    (dict(n=0), "n: found 0, expected an integer of at least 1"),
+    (dict(copies=3), "copies: found 3, expected none"),
+    (dict(logprobs=None), "logprobs: found None, expected none"),
+  ):
+    with pytest.raises(ConfigError, match="^" + message):
+      best_of.generate(model, params, prompts, **dict(n=2) | given, **usual)
 
 
 def defined_contrastive(model, params, prompt, alpha, k, steps):

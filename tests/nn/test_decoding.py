@@ -17,7 +17,7 @@ from model_checks import (
 )
 
 from jaxllm.errors import ConfigError
-from jaxllm.nn import Context, Transformer, init_cache
+from jaxllm.nn import Context, Transformer, init_cache, transformer
 from jaxllm.nn.store import write
 
 
@@ -74,6 +74,30 @@ def test_logits_of_the_last_real_token_only():
   last, hidden, all_logits = map(np.asarray, jax.jit(parts)(params(cfg), ids))
   np.testing.assert_allclose(last[:, 0], all_logits[np.arange(B), lengths - 1], rtol=0, atol=2e-5)
   np.testing.assert_allclose(hidden @ params(cfg)["head"], all_logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_program_with_a_cache_traces_a_layer_of_each_kind_once(monkeypatch, captured):
+  """Three layers of two kinds; each for itself where a caller captures what its layers give."""
+  cfg, ids, traced = MODELS["rope"], tokens(), []
+  truth = full(cfg, ids)
+
+  class Counted(transformer.FeedForward):
+    def __call__(self, x):
+      traced.append(self.path)
+      return super().__call__(x)
+
+  monkeypatch.setattr(transformer, "FeedForward", Counted)
+  weights = params(cfg)
+  traced.clear()
+  asked = dict(capture_intermediates=True, mutable="intermediates") if captured else {}
+  apply = lambda weights, ids: Transformer(cfg).apply(
+    {"params": weights}, ids, cache=init_cache(cfg, B, T), rope=tables(cfg), **asked
+  )
+  result = jax.jit(apply)(weights, ids)
+  assert len(traced) == (3 if captured else 2)
+  logits = result[0][0] if captured else result[0]
+  assert relative_error(logits, truth) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["rope", "dynamic_ntk"])
