@@ -69,6 +69,12 @@ def measured(kind, row, **values):
   tables.record(MEASURED, [kind, row, values])
 
 
+def same_text(row, found, expected):
+  """Texts, each a list of ids, are the same; how many of how many tokens is recorded for the row."""
+  assert found == expected, row
+  measured("same text", row, texts=len(found), tokens=sum(map(len, found)))
+
+
 class Table(tables.Plugin):
   """The plugin: all tables that a passed test has a number for."""
 
@@ -76,7 +82,7 @@ class Table(tables.Plugin):
 
   def __init__(self, path=""):
     super().__init__(path)
-    self.found = {kind: {} for kind in KINDS}
+    self.found, self.failed = {kind: {} for kind in KINDS}, []
 
   def add(self, properties):
     for key, value in properties:
@@ -85,6 +91,11 @@ class Table(tables.Plugin):
         row = self.found[kind].setdefault(row, {})
         for name, x in values.items():
           row.setdefault(name, []).append(x)
+
+  def pytest_runtest_logreport(self, report):
+    super().pytest_runtest_logreport(report)
+    if report.failed:
+      self.failed.append(report.nodeid)
 
   def rows(self, kind):
     """Header and rows of one table, rows in the order of their tests, columns that nothing was measured for left out."""
@@ -107,9 +118,12 @@ class Table(tables.Plugin):
     lines = []
     for heading, rows in self.sections():
       lines += [heading, *tables.aligned(rows), ""]
-    return lines or ["no test that ran has a number for it"]
+    return (lines or ["no test that ran has a number for it"]) + self.lacking()
+
+  def lacking(self):
+    """What to say of failed tests: other cases of their rows may have passed."""
+    return [f"failed, and without a number here: {name}" for name in self.failed]
 
   def markdown(self):
-    return "\n".join(
-      f"**{heading}**\n\n{tables.markdown(header, rows)}" for heading, (header, *rows) in self.sections()
-    )
+    sections = [f"**{heading}**\n\n{tables.markdown(rows[0], rows[1:])}" for heading, rows in self.sections()]
+    return "\n".join(sections + [f"{line}\n" for line in self.lacking()])

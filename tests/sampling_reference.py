@@ -72,6 +72,6 @@ def check_drawn(tokens, probs, grid):
   assert statistic <= chi_square_limit(freedom)
   # p < 1e-8 each, if one could not be drawn
   assert set(np.flatnonzero(probs * tokens.size > 20)) <= set(tokens)
-  p = chi_square_p(statistic, freedom)
+  p, outside = chi_square_p(statistic, freedom), np.count_nonzero(probs[tokens] == 0)
   row = f"{grid}, {tokens.size:,} a cell"
-  measured("chi-square", row, N=tokens.size, cells=1, worst_p=p, outside_the_support=0)
+  measured("chi-square", row, N=tokens.size, cells=1, worst_p=p, outside_the_support=outside)

@@ -1,5 +1,6 @@
 """The tables of `pytest --generation`: numbers of passed tests come together a row, and reach it through xdist."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from generation_table import KINDS, MEASURED, Table, measured
 
 
 def report(*properties, passed=True):
-  return SimpleNamespace(when="call", passed=passed, user_properties=list(properties))
+  return SimpleNamespace(
+    when="call", passed=passed, failed=not passed, nodeid="a case", user_properties=list(properties)
+  )
 
 
 def number(kind, row, **values):
@@ -33,6 +36,9 @@ def test_rows_come_together_by_their_columns():
   assert cache == [("position method or block", "full"), ("bound", "1.0e-05"), ("yarn", "3.0e-07")]
   assert heading.startswith("3. ") and grids[1:] == [("a | b", "20,000", "2", "2.0e-03")]
   assert "| yarn | 3.0e-07 |" in table.markdown() and r"| a \| b | 20,000 |" in table.markdown()
+  (said,) = table.lacking()
+  assert said == "failed, and without a number here: a case"
+  assert table.text()[-1] == said and table.markdown().endswith(f"\n\n{said}\n")
   assert Table().text() == ["no test that ran has a number for it"]
 
 
@@ -50,13 +56,61 @@ def test_every_kind_of_cache_has_a_column():
   assert [kind.number for kind in KINDS.values()] == [1, 2, 3, 4, 6, 7, 8]
 
 
+def tables_of(directory, *args, plugin=""):
+  """(exit status, output, tables) of a run whose tests are in another process, with a plugin of that text."""
+  path = directory / "tables.md"
+  (directory / "sabotage_plugin.py").write_text(plugin)
+  command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", "-p", "sabotage_plugin"]
+  environment = os.environ | {"PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"}
+  run = subprocess.run(
+    [*command, f"--generation={path}", *args], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  return run.returncode, run.stdout + run.stderr, path.read_text()
+
+
 @pytest.mark.slow
 def test_a_run_whose_tests_are_in_another_process(tmp_path):
-  path = tmp_path / "tables.md"
-  command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", f"--generation={path}"]
-  command += ["tests/generate/test_generate_errors.py", "-k", "prompts"]
-  run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert run.returncode == 0, run.stdout + run.stderr
+  status, output, text = tables_of(tmp_path, "tests/generate/test_generate_errors.py", "-k", "prompts")
+  assert status == 0, output
   said = "prompts: found none, expected a list of at least one list of ids"
-  assert f"| prompts=[] | 0 | DataError | {said} |" in path.read_text()
-  assert "7. Bad input" in run.stdout and said in run.stdout
+  assert f"| prompts=[] | 0 | DataError | {said} |" in text and "failed" not in text
+  assert "7. Bad input" in output and said in output
+
+
+SABOTAGE = """
+def pytest_collection_finish(session):  # once conftest.py has set what JAX reads when it is imported
+  {module}
+  right = {owner}
+  {owner} = {wrong}
+"""
+WRONG = {  # what a run patches, the tests that see it, the row that they give else
+  "slots": (
+    dict(
+      module="from jaxllm.nn import store",
+      owner="store.write",
+      wrong="lambda slots, at, new: right(slots, at - (at.shape[1] == 1), new)",
+    ),
+    ("tests/nn/test_decoding.py", "-k", "test_chunks_give", "-m", "core"),
+    "| rope | ",
+  ),
+  "temperature": (
+    dict(
+      module="from jaxllm import sampling",
+      owner="sampling.Temperature.filter",
+      wrong="lambda self, logits_BV, state: right(self, 1.1 * logits_BV, state)",
+    ),
+    ("tests/sampling/test_sampling_statistics.py", "-m", "core"),
+    "| temperature, top-k, top-p, min-p, penalty, 20,000 a cell | ",
+  ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRONG)
+def test_a_cache_or_a_sampler_that_is_wrong_gives_no_number(name, tmp_path):
+  patch, tests, row = WRONG[name]
+  status, output, text = tables_of(tmp_path, *tests)
+  assert status == 0 and row in text, output
+  status, output, text = tables_of(tmp_path, *tests, plugin=SABOTAGE.format(**patch))
+  assert status == 1 and row not in text, output
+  assert f"failed, and without a number here: {tests[0]}" in text

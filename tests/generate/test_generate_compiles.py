@@ -1,5 +1,7 @@
 """What compiles: two programs, for prompts and for decoding; sampler parameters, ids and tables are data."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,12 @@ core = pytest.mark.core
 V = 64
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 CHUNK = 5
-"""Decoding programs of this file alone."""
+
+
+@pytest.fixture(scope="module")
+def own(shallow):
+  """That model with an end of its own, which every call replaces: no other test compiles its programs."""
+  return Transformer(dataclasses.replace(shallow[0].cfg, eos_ids=(63,))), shallow[1]
 
 
 def usual_of(model, sampler):
@@ -65,9 +72,9 @@ PROGRAMS = {  # what differs in a program, and in how many
 
 
 @pytest.fixture(scope="module")
-def usual(shallow):
-  """(call, its arguments): compiled, and what is done has once been moved to the device."""
-  model, params = shallow
+def usual(own):
+  """usual(**other): the tokens of a call, compiled, after what is done has once been moved to the device."""
+  model, params = own
   arguments = usual_of(model, TopK([0, 0, 0]))
   with compilations() as seen:
     generate(model, params, **arguments)
@@ -77,8 +84,8 @@ def usual(shallow):
 
 
 @core
-def test_what_differs_in_data_alone_does_not_compile_again(usual, shallow):
-  rope = lambda name: shallow[0].cfg.with_position(name, factor=4.0).rope_tables()
+def test_what_differs_in_data_alone_does_not_compile_again(usual, own):
+  rope = lambda name: own[0].cfg.with_position(name, factor=4.0).rope_tables()
   for row, other in (DATA | {f"tables of {name}": {"rope": rope(name)} for name in TABLES}).items():
     count(row, 0, lambda other=other: usual(**other))
   assert usual(rope=rope("yarn")) != usual() != usual(key=jax.random.key(1))  # the numbers are read
@@ -95,16 +102,16 @@ def test_what_is_of_another_shape_compiles_once(usual, programs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dynamic_ntk", "longrope", "rerope", "self_extend", "streaming"])
-def test_methods_that_keep_keys_unturned_compile_a_model_once(shallow, name):
+def test_methods_that_keep_keys_unturned_compile_a_model_once(own, name):
   """Prompts, keys and lengths in a bucket are data for them too."""
   fields = next(
     fields for case in METHODS for known, fields, _ in [getattr(case, "values", case)] if known == name
   )
-  model = Transformer(shallow[0].cfg.with_position(name, **fields))
-  arguments = usual_of(shallow[0], TopK([0, 0, 0])) | {"rope": None}
-  generate(model, shallow[1], **arguments)
+  model = Transformer(own[0].cfg.with_position(name, **fields))
+  arguments = usual_of(own[0], TopK([0, 0, 0])) | {"rope": None}
+  generate(model, own[1], **arguments)
   for row in ("other ids in the prompts' bucket", "another key", "max_new_tokens within the capacity"):
-    count(f"{name}: {row}", 0, lambda row=row: generate(model, shallow[1], **arguments | DATA[row]))
+    count(f"{name}: {row}", 0, lambda row=row: generate(model, own[1], **arguments | DATA[row]))
 
 
 RNG = np.random.default_rng(0)
@@ -131,10 +138,10 @@ TWO = {  # two sets of parameters of every sampler, of the same shapes
 }
 
 
-def test_the_parameters_of_every_sampler_are_data(shallow):
+def test_the_parameters_of_every_sampler_are_data(own):
   """In one chain of all, the parameters of one after the other."""
   assert TWO.keys() == SAMPLERS.keys() - {"greedy", "chain"}
-  model, params = shallow
+  model, params = own
   chain = lambda other=None: Chain(tuple(SAMPLERS[name](**TWO[name][name == other]) for name in TWO))
   text = lambda other=None: generate(model, params, **usual_of(model, chain(other))).tokens
   usual, changed = text(), set()

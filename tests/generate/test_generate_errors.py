@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from compiled import compilations
 from generation_table import measured
+from method_cases import learned
 
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
 from jaxllm.generate.loop import generate
@@ -120,7 +121,7 @@ def refused(row, error, message, call):
   assert not seen
   says = " ".join(str(caught.value).split())
   measured(
-    "bad input", row, compiled=0, error=error.__name__, says=says if len(says) < 100 else f"{says[:96]} ..."
+    "bad input", row, compiled=len(seen), error=error.__name__, says=says if len(says) < 100 else f"{says[:96]} ..."
   )
 
 
@@ -136,15 +137,14 @@ def test_a_wrong_argument_is_refused_and_named(shallow, right, arguments, error,
 
 
 def test_more_positions_than_a_learned_table_has_are_refused(shallow, right):
-  model = Transformer(shallow[0].cfg.with_position("learned", max_length=16))
+  cfg = shallow[0].cfg.with_position("learned", max_length=16)
+  params = shallow[1] | learned(cfg)
+  text = lambda new: generate(Transformer(cfg), params, [[1], [1, 2, 3]], max_new_tokens=new, stop_ids=())
   message = r"longest prompt and max_new_tokens: found 17, expected at most max_length = 16"
-  arguments = {"prompts": [[1], [1, 2, 3]], "max_new_tokens": 14}
   refused(
-    "a prompt of 3, 14 new tokens, a learned table of 16",
-    ConfigError,
-    message,
-    lambda: generate(model, shallow[1], **arguments),
+    "a prompt of 3, 14 new tokens, a learned table of 16", ConfigError, message, lambda: text(14)
   )
+  assert [len(new) for new in text(13).tokens] == [13, 13]
 
 
 def test_tables_whose_rows_may_end_before_the_cache_are_refused(shallow):

@@ -2,9 +2,8 @@
 
 import pytest
 from generation_table import measured
-from method_cases import METHODS, NEW, assert_argmax, check_text, forward, joined, learned, method_of
+from method_cases import METHODS, NEW, assert_argmax, check_text, forward, joined, method_of
 
-from jaxllm.errors import ConfigError
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.position import POSITIONS
@@ -25,17 +24,6 @@ def test_greedy_is_the_argmax_of_full_forward_passes(deep, prompts, name, fields
   error, text = check_text(model.cfg, method, params, prompts)
   assert min(len(set(new)) for new in text) >= 5
   measured("cache", name if query_scale is None else f"{name}, log-n", text=error)
-
-
-def test_more_new_tokens_than_learned_positions_are_refused(deep, prompts):
-  model, params = deep
-  cfg = model.cfg.with_position("learned", max_length=20)
-  with pytest.raises(
-    ConfigError, match="longest prompt and max_new_tokens: found 21, expected at most max_length = 20"
-  ):
-    generate(Transformer(cfg), params | learned(cfg), prompts, max_new_tokens=5)
-  out = generate(Transformer(cfg), params | learned(cfg), prompts, max_new_tokens=4)
-  assert [len(new) for new in out.tokens] == [4] * 3
 
 
 @core

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_table import measured
+from generation_table import same_text
 
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
@@ -41,21 +41,23 @@ def test_a_row_does_not_depend_on_its_batch(text, prompts, temperature):
   together = text(prompts=ragged, key=key_B, sampler=sampler).tokens
   for row in (0, 2):
     alone = text(prompts=ragged[row : row + 1], key=key_B[row : row + 1], sampler=sampler)
-    assert alone.tokens == [together[row]]
+    same_text("a longer prompt beside it, another bucket", alone.tokens, [together[row]])
   order = [2, 0, 1]
   moved = text(prompts=[ragged[row] for row in order], key=key_B[jnp.array(order)], sampler=sampler)
-  assert moved.tokens == [together[row] for row in order]
-  measured("same text", "a longer prompt beside it, another bucket, another order", texts=5, tokens=5 * NEW)
+  same_text("the order of the batch", moved.tokens, [together[row] for row in order])
 
 
 @core
 def test_the_text_does_not_depend_on_the_chunk(text):
   usual = text()
-  assert text(chunk=7) == usual  # three chunks, the last of which is cut short
+  found = text(chunk=7)  # three chunks, the last of which is cut short
+  assert found == usual
+  same_text("the chunk", found.tokens, usual.tokens)
   for index in (0, 6, 7, 8):  # the first token, and those about the end of the first chunk
     stops = [tokens[index] for tokens in usual.tokens]
-    assert text(chunk=7, stop_ids=stops) == text(stop_ids=stops) != usual
-  measured("same text", "the chunk", texts=15, tokens=3 * NEW)
+    found, expected = text(chunk=7, stop_ids=stops), text(stop_ids=stops)
+    assert found == expected != usual
+    same_text("the chunk, with stop ids", found.tokens, expected.tokens)
 
 
 @core
@@ -168,8 +170,8 @@ def test_greedy_text_is_the_same_in_every_place_of_every_batch(text, sizes):
     others = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 16, B - 1)]
     for place in range(B) if B > 8 else {0, B // 2, B - 1}:
       batch = [*others[:place], one, *others[place:]]
-      assert text(prompts=batch, sampler=Greedy(), key=None).tokens[place] == alone, (B, place)
-      measured("same text", f"greedy, batches of {span(sizes)}, every place", texts=1, tokens=NEW)
+      found = text(prompts=batch, sampler=Greedy(), key=None).tokens[place]
+      same_text(f"greedy, batches of {span(sizes)}, every place", [found], [alone])
 
 
 @pytest.mark.parametrize("sizes", [(4,), pytest.param(range(2, 17), marks=pytest.mark.slow)])
@@ -193,5 +195,5 @@ def test_sampled_text_is_the_same_in_every_place_of_every_batch(text, sizes):
     for place in range(B):
       batch, parameters = [*others[:place], one, *others[place:]], np.insert(theirs, place, own, axis=0)
       key_B = jnp.concatenate([keys[:place], key[None], keys[place:]])
-      assert tokens(batch, key_B, parameters)[place] == alone, (B, place)
-      measured("same text", f"sampled, batches of {span(sizes)}, every place", texts=1, tokens=NEW)
+      found = tokens(batch, key_B, parameters)[place]
+      same_text(f"sampled, batches of {span(sizes)}, every place", [found], [alone])

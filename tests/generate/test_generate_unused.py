@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from cache_cases import CACHES, spoiled
-from generation_table import measured
+from generation_table import same_text
 
 from jaxllm.generate import loop, request
 from jaxllm.nn import Transformer
@@ -45,7 +45,8 @@ def test_nan_in_unused_slots_and_other_padding_change_no_token(shallow, windowed
 
   monkeypatch.setattr(loop, "decode", poisoned)
   monkeypatch.setattr(request, "padded", otherwise)
-  assert text() == usual
+  found = text()
+  assert found == usual
+  same_text(f"NaN in unused slots, ids of padding: {kind}", found.tokens, usual.tokens)
   assert len(seen) == 5 and min(len(set(new)) for new in usual.tokens) >= 5
   assert len({slots.call for slots in seen[0].slots} - {None}) == (kind != "full")
-  measured("same text", f"NaN in unused slots, ids of padding: {kind}", texts=3, tokens=3 * NEW)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from generation_table import measured
+from generation_table import same_text
 from mesh_checks import make_mesh
 from model_cases import MODELS, params
 
@@ -44,10 +44,8 @@ def test_every_method(name):
     generate(model, weights, prompts(cfg), max_new_tokens=16, stop_ids=(), part=8).tokens
   )
   truth = call(Transformer(cfg), weights)
-  assert on_mesh(cfg, weights, "fsdp=2,tensor=2", "fsdp_tensor", call) == truth
-  measured(
-    "same text", "a mesh fsdp=2,tensor=2: every position method", texts=len(truth), tokens=16 * len(truth)
-  )
+  found = on_mesh(cfg, weights, "fsdp=2,tensor=2", "fsdp_tensor", call)
+  same_text("a mesh fsdp=2,tensor=2: every position method", found, truth)
 
 
 @pytest.mark.slow
@@ -59,8 +57,7 @@ def test_eight_devices(name, axes, rules):
   both = prompts(cfg) + [prompt[::-1] for prompt in prompts(cfg)]
   call = lambda model, weights: generate(model, weights, both, max_new_tokens=16, stop_ids=()).tokens
   truth = call(Transformer(cfg), weights)
-  assert on_mesh(cfg, weights, axes, rules, call) == truth
-  measured("same text", f"a mesh {axes}", texts=len(truth), tokens=16 * len(truth))
+  same_text(f"a mesh {axes}", on_mesh(cfg, weights, axes, rules, call), truth)
 
 
 def test_draws_penalties_stops_and_integers():
@@ -83,11 +80,9 @@ def test_draws_penalties_stops_and_integers():
     )
 
   truth = call(Transformer(cfg), weights)
-  assert on_mesh(cfg, weights, "data=2,fsdp=2", "fsdp", call) == truth
-  tokens = sum(map(len, truth.tokens))
-  measured(
-    "same text", "a mesh data=2,fsdp=2: draws, penalties, stops, int8", texts=len(truth.tokens), tokens=tokens
-  )
+  found = on_mesh(cfg, weights, "data=2,fsdp=2", "fsdp", call)
+  assert found == truth
+  same_text("a mesh data=2,fsdp=2: draws, penalties, stops, int8", found.tokens, truth.tokens)
 
 
 def test_searches_and_drafts():
