@@ -10,7 +10,7 @@ import math
 import tables
 from cache_cases import CACHES
 
-MEASURED = "generation measured"
+ABOUT, MEASURED = "generation about", "generation measured"
 ERROR = (max, ".1e")
 COUNT, MOST, LEAST = (sum, ",d"), (max, ",d"), (min, ",d")
 TEXT = (max, "")
@@ -61,6 +61,11 @@ KINDS = {
 """`text` of the first: log-probabilities while generating, past the trained length; `loaded`: those of a checkpoint."""
 
 
+def about(kind, row):
+  """Say which row the running test is of before it can fail: one failed test fails its row, whatever others measured."""
+  tables.record(ABOUT, [kind, row])
+
+
 def measured(kind, row, **values):
   """Record values of a row for the running test, once they are known to be within their bounds; `_` stands for a space."""
   values = {name.replace("_", " "): getattr(x, "item", lambda x=x: x)() for name, x in values.items()}
@@ -71,6 +76,7 @@ def measured(kind, row, **values):
 
 def same_text(row, found, expected):
   """Texts, each a list of ids, are the same; how many of how many tokens is recorded for the row."""
+  about("same text", row)
   assert found == expected, row
   measured("same text", row, texts=len(found), tokens=sum(map(len, found)))
 
@@ -82,7 +88,7 @@ class Table(tables.Plugin):
 
   def __init__(self, path=""):
     super().__init__(path)
-    self.found, self.failed = {kind: {} for kind in KINDS}, []
+    self.found, self.failed, self.failed_rows = {kind: {} for kind in KINDS}, [], set()
 
   def add(self, properties):
     for key, value in properties:
@@ -96,17 +102,24 @@ class Table(tables.Plugin):
     super().pytest_runtest_logreport(report)
     if report.failed:
       self.failed.append(report.nodeid)
+      for kind, row in [value for key, value in report.user_properties if key == ABOUT][-1:]:
+        self.found[kind].setdefault(row, {})
+        self.failed_rows.add((kind, row))
 
   def rows(self, kind):
     """Header and rows of one table, rows in the order of their tests, columns that nothing was measured for left out."""
-    found = self.found[kind]
-    columns = {
-      name: how for name, how in KINDS[kind].columns.items() if any(name in row for row in found.values())
-    }
-    cell = lambda x, how: format(how[0](x), how[1]) if x else "-"
+    found, columns = self.found[kind], KINDS[kind].columns
+    measured = [name for name in columns if any(name in row for row in found.values())]
+    columns = {name: columns[name] for name in measured or columns}
+
+    def cell(row, name, how):
+      if (kind, row) in self.failed_rows:
+        return "failed"
+      return format(how[0](found[row][name]), how[1]) if name in found[row] else "-"
+
     yield (KINDS[kind].row, *columns)
     for row in sorted(found, key=lambda row: (row != "bound", row)) if kind == "cache" else found:
-      yield (row, *(cell(found[row].get(name), how) for name, how in columns.items()))
+      yield (row, *(cell(row, name, how) for name, how in columns.items()))
 
   def sections(self):
     """(heading, header and rows) of the tables that have any."""
@@ -121,8 +134,8 @@ class Table(tables.Plugin):
     return (lines or ["no test that ran has a number for it"]) + self.lacking()
 
   def lacking(self):
-    """What to say of failed tests: other cases of their rows may have passed."""
-    return [f"failed, and without a number here: {name}" for name in self.failed]
+    """The failed tests, a line each; those that ended before they had named a row are told nowhere else."""
+    return [f"failed: {name}" for name in self.failed]
 
   def markdown(self):
     sections = [f"**{heading}**\n\n{tables.markdown(rows[0], rows[1:])}" for heading, rows in self.sections()]

@@ -161,6 +161,7 @@ def check_prefix(name, tolerance=5e-6):
 
 def check_decode(name, chunking="prefill, then decode", tolerance=1e-5):
   """Prefill and decoding in chunks give the logits of the full forward pass at every position."""
+  generation_table.about("cache", name)
   cfg, ids, sizes = MODELS[name], tokens(), CHUNKINGS[chunking]
   found, _ = chunked(cfg, ids, [(n,) * B for n in sizes], sizes)
   error = relative_error(found, full(cfg, ids))
@@ -171,6 +172,7 @@ def check_decode(name, chunking="prefill, then decode", tolerance=1e-5):
 
 def check_ragged(name, tolerance=1e-5):
   """Rows of several lengths in one right-padded batch are as each row alone."""
+  generation_table.about("cache", name)
   cfg, ids = MODELS[name], tokens()
   found, done = chunked(cfg, ids, RAGGED, RAGGED_SIZES)
   truth = full(cfg, ids)

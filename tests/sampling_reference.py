@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from generation_table import measured
+from generation_table import about, measured
 
 
 def distribution(logits_V, temperature=1.0, k=0, p=1.0):
@@ -68,10 +68,11 @@ def chi_square_p(statistic, freedom):
 
 def check_drawn(tokens, probs, grid):
   """Tokens are drawn from the probabilities at 1e-6, none outside the support, and all that are expected 20 times were seen."""
+  row = f"{grid}, {tokens.size:,} a cell"
+  about("chi-square", row)
   statistic, freedom = chi_square(tokens, probs)
   assert statistic <= chi_square_limit(freedom)
   # p < 1e-8 each, if one could not be drawn
   assert set(np.flatnonzero(probs * tokens.size > 20)) <= set(tokens)
   p, outside = chi_square_p(statistic, freedom), np.count_nonzero(probs[tokens] == 0)
-  row = f"{grid}, {tokens.size:,} a cell"
   measured("chi-square", row, N=tokens.size, cells=1, worst_p=p, outside_the_support=outside)

@@ -9,7 +9,7 @@ import pytest
 import tables
 from cache_cases import CACHES
 from components import ROOT
-from generation_table import KINDS, MEASURED, Table, measured
+from generation_table import ABOUT, KINDS, MEASURED, Table, measured
 
 
 def report(*properties, passed=True):
@@ -28,7 +28,6 @@ def test_rows_come_together_by_their_columns():
     report(number("cache", "yarn", full=1e-7), number("cache", "bound", full=1e-5))
   )
   table.pytest_runtest_logreport(report(number("cache", "yarn", full=3e-7), ("another", 1)))
-  table.pytest_runtest_logreport(report(number("cache", "yarn", full=1.0), passed=False))
   grid = dict(N=20_000, cells=1)
   for p in (0.5, 2e-3):
     table.pytest_runtest_logreport(report(number("chi-square", "a | b", **grid, **{"worst p": p})))
@@ -36,10 +35,22 @@ def test_rows_come_together_by_their_columns():
   assert cache == [("position method or block", "full"), ("bound", "1.0e-05"), ("yarn", "3.0e-07")]
   assert heading.startswith("3. ") and grids[1:] == [("a | b", "20,000", "2", "2.0e-03")]
   assert "| yarn | 3.0e-07 |" in table.markdown() and r"| a \| b | 20,000 |" in table.markdown()
-  (said,) = table.lacking()
-  assert said == "failed, and without a number here: a case"
-  assert table.text()[-1] == said and table.markdown().endswith(f"\n\n{said}\n")
   assert Table().text() == ["no test that ran has a number for it"]
+
+
+def test_one_failed_test_fails_its_row():
+  """Whatever another test of it measured, and the failed one of a row before; columns stay those that have a number."""
+  table = Table()
+  for row in ("yarn", "ntk"):
+    table.pytest_runtest_logreport(report((ABOUT, ["cache", row]), number("cache", row, full=1e-7)))
+  names = (ABOUT, ["cache", "ntk"]), number("cache", "ntk", full=2e-7), (ABOUT, ["cache", "yarn"])
+  table.pytest_runtest_logreport(report(*names, passed=False))
+  table.pytest_runtest_logreport(report((ABOUT, ["greedy", "llama"]), passed=False))
+  (_, cache), (_, greedy) = table.sections()
+  assert cache[1:] == [("ntk", "1.0e-07"), ("yarn", "failed")]
+  assert greedy[1:] == [("llama", *["failed"] * 4)]
+  assert table.lacking() == ["failed: a case"] * 2
+  assert table.text()[-1] == "failed: a case" and table.markdown().endswith("\n\nfailed: a case\n")
 
 
 def test_a_number_is_of_a_column_and_finite(monkeypatch):
@@ -83,7 +94,7 @@ def pytest_collection_finish(session):  # once conftest.py has set what JAX read
   right = {owner}
   {owner} = {wrong}
 """
-WRONG = {  # what a run patches, the tests that see it, the row that they give else
+WRONG = {  # what a run patches, the tests that see it, their row
   "slots": (
     dict(
       module="from jaxllm.nn import store",
@@ -91,13 +102,13 @@ WRONG = {  # what a run patches, the tests that see it, the row that they give e
       wrong="lambda slots, at, new: right(slots, at - (at.shape[1] == 1), new)",
     ),
     ("tests/nn/test_decoding.py", "-k", "test_chunks_give", "-m", "core"),
-    "| rope | ",
+    "| yarn | ",
   ),
   "temperature": (
     dict(
       module="from jaxllm import sampling",
       owner="sampling.Temperature.filter",
-      wrong="lambda self, logits_BV, state: right(self, 1.1 * logits_BV, state)",
+      wrong="lambda self, logits_BV, state: right(self, 1.3 * logits_BV, state)",
     ),
     ("tests/sampling/test_sampling_statistics.py", "-m", "core"),
     "| temperature, top-k, top-p, min-p, penalty, 20,000 a cell | ",
@@ -107,10 +118,9 @@ WRONG = {  # what a run patches, the tests that see it, the row that they give e
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
-def test_a_cache_or_a_sampler_that_is_wrong_gives_no_number(name, tmp_path):
+def test_a_cache_or_a_sampler_that_is_wrong_fails_its_row(name, tmp_path):
   patch, tests, row = WRONG[name]
   status, output, text = tables_of(tmp_path, *tests)
-  assert status == 0 and row in text, output
+  assert status == 0 and row in text and "failed" not in text, output
   status, output, text = tables_of(tmp_path, *tests, plugin=SABOTAGE.format(**patch))
-  assert status == 1 and row not in text, output
-  assert f"failed, and without a number here: {tests[0]}" in text
+  assert status == 1 and f"{row}failed |" in text and f"failed: {tests[0]}" in text, output

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from compiled import compilations
-from generation_table import measured
+from generation_table import about, measured
 from method_cases import METHODS
 
 from jaxllm.generate.loop import generate
@@ -40,6 +40,7 @@ def usual_of(model, sampler):
 
 def count(row, expected, call):
   """The compilations of a call are so many."""
+  about("compilations", row)
   with compilations() as seen:
     call()
   assert len(seen) == expected, row
@@ -50,7 +51,6 @@ DATA = {  # what differs in data alone
   "other ids in the prompts' bucket": {"prompts": [[7] * 16, [8] * 2, [9]]},
   "a parameter of each row": {"sampler": TopK([5, 1, 0])},
   "another key": {"key": jax.random.key(1)},
-  "a key of each row": {"key": jax.random.split(jax.random.key(2), 3)},
   "max_new_tokens within the capacity": {"max_new_tokens": 100},
   "one stop id": {"stop_ids": (63,)},
   "three stop ids": {"stop_ids": (5, 6, 7)},
@@ -61,7 +61,10 @@ DATA = {  # what differs in data alone
   },
 }
 TABLES = ("pi", "ntk", "ntk_fixed", "ntk_mixed", "ntk_by_parts", "yarn", "llama3")
-BUCKET = {"a longer bucket in a cache of the same capacity": ({"prompts": [[9] * 64, [4], [5]]}, 1)}
+PROMPTS_ALONE = {  # what differs in the program that reads prompts
+  "a longer bucket in a cache of the same capacity": ({"prompts": [[9] * 64, [4], [5]]}, 1),
+  "a key of each row": ({"key": jax.random.split(jax.random.key(2), 3)}, 1),
+}
 PROGRAMS = {  # what differs in a program, and in how many
   "max_new_tokens beyond the capacity": ({"max_new_tokens": 113}, 2),
   "a longer bucket in that larger cache": ({"prompts": [[9] * 128, [4], [5]]}, 1),
@@ -92,7 +95,7 @@ def test_what_differs_in_data_alone_does_not_compile_again(usual, own):
 
 
 @pytest.mark.parametrize(
-  "programs", [pytest.param(BUCKET, marks=core), pytest.param(PROGRAMS, marks=pytest.mark.slow)]
+  "programs", [pytest.param(PROMPTS_ALONE, marks=core), pytest.param(PROGRAMS, marks=pytest.mark.slow)]
 )
 def test_what_is_of_another_shape_compiles_once(usual, programs):
   for row, (other, expected) in programs.items():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import compilations
-from generation_table import measured
+from generation_table import about, measured
 from method_cases import learned
 
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
@@ -116,12 +116,17 @@ def right(shallow):
 
 def refused(row, error, message, call):
   """A call is refused for that reason, and compiles nothing before."""
+  about("bad input", row)
   with compilations() as seen, pytest.raises(error, match=message) as caught:
     call()
   assert not seen
   says = " ".join(str(caught.value).split())
   measured(
-    "bad input", row, compiled=len(seen), error=error.__name__, says=says if len(says) < 100 else f"{says[:96]} ..."
+    "bad input",
+    row,
+    compiled=len(seen),
+    error=error.__name__,
+    says=says if len(says) < 100 else f"{says[:96]} ...",
   )
 
 
@@ -141,9 +146,7 @@ def test_more_positions_than_a_learned_table_has_are_refused(shallow, right):
   params = shallow[1] | learned(cfg)
   text = lambda new: generate(Transformer(cfg), params, [[1], [1, 2, 3]], max_new_tokens=new, stop_ids=())
   message = r"longest prompt and max_new_tokens: found 17, expected at most max_length = 16"
-  refused(
-    "a prompt of 3, 14 new tokens, a learned table of 16", ConfigError, message, lambda: text(14)
-  )
+  refused("a prompt of 3, 14 new tokens, a learned table of 16", ConfigError, message, lambda: text(14))
   assert [len(new) for new in text(13).tokens] == [13, 13]
 
 

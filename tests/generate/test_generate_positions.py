@@ -1,7 +1,7 @@
 """Greedy text is the argmax of full forward passes without a cache, for every position method."""
 
 import pytest
-from generation_table import measured
+from generation_table import about, measured
 from method_cases import METHODS, NEW, assert_argmax, check_text, forward, joined, method_of
 
 from jaxllm.generate.loop import generate
@@ -20,10 +20,12 @@ def test_every_method_is_here():
 def test_greedy_is_the_argmax_of_full_forward_passes(deep, prompts, name, fields, query_scale):
   """Its log-probabilities are theirs."""
   model, params = deep
+  row = name if query_scale is None else f"{name}, log-n"
+  about("cache", row)
   method = method_of(model.cfg, name, fields, query_scale)
   error, text = check_text(model.cfg, method, params, prompts)
   assert min(len(set(new)) for new in text) >= 5
-  measured("cache", name if query_scale is None else f"{name}, log-n", text=error)
+  measured("cache", row, text=error)
 
 
 @core

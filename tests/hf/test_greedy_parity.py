@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import theirs
-from generation_table import measured
+from generation_table import about, measured
 from varied import opened, saved
 
 from jaxllm.generate.loop import generate
@@ -86,6 +86,7 @@ def compare(row, new, directory):
 
 
 def check(row, new, directory):
+  about("greedy", f"{row}, {new} new")
   distinct, ties = compare(row, new, directory)
   tokens = new * len(PROMPTS)
   assert distinct >= 5

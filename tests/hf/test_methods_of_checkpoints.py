@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import varied
-from generation_table import measured
+from generation_table import about, measured
 from method_cases import METHODS, check_text
 
 from jaxllm.position import POSITIONS
@@ -24,6 +24,7 @@ def row(case):
   ("name", "fields"), [row(case) for case in METHODS if getattr(case, "values", case)[2] is None]
 )
 def test_decoding_is_the_full_forward_pass_with_another_method(checkpoint, name, fields):
+  about("cache", name)
   cfg, params = checkpoint
   known = {field.name for field in dataclasses.fields(POSITIONS[name])}
   fields = fields | {

@@ -40,6 +40,7 @@ def row(kind, name):
 @pytest.mark.parametrize(("kind", "name"), [row(*pair) for pair in EVERY])
 def test_every_kind_gives_the_full_forward_pass_within_its_bound(kind, name):
   """And to the last bit the same, whatever is in slots that hold no token, and whichever ids are padding."""
+  generation_table.about("cache", name)
   cfg, ids, cache = MODELS[name], tokens(), CACHES[kind].empty(MODELS[name])
   rings = [slots for slots in cache.slots if slots.call is not None]
   assert rings and all(slots.size < T for slots in rings)

@@ -122,6 +122,7 @@ def ours(sampler, logits_BV, text_BT):
 
 
 def compare(name, make, theirs, told, kind, rows, vocabulary):
+  generation_table.about("samplers", name)
   logits_BV = KINDS[kind]((3 * np.random.default_rng(vocabulary).normal(size=(rows, vocabulary))).astype("f"))
   text_BT = texts(rows, vocabulary)
   given = logits_BV.astype(np.float16) if kind == "float16" else logits_BV

@@ -45,6 +45,10 @@ def theirs(logits, temperature, k, p):
 
 @pytest.mark.parametrize(("temperature", "k", "p"), CASES)
 def test_the_filtered_logits_are_those_of_transformers(temperature, k, p):
+  acting = [
+    name for name, acts in (("temperature", temperature != 1), ("top_k", k), ("top_p", p < 1)) if acts
+  ]
+  generation_table.about("samplers", ", ".join(acting))
   sampler = Chain((Temperature(temperature), TopK(k), TopP(p)))
   ours = np.asarray(sampler.filter(jnp.asarray(LOGITS), sampler.init(None, None)))
   # Where p meets a cumulative sum to within float32 rounding, either set is right.
@@ -55,9 +59,6 @@ def test_the_filtered_logits_are_those_of_transformers(temperature, k, p):
   # torch divides by the temperature and we multiply by its inverse: two roundings of 2^-24.
   np.testing.assert_allclose(ours[decided], expected[decided], rtol=0 if temperature == 1 else 1.2e-7)
   kept = np.isfinite(expected) & decided[:, None]
-  acting = [
-    name for name, acts in (("temperature", temperature != 1), ("top_k", k), ("top_p", p < 1)) if acts
-  ]
   error = np.max(np.abs(ours[kept] / expected[kept] - 1))
   components.measured([*acting, "chain"], "transformers", error)
   numbers = dict(worst_difference=error, logits=ours[decided].size, cases=1)
