@@ -11,14 +11,14 @@ from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.position import LogN, Rope
 
-core = pytest.mark.core
+core, slow = pytest.mark.core, pytest.mark.slow
 NEW = 20
 """New tokens: prompts are 5, 11 and 16 long, and the trained length 12, so each row crosses it or starts beyond."""
-METHODS = [  # name, fields, query scale
-  ("nope", {}, None),
-  ("sinusoidal", {"base": 2.0}, None),
+METHODS = [  # name, fields, query scale; slow: those with a program of their own that is much like another one here
+  pytest.param("nope", {}, None, marks=slow),
+  pytest.param("sinusoidal", {"base": 2.0}, None, marks=slow),
   ("learned", {"max_length": 36}, None),  # to the last row: 16 tokens of a prompt and 20 new ones
-  ("t5", {"max_distance": 20}, None),
+  pytest.param("t5", {"max_distance": 20}, None, marks=slow),
   ("alibi", {}, None),
   pytest.param("rope", {}, None, marks=core),
   ("rope", {}, LogN(12)),
@@ -31,16 +31,17 @@ METHODS = [  # name, fields, query scale
   pytest.param("yarn", {"factor": 4.0}, None, marks=core),
   ("ntk_by_parts", {"factor": 4.0}, None),
   ("llama3", {"factor": 4.0}, None),
-  (
+  pytest.param(
     "longrope",
     {"factor": 4.0, "short_factor": (1.0,) * 8, "long_factor": (1.0, 1.2, 1.5, 2, 2.5, 3, 3.5, 4)},
     None,
+    marks=slow,
   ),
   ("proportional", {"proportion": 0.5}, None),
   ("xpos", {"scale_base": 16.0}, None),
   ("rerope", {"window": 5}, None),
-  ("leaky_rerope", {"window": 5, "leak": 4.0}, None),
-  ("inv_leaky_rerope", {"window": 5, "factor": 2.0}, None),
+  pytest.param("leaky_rerope", {"window": 5, "leak": 4.0}, None, marks=slow),
+  pytest.param("inv_leaky_rerope", {"window": 5, "factor": 2.0}, None, marks=slow),
   ("self_extend", {"window": 5, "group": 3}, None),
   ("streaming", {"window": 5, "sinks": 2}, None),
   ("rope_2d", {}, None),

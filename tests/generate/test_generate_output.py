@@ -93,7 +93,7 @@ def test_what_is_no_number_of_ids_is_refused(shallow, prompts, answer):
     generate(model, params, prompts, max_new_tokens=3, stop=lambda row, ids: answer)
 
 
-@pytest.mark.parametrize("k", [0, pytest.param(3, marks=core)])
+@pytest.mark.parametrize("k", [pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=core)])
 def test_log_probabilities_are_those_of_the_model_before_any_filter(deep, prompts, k):
   model, params = deep
   sampler = Chain((Temperature(2.0), TopK(9)))
@@ -138,7 +138,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[core] * (n == "rope")) for n in METHODS])
+DEFAULT = {"rope": [core], "dynamic_ntk": [], "streaming": []}
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=DEFAULT.get(name, [pytest.mark.slow])) for name in METHODS]
+)
 def test_prompts_in_parts_and_windowed_layers_give_the_same_text(deep, prompts, name):
   """Parts of 4 tokens, of which a layer with a window of 6 keeps 10, against one part and caches that hold all."""
   model, params = deep

@@ -26,12 +26,12 @@ CELLS = [  # values of these, in order
   (1.3, 3.0, 20, 1.0, 0.1),
   (1.3, 0.0, 0, 1.0, 0.0),
 ]
-CORE = CELLS[2]
+DEFAULT = {CELLS[1]: [], CELLS[2]: [pytest.mark.core], CELLS[4]: []}
 
 
 @pytest.mark.parametrize(
   ("cell", "calls"),
-  [pytest.param(cell, 1, marks=[pytest.mark.core] * (cell == CORE)) for cell in CELLS]
+  [pytest.param(cell, 1, marks=marks) for cell, marks in DEFAULT.items()]
   + [pytest.param(cell, 50, marks=pytest.mark.slow) for cell in CELLS],
 )
 def test_first_tokens_are_drawn_from_the_filtered_probabilities(shallow, cell, calls):
@@ -44,7 +44,14 @@ def test_first_tokens_are_drawn_from_the_filtered_probabilities(shallow, cell, c
   drawn = []
   for call in range(calls):
     out = generate(
-      model, params, [PROMPT] * ROWS, sampler=sampler, key=jax.random.key(call), max_new_tokens=1, stop_ids=()
+      model,
+      params,
+      [PROMPT],
+      copies=ROWS,
+      sampler=sampler,
+      key=jax.random.key(call),
+      max_new_tokens=1,
+      stop_ids=(),
     )
     drawn += [token for (token,) in out.tokens]
   check_drawn(np.array(drawn), filter_reference.softmax(filtered_V), "generate, rows of one prompt")

@@ -20,8 +20,11 @@ def windowed(shallow):
   return Transformer(dataclasses.replace(model.cfg, layers=(dataclasses.replace(layer, window=6),))), params
 
 
+DEFAULT = {"ring": [pytest.mark.core], "int4": []}
+
+
 @pytest.mark.parametrize(
-  "kind", [pytest.param(kind, marks=[pytest.mark.core] * (kind == "ring")) for kind in CACHES]
+  "kind", [pytest.param(kind, marks=DEFAULT.get(kind, [pytest.mark.slow])) for kind in CACHES]
 )
 def test_nan_in_unused_slots_and_other_padding_change_no_token(shallow, windowed, prompts, monkeypatch, kind):
   """In every chunk of decoding, in every slot that holds no token yet or any more; log-probabilities to the last bit."""
