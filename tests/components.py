@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import tables
 
 from jaxllm.activation import ACTIVATIONS
 from jaxllm.config import _KINDS, ModelConfig
@@ -104,10 +105,6 @@ def exercised(item):
   return found
 
 
-RUNNING = []
-"""The test that runs, where there is a table to make."""
-
-
 def measured(what, source, error):
   """Record for the running test the error of a component, or of all that a value holds, against a source other than jaxllm.
 
@@ -115,8 +112,8 @@ def measured(what, source, error):
   """
   names, error = named(what), float(error)
   assert names and math.isfinite(error), (what, source, error)
-  for item in RUNNING:
-    item.user_properties += [(MEASURED, [name, source, error]) for name in sorted(names)]
+  for name in sorted(names):
+    tables.record(MEASURED, [name, source, error])
 
 
 def measured_close(what, source, found, expected, rtol=0.0, atol=0.0):
@@ -145,26 +142,21 @@ def source(name):
   return textwrap.shorten(re.sub(r"(\(\d{4}\)).*", r"\1", text), 44, placeholder=" ...")
 
 
-class Table:
-  """A pytest plugin: attributes while tests run, gathers from their reports, which xdist brings to one process, and prints."""
+class Table(tables.Plugin):
+  """The plugin: a row a component."""
+
+  title = "components"
 
   def __init__(self, path=""):
-    self.path, self.passed, self.errors = path, defaultdict(int), defaultdict(dict)
+    super().__init__(path)
+    self.passed, self.errors = defaultdict(int), defaultdict(dict)
 
-  @pytest.hookimpl(wrapper=True)
-  def pytest_runtest_protocol(self, item):
+  def begin(self, item):
     item.user_properties.append((EXERCISED, sorted(exercised(item))))
-    RUNNING[:] = [item]
-    try:
-      return (yield)
-    finally:
-      RUNNING.clear()
 
-  def pytest_runtest_logreport(self, report):
-    if report.when != "call" or not report.passed:
-      return
+  def add(self, properties):
     names = set()
-    for key, value in report.user_properties:
+    for key, value in properties:
       if key == EXERCISED:
         names |= set(value)
       elif key == MEASURED:
@@ -193,28 +185,19 @@ class Table:
     return [row[0] for row in self.rows() if "-" in row[2:]]
 
   def text(self):
-    """The table in aligned columns."""
-    lines = [HEADER, *self.rows()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    return tables.aligned([HEADER, *self.rows()])
 
   def markdown(self):
-    """The table for a document."""
-    lines = [HEADER, ("---", "---", "---", "---", "---:"), *self.rows()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return tables.markdown(HEADER, self.rows(), left=4)
 
   def pytest_sessionfinish(self, session, exitstatus):
     if is_whole(session.config) and self.missing() and exitstatus == pytest.ExitCode.OK:
       session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
   def pytest_terminal_summary(self, terminalreporter, config):
-    terminalreporter.section("components")
-    for line in self.text():
-      terminalreporter.write_line(line)
+    super().pytest_terminal_summary(terminalreporter)
     if is_whole(config) and self.missing():
       terminalreporter.write_line(f"without a passed test or a measured error: {', '.join(self.missing())}")
-    if self.path:
-      Path(self.path).write_text(self.markdown())
 
 
 def is_whole(config):

@@ -1,4 +1,4 @@
-"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; two tables."""
+"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; three tables."""
 
 import importlib
 import os
@@ -40,10 +40,21 @@ def pytest_addoption(parser):
     metavar="FILE.md",
     help="after `pytest tests/hf`, print a row a model family: file, variants, errors; --families=FILE.md writes it too",
   )
+  parser.addoption(
+    "--generation",
+    nargs="?",
+    const="",
+    metavar="FILE.md",
+    help="after the run, print what it measured of generated text, in numbered tables; --generation=FILE.md writes them too",
+  )
+
+
+TABLES = {"components": "components", "families": "family_table", "generation": "generation_table"}
+"""The module of each option that prints a table."""
 
 
 def pytest_configure(config):
-  for option, module in (("components", "components"), ("families", "family_table")):
+  for option, module in TABLES.items():
     path = config.getoption(f"--{option}")
     if path is None:
       continue

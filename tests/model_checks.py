@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import components
+import generation_table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def full(cfg, ids, offset=0, weights=None):
   return np.asarray(program("forward", cfg)(weights, ids, positions(offset), tables(cfg, offset)))
 
 
-def chunked(cfg, ids, lengths_CB, sizes_C, poison=None):
+def chunked(cfg, ids, lengths_CB, sizes_C, poison=None, padding=3):
   """(logits [B, T, V] through the cache, tokens done [B]).
 
   Chunk c is sizes_C[c] wide, and row b has lengths_CB[c][b] real tokens in it.  Unused slots hold `poison`
@@ -92,7 +93,7 @@ def chunked(cfg, ids, lengths_CB, sizes_C, poison=None):
       cache = dataclasses.replace(cache, k=spoil(cache.k), v=spoil(cache.v))
     valid = np.arange(size)[None] < np.asarray(lengths)[:, None]
     at = np.minimum(done[:, None] + np.arange(size), T - 1)
-    chunk = np.where(valid, np.take_along_axis(ids, at, axis=1), 3).astype(np.int32)
+    chunk = np.where(valid, np.take_along_axis(ids, at, axis=1), padding).astype(np.int32)
     logits, cache = step(p, chunk, valid, cache, rope)
     for b, n in enumerate(lengths):
       out[b, done[b] : done[b] + n] = logits[b, :n]
@@ -160,27 +161,32 @@ def check_prefix(name, tolerance=5e-6):
 
 def check_decode(name, chunking="prefill, then decode", tolerance=1e-5):
   """Prefill and decoding in chunks give the logits of the full forward pass at every position."""
+  generation_table.about("cache", name)
   cfg, ids, sizes = MODELS[name], tokens(), CHUNKINGS[chunking]
   found, _ = chunked(cfg, ids, [(n,) * B for n in sizes], sizes)
   error = relative_error(found, full(cfg, ids))
   assert error <= tolerance, f"{name}, {chunking}: {error:.2e} > {tolerance}"
+  generation_table.measured("cache", name, full=error)
+  generation_table.measured("cache", "bound", full=tolerance)
 
 
 def check_ragged(name, tolerance=1e-5):
   """Rows of several lengths in one right-padded batch are as each row alone."""
+  generation_table.about("cache", name)
   cfg, ids = MODELS[name], tokens()
   found, done = chunked(cfg, ids, RAGGED, RAGGED_SIZES)
   truth = full(cfg, ids)
   for b in range(B):
     error = relative_error(found[b, : done[b]], truth[b, : done[b]])
     assert error <= tolerance, f"{name}, row {b}: {error:.2e} > {tolerance}"
+    generation_table.measured("cache", name, full=error)
 
 
 def check_unused_slots(name):
-  """NaN in the slots that hold no token changes nothing, to the last bit."""
+  """NaN in the slots that hold no token, and other ids of padding, change nothing, to the last bit."""
   cfg, ids = MODELS[name], tokens()
   clean, _ = chunked(cfg, ids, RAGGED, RAGGED_SIZES)
-  poisoned, _ = chunked(cfg, ids, RAGGED, RAGGED_SIZES, poison=np.nan)
+  poisoned, _ = chunked(cfg, ids, RAGGED, RAGGED_SIZES, poison=np.nan, padding=17)
   np.testing.assert_array_equal(poisoned, clean)
 
 

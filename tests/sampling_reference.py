@@ -1,6 +1,9 @@
 """The samplers' rules once more, in NumPy float64 over probabilities, and the chi-square test."""
 
+import math
+
 import numpy as np
+from generation_table import about, measured
 
 
 def distribution(logits_V, temperature=1.0, k=0, p=1.0):
@@ -53,3 +56,23 @@ def chi_square_limit(freedom):
     return 0.0
   spread = 2 / (9 * freedom)
   return freedom * (1 - spread + 4.7534 * np.sqrt(spread)) ** 3
+
+
+def chi_square_p(statistic, freedom):
+  """The probability that a chi-square variable exceeds the statistic, by the same approximation."""
+  if freedom == 0:
+    return 1.0
+  spread = 2 / (9 * freedom)
+  return math.erfc(((statistic / freedom) ** (1 / 3) - 1 + spread) / math.sqrt(2 * spread)) / 2
+
+
+def check_drawn(tokens, probs, grid):
+  """Tokens are drawn from the probabilities at 1e-6, none outside the support, and all that are expected 20 times were seen."""
+  row = f"{grid}, {tokens.size:,} a cell"
+  about("chi-square", row)
+  statistic, freedom = chi_square(tokens, probs)
+  assert statistic <= chi_square_limit(freedom)
+  # p < 1e-8 each, if one could not be drawn
+  assert set(np.flatnonzero(probs * tokens.size > 20)) <= set(tokens)
+  p, outside = chi_square_p(statistic, freedom), np.count_nonzero(probs[tokens] == 0)
+  measured("chi-square", row, N=tokens.size, cells=1, worst_p=p, outside_the_support=outside)

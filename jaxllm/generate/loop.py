@@ -106,7 +106,9 @@ def generate(
   cfg = model.cfg
   max_new_tokens, chunk = request.count("max_new_tokens", max_new_tokens), request.count("chunk", chunk)
   part, logprobs = request.count("part", part), request.top("logprobs", logprobs, cfg.vocab_size)
-  copies, both, guide = request.count("copies", copies), prompts, None
+  store, copies = request.store(store), request.count("copies", copies)
+  stop, on_tokens = request.callback("stop", stop), request.callback("on_tokens", on_tokens)
+  both, guide = prompts, None
   if negative_prompts is not None:
     guide = request.guide(prompts, negative_prompts, guidance_scale)
     both = [*prompts, *negative_prompts]

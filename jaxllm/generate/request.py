@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
+from jaxllm.nn.store import STORES, Full, Quantized
 from jaxllm.position import PositionTables, next_glm_positions
 from jaxllm.sampling import Greedy, Sampler
 
@@ -21,12 +22,30 @@ SLOTS = 128
 ANY = 1 << 30
 """A part that holds any prompt."""
 
+MOST = 2**31 - 1
+"""The most tokens of a row, as positions are int32."""
+
 
 def count(name: str, value: Any) -> int:
   """`value` as an int of at least 1; raises ConfigError."""
   if not _is_integer(value) or value < 1:
     raise ConfigError(f"{name}: found {value!r}, expected an integer of at least 1")
   return int(value)
+
+
+def store(value: Any) -> Full | Quantized:
+  """`value` if it is a form of the cache; raises ConfigError."""
+  if not isinstance(value, (Full, Quantized)):
+    names = ", ".join(map(repr, STORES))
+    raise ConfigError(f"store: found {value!r}, expected a value such as STORES[name], name one of {names}")
+  return value
+
+
+def callback(name: str, value: Any) -> Any:
+  """None, or `value` if it can be called; raises ConfigError."""
+  if value is not None and not callable(value):
+    raise ConfigError(f"{name}: found {value!r}, expected None or a function")
+  return value
 
 
 def top(name: str, value: Any, vocab_size: int) -> int | None:
@@ -59,6 +78,8 @@ def padded(
 
   Raises DataError for no prompts, an empty one, or one that is no list; TokenizerError for what is not an id.
   """
+  if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
+    raise DataError(f"prompts: found {prompts!r}, expected a list of lists of ids")
   if len(prompts) == 0:
     raise DataError("prompts: found none, expected a list of at least one list of ids")
   rows = [_row(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
@@ -174,6 +195,8 @@ def prepared(
   cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
   capacity = -(-(tokens_BT.shape[1] + max_new_tokens + ahead) // SLOTS) * SLOTS
   capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
+  if capacity > MOST:
+    raise ConfigError(f"max_new_tokens: found {max_new_tokens}, expected fewer: positions are below 2^31")
   stop_V = stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
   return Prompts(tokens_BT, length_B, stop_V), capacity
 
@@ -184,7 +207,7 @@ def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:
   Raises ConfigError for what is no list, TokenizerError for what is not an id.
   """
   mask_V = np.zeros(vocab_size, bool)
-  if isinstance(stop_ids, (str, int)):
+  if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
     raise ConfigError(f"stop_ids: found {stop_ids!r}, expected a tuple of ids")
   for i, token in enumerate(stop_ids):
     mask_V[_checked_id(f"stop_ids[{i}]", token, vocab_size)] = True
@@ -216,6 +239,8 @@ def row_keys(key: jax.Array | None, B: int) -> jax.Array:
 
 def fixed(rope: PositionTables) -> PositionTables:
   """`rope` if its one row serves every length; raises ConfigError otherwise: its rows may end too early."""
+  if not isinstance(rope, PositionTables):
+    raise ConfigError(f"rope: found {rope!r}, expected the tables of cfg.rope_tables()")
   rows = max((table.rows for table in rope.ropes), default=1)
   if rows > 1:
     raise ConfigError(

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import loaded_case
+import numpy as np
 import pytest
 import sweep_case
+from safetensors.numpy import load_file, save_file
 
 from experiments import generate
 from jaxllm.activation import Mlp
@@ -113,6 +115,23 @@ def test_what_is_refused(models, monkeypatch, capfd, args, code, named):
   assert out == "" and error.startswith("error: ") and "Traceback" not in error
   for words in named:
     assert words in error, error
+
+
+def test_weights_with_nan_end_the_run(tmp_path, capfd):
+  """Whoever made the file kept no sums: the tensor is named, and no text begins."""
+  cfg = loaded_case.config(num_layers=1)
+  path = loaded_case.save(tmp_path / "m", cfg) / "model.safetensors"
+  name = "model.layers.0.mlp.down_proj.weight"
+  tensors = {key: x.copy() for key, x in load_file(path).items()}
+  tensors[name][0, 0] = np.nan
+  save_file(tensors, path)
+  (tmp_path / "m" / "SHA256SUMS").unlink()
+  args = (f"--model={tmp_path / 'm'}", P, "-n=4")
+  assert sweep_case.run(*args, script=generate, check=generate.check) == 65
+  out, error = capfd.readouterr()
+  assert (
+    out == "" and f"{name} of model.safetensors: 1 value is NaN or infinite, the first at [0, 0]" in error
+  )
 
 
 def test_flags_and_files_are_checked_before_jax_is_imported(tmp_path):

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compilations
+from generation_table import about, measured
+from method_cases import learned
 
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
 from jaxllm.generate.loop import generate
-from jaxllm.sampling import SAMPLERS, Temperature
+from jaxllm.nn import Transformer
+from jaxllm.sampling import SAMPLERS, LogitBias, Temperature
 
 core = pytest.mark.core
 KEY = jax.random.key(0)
@@ -20,6 +24,9 @@ WRONG = [  # arguments, error, message
   ),
   ({"prompts": [[1], []]}, DataError, r"prompts\[1\]: found an empty prompt, expected at least one id"),
   ({"prompts": [1, 2]}, DataError, r"prompts\[0\]: found 1, expected a list of ids"),
+  ({"prompts": "ab"}, DataError, r"prompts: found 'ab', expected a list of lists of ids"),
+  ({"prompts": None}, DataError, r"prompts: found None, expected a list of lists of ids"),
+  ({"prompts": np.array([1, 2])}, DataError, r"prompts\[0\]: found np.int64\(1\), expected a list of ids"),
   ({"prompts": ["ab"]}, DataError, r"prompts\[0\]: found 'ab', expected a list of ids"),
   ({"prompts": [[1], None]}, DataError, r"prompts\[1\]: found None, expected a list of ids"),
   pytest.param(
@@ -32,16 +39,28 @@ WRONG = [  # arguments, error, message
   ({"prompts": [["1"]]}, TokenizerError, rf"prompts\[0\]\[0\]: found '1', {ID}"),
   ({"prompts": [[[1, 2]]]}, TokenizerError, rf"prompts\[0\]\[0\]: found \[1, 2\], {ID}"),
   ({"prompts": np.array([[0.5]])}, TokenizerError, rf"prompts\[0\]\[0\]: found 0.5, {ID}"),
+  ({"prompts": np.array([[1, 64]])}, TokenizerError, rf"prompts\[0\]\[1\]: found 64, {ID}"),
+  ({"prompts": [np.array([True])]}, TokenizerError, rf"prompts\[0\]\[0\]: found True, {ID}"),
+  (
+    {"prompts": [[np.float32(2)]]},
+    TokenizerError,
+    rf"prompts\[0\]\[0\]: found np.float32\(2.0\), {ID}",
+  ),
   pytest.param({"max_new_tokens": 0}, ConfigError, rf"max_new_tokens: found 0, {COUNT}", marks=core),
   ({"max_new_tokens": -3}, ConfigError, rf"max_new_tokens: found -3, {COUNT}"),
   ({"max_new_tokens": 1.5}, ConfigError, rf"max_new_tokens: found 1.5, {COUNT}"),
   ({"max_new_tokens": True}, ConfigError, rf"max_new_tokens: found True, {COUNT}"),
   ({"max_new_tokens": None}, ConfigError, rf"max_new_tokens: found None, {COUNT}"),
+  ({"max_new_tokens": 2**40}, ConfigError, rf"max_new_tokens: found {2**40}, expected fewer: .* below 2\^31"),
+  ({"chunk": 1.0}, ConfigError, rf"chunk: found 1.0, {COUNT}"),
+  ({"part": 0}, ConfigError, rf"part: found 0, {COUNT}"),
   ({"chunk": 0}, ConfigError, rf"chunk: found 0, {COUNT}"),
   ({"stop_ids": (1, 64)}, TokenizerError, rf"stop_ids\[1\]: found 64, {ID}"),
   ({"stop_ids": (-1,)}, TokenizerError, rf"stop_ids\[0\]: found -1, {ID}"),
   ({"stop_ids": (None,)}, TokenizerError, rf"stop_ids\[0\]: found None, {ID}"),
   ({"stop_ids": 3}, ConfigError, r"stop_ids: found 3, expected a tuple of ids"),
+  ({"stop_ids": np.int64(3)}, ConfigError, r"stop_ids: found np.int64\(3\), expected a tuple of ids"),
+  ({"stop_ids": [[1]]}, TokenizerError, rf"stop_ids\[0\]: found \[1\], {ID}"),
   ({"stop_ids": "</s>"}, ConfigError, r"stop_ids: found '</s>', expected a tuple of ids"),
   ({"sampler": "greedy"}, SamplingError, r"sampler: found 'greedy', expected a value such as"),
   (
@@ -64,6 +83,21 @@ WRONG = [  # arguments, error, message
   ),
   ({"key": jnp.zeros(2)}, ConfigError, r"key: found .*, expected jax.random.key"),
   (
+    {"key": jax.random.split(KEY, 6).reshape(2, 3)},
+    ConfigError,
+    r"key: found (.|\n)*, or a key for each of the 1 rows",
+  ),
+  ({"rope": 3}, ConfigError, r"rope: found 3, expected the tables of cfg.rope_tables\(\)"),
+  ({"store": "int8"}, ConfigError, r"store: found 'int8', expected a value such as STORES\[name\], .*'int4'"),
+  ({"stop": "###"}, ConfigError, r"stop: found '###', expected None or a function"),
+  ({"on_tokens": []}, ConfigError, r"on_tokens: found \[\], expected None or a function"),
+  ({"logprobs": 65}, ConfigError, r"logprobs: found 65, expected None or an integer from 0 to 64"),
+  (
+    {"sampler": LogitBias(np.zeros(63)), "key": KEY},
+    SamplingError,
+    r"table of tokens has shape \(63,\), the logits have shape \(1, 64\); give one value a token",
+  ),
+  (
     {"key": jax.random.split(KEY, 3)},
     ConfigError,
     r"key: found (.|\n)*, or a key for each of the 1 rows",
@@ -71,11 +105,49 @@ WRONG = [  # arguments, error, message
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), WRONG)
-def test_a_wrong_argument_is_refused_and_named(shallow, arguments, error, message):
+@pytest.fixture(scope="module")
+def right(shallow):
+  """A call that is right; another then compiles nothing that is not its own."""
   model, params = shallow
-  with pytest.raises(error, match=message):
-    generate(model, params, **({"prompts": [[1, 2]], "max_new_tokens": 4} | arguments))
+  usual = {"prompts": [[1, 2]], "max_new_tokens": 4}
+  generate(model, params, **usual)
+  return usual
+
+
+def refused(row, error, message, call):
+  """A call is refused for that reason, and compiles nothing before."""
+  about("bad input", row)
+  with compilations() as seen, pytest.raises(error, match=message) as caught:
+    call()
+  assert not seen
+  says = " ".join(str(caught.value).split())
+  measured(
+    "bad input",
+    row,
+    compiled=len(seen),
+    error=error.__name__,
+    says=says if len(says) < 100 else f"{says[:96]} ...",
+  )
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), WRONG)
+def test_a_wrong_argument_is_refused_and_named(shallow, right, arguments, error, message):
+  row = " ".join(", ".join(f"{name}={value!r}" for name, value in arguments.items()).split())
+  refused(
+    row if len(row) < 60 else f"{row[:56]} ...",
+    error,
+    message,
+    lambda: generate(*shallow, **right | arguments),
+  )
+
+
+def test_more_positions_than_a_learned_table_has_are_refused(shallow, right):
+  cfg = shallow[0].cfg.with_position("learned", max_length=16)
+  params = shallow[1] | learned(cfg)
+  text = lambda new: generate(Transformer(cfg), params, [[1], [1, 2, 3]], max_new_tokens=new, stop_ids=())
+  message = r"longest prompt and max_new_tokens: found 17, expected at most max_length = 16"
+  refused("a prompt of 3, 14 new tokens, a learned table of 16", ConfigError, message, lambda: text(14))
+  assert [len(new) for new in text(13).tokens] == [13, 13]
 
 
 def test_tables_whose_rows_may_end_before_the_cache_are_refused(shallow):
@@ -97,8 +169,20 @@ def test_logits_that_nothing_can_be_drawn_from_are_refused(shallow, prompts, whe
   model, params = shallow
   head = np.zeros_like(params["head"])
   head[where] = value  # the logits are the first coordinate of the hidden state times this
-  with pytest.raises(SamplingError, match=r"^row 0: found NaN, \+inf or nothing finite in .* new token 0, "):
-    generate(model, params | {"head": head}, prompts, max_new_tokens=20)
+  told = []
+  with pytest.raises(
+    SamplingError, match=r"^row 0: found NaN, \+inf or nothing finite in .* new token 0, "
+  ) as caught:
+    generate(
+      model,
+      params | {"head": head},
+      prompts,
+      max_new_tokens=10_000,
+      chunk=1,
+      on_tokens=lambda *x: told.append(x),
+    )
+  assert len(told) <= 2 * len(prompts)  # the loop ended
+  measured("bad input", f"weights with {value}", error="SamplingError", says=f"{str(caught.value)[:96]} ...")
 
 
 @pytest.fixture

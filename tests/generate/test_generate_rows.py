@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generation_table import same_text
 
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
-from jaxllm.sampling import Greedy, Temperature, TopK
+from jaxllm.sampling import Chain, Greedy, RepetitionPenalty, Temperature, TopK, TopP
 from jaxllm.sampling.base import as_pytree
 
 core = pytest.mark.core
@@ -40,19 +41,23 @@ def test_a_row_does_not_depend_on_its_batch(text, prompts, temperature):
   together = text(prompts=ragged, key=key_B, sampler=sampler).tokens
   for row in (0, 2):
     alone = text(prompts=ragged[row : row + 1], key=key_B[row : row + 1], sampler=sampler)
-    assert alone.tokens == [together[row]]
+    same_text("a longer prompt beside it, another bucket", alone.tokens, [together[row]])
   order = [2, 0, 1]
   moved = text(prompts=[ragged[row] for row in order], key=key_B[jnp.array(order)], sampler=sampler)
-  assert moved.tokens == [together[row] for row in order]
+  same_text("the order of the batch", moved.tokens, [together[row] for row in order])
 
 
 @core
 def test_the_text_does_not_depend_on_the_chunk(text):
   usual = text()
-  assert text(chunk=7) == usual  # three chunks, the last of which is cut short
+  found = text(chunk=7)  # three chunks, the last of which is cut short
+  assert found == usual
+  same_text("the chunk", found.tokens, usual.tokens)
   for index in (0, 6, 7, 8):  # the first token, and those about the end of the first chunk
     stops = [tokens[index] for tokens in usual.tokens]
-    assert text(chunk=7, stop_ids=stops) == text(stop_ids=stops) != usual
+    found, expected = text(chunk=7, stop_ids=stops), text(stop_ids=stops)
+    assert found == expected != usual
+    same_text("the chunk, with stop ids", found.tokens, expected.tokens)
 
 
 @core
@@ -149,6 +154,11 @@ def test_the_loop_ends_with_the_last_row_and_the_samplers_state_moves_on(text):
   assert Counted.seen == list(range(longest))
 
 
+def span(sizes):
+  """In words, from the first to the last."""
+  return " to ".join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))
+
+
 @pytest.mark.parametrize("sizes", [(3, 8), pytest.param(range(2, 17), marks=pytest.mark.slow)])
 def test_greedy_text_is_the_same_in_every_place_of_every_batch(text, sizes):
   """Float32: one prompt among others of other lengths, in batches of 2 to 16."""
@@ -160,4 +170,30 @@ def test_greedy_text_is_the_same_in_every_place_of_every_batch(text, sizes):
     others = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 16, B - 1)]
     for place in range(B) if B > 8 else {0, B // 2, B - 1}:
       batch = [*others[:place], one, *others[place:]]
-      assert text(prompts=batch, sampler=Greedy(), key=None).tokens[place] == alone, (B, place)
+      found = text(prompts=batch, sampler=Greedy(), key=None).tokens[place]
+      same_text(f"greedy, batches of {span(sizes)}, every place", [found], [alone])
+
+
+@pytest.mark.parametrize("sizes", [(4,), pytest.param(range(2, 17), marks=pytest.mark.slow)])
+def test_sampled_text_is_the_same_in_every_place_of_every_batch(text, sizes):
+  """With the row's own key, temperature, top-p and penalty, which the other rows have otherwise."""
+  rng = np.random.default_rng(5)
+  one, key = rng.integers(0, 64, 11).tolist(), jax.random.key(11)
+  own = (0.9, 0.8, 1.3)
+
+  def tokens(batch, key_B, parameters):
+    kinds = zip((Temperature, TopP, RepetitionPenalty), np.transpose(parameters), strict=True)
+    return text(prompts=batch, key=key_B, sampler=Chain(tuple(kind(values) for kind, values in kinds))).tokens
+
+  alone = tokens([one], key[None], [own])[0]
+  for B in sizes:
+    others = [rng.integers(0, 64, n).tolist() for n in rng.integers(1, 16, B - 1)]
+    theirs = np.stack(
+      [rng.choice([0.0, 0.5, 2.0], B - 1), rng.random(B - 1), rng.uniform(1, 2, B - 1)], axis=1
+    )
+    keys = jax.random.split(jax.random.key(B), B - 1)
+    for place in range(B):
+      batch, parameters = [*others[:place], one, *others[place:]], np.insert(theirs, place, own, axis=0)
+      key_B = jnp.concatenate([keys[:place], key[None], keys[place:]])
+      found = tokens(batch, key_B, parameters)[place]
+      same_text(f"sampled, batches of {span(sizes)}, every place", [found], [alone])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_generate_compiles import compilations
+from compiled import compilations
 
 from jaxllm.errors import SamplingError
 from jaxllm.generate.loop import generate

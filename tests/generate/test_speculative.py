@@ -186,7 +186,7 @@ def check_distribution(*arguments):
 @pytest.mark.parametrize("name", ["near", pytest.param("wrong", marks=SLOW), "broken", "lookup"])
 def test_draws_have_the_models_distribution(shallow, truth, name):
   """Of the broken model no draft is kept: where it says NaN, there is no q that it was drawn from."""
-  share = check_distribution(shallow, truth, name, 5000)
+  share = check_distribution(shallow, truth, name, 2500)
   low, high = {"near": (0.3, 1.0), "broken": (-1.0, 0.0)}.get(name, (-1.0, 0.9))
   assert low < share <= high
 
@@ -201,7 +201,7 @@ def test_the_chi_square_sees_drafts_that_are_kept_too_often(shallow, truth, monk
   """With half of the acceptance test gone, in a program of this test alone: a draft that can come is kept."""
   zeros = lambda self: 0.0 * jax.vmap(jax.vmap(jax.random.uniform))(self.keep)
   monkeypatch.setattr("jaxllm.generate.draft.Keys.uniform", zeros)
-  ratio, outside, _ = drawn(shallow, truth, "near", 5000, 3)
+  ratio, outside, _ = drawn(shallow, truth, "near", 2500, 3)
   assert ratio > 1.5 or outside > 0, (ratio, outside)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from generation_table import same_text
 from mesh_checks import make_mesh
 from model_cases import MODELS, params
 
@@ -18,7 +19,9 @@ from jaxllm.sampling import Chain, RepetitionPenalty, Temperature, TopP
 
 LENGTHS = (5, 11, 14, 9)
 METHODS = [name for name in MODELS if "," not in name]
-DEFAULT = {"rope": [pytest.mark.core], "rerope": [], "experts": []}
+DEFAULT = {"rope": [pytest.mark.core], "experts": []}
+SMALL = dataclasses.replace(MODELS["rope"], num_layers=2, layers=MODELS["rope"].layers[:2])
+"""Two layers, the second with a window, for what is not about the layers."""
 
 
 def prompts(cfg):
@@ -43,12 +46,25 @@ def test_every_method(name):
     generate(model, weights, prompts(cfg), max_new_tokens=16, stop_ids=(), part=8).tokens
   )
   truth = call(Transformer(cfg), weights)
-  assert on_mesh(cfg, weights, "fsdp=2,tensor=2", "fsdp_tensor", call) == truth
+  found = on_mesh(cfg, weights, "fsdp=2,tensor=2", "fsdp_tensor", call)
+  same_text("a mesh fsdp=2,tensor=2: every position method", found, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alibi", "rope", "dynamic_ntk", "rerope", "learned", "streaming"])
+@pytest.mark.parametrize(("axes", "rules"), [("data=2,tensor=4", "tensor"), ("fsdp=8", "fsdp")])
+def test_eight_devices(name, axes, rules):
+  """Key heads that a tensor axis does not divide are whole on each device; eight rows, one a device of fsdp=8."""
+  cfg, weights = MODELS[name], params(MODELS[name])
+  both = prompts(cfg) + [prompt[::-1] for prompt in prompts(cfg)]
+  call = lambda model, weights: generate(model, weights, both, max_new_tokens=16, stop_ids=()).tokens
+  truth = call(Transformer(cfg), weights)
+  same_text(f"a mesh {axes}", on_mesh(cfg, weights, axes, rules, call), truth)
 
 
 def test_draws_penalties_stops_and_integers():
   """data=2 splits the rows with their keys, histories and caches."""
-  cfg, weights = MODELS["rope"], params(MODELS["rope"])
+  cfg, weights = SMALL, params(SMALL)
   sampler = Chain((RepetitionPenalty(1.3), Temperature([0.7, 1.0, 1.3, 2.0]), TopP(0.9)))
 
   def call(model, weights):
@@ -58,18 +74,21 @@ def test_draws_penalties_stops_and_integers():
       prompts(cfg),
       sampler=sampler,
       key=jax.random.key(1),
-      max_new_tokens=16,
+      max_new_tokens=9,
       stop_ids=(3,),
       chunk=5,
       stop=lambda row, ids: 4 if row == 2 and len(ids) == 6 else None,
       store=STORES["int8"],
     )
 
-  assert on_mesh(cfg, weights, "data=2,fsdp=2", "fsdp", call) == call(Transformer(cfg), weights)
+  truth = call(Transformer(cfg), weights)
+  found = on_mesh(cfg, weights, "data=2,fsdp=2", "fsdp", call)
+  assert found == truth
+  same_text("a mesh data=2,fsdp=2: draws, penalties, stops, int8", found.tokens, truth.tokens)
 
 
 def test_searches_and_drafts():
-  cfg, weights = MODELS["rope"], params(MODELS["rope"])
+  cfg, weights = SMALL, params(SMALL)
 
   def call(model, weights):
     found = beam.generate(model, weights, prompts(cfg), num_beams=3, max_new_tokens=8, stop_ids=())
@@ -82,7 +101,7 @@ def test_searches_and_drafts():
 
 def test_a_padded_vocabulary_gives_no_other_ids():
   """29 ids over four devices are 32 rows, of which three are no tokens."""
-  cfg = dataclasses.replace(MODELS["rope"], tie_embeddings=True)
-  weights = {name: x for name, x in params(MODELS["rope"]).items() if name != "head"}
+  cfg = dataclasses.replace(SMALL, tie_embeddings=True)
+  weights = {name: x for name, x in params(SMALL).items() if name != "head"}
   call = lambda model, weights: generate(model, weights, prompts(cfg), max_new_tokens=16, stop_ids=()).tokens
   assert on_mesh(cfg, weights, "tensor=4", "tensor", call) == call(Transformer(cfg), weights)

@@ -1,6 +1,7 @@
 """Element by element against transformers' logits processors: random logits, ties, excluded tokens, float16, many sizes."""
 
 import filter_reference
+import generation_table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +122,7 @@ def ours(sampler, logits_BV, text_BT):
 
 
 def compare(name, make, theirs, told, kind, rows, vocabulary):
+  generation_table.about("samplers", name)
   logits_BV = KINDS[kind]((3 * np.random.default_rng(vocabulary).normal(size=(rows, vocabulary))).astype("f"))
   text_BT = texts(rows, vocabulary)
   given = logits_BV.astype(np.float16) if kind == "float16" else logits_BV
@@ -145,7 +147,9 @@ def compare(name, make, theirs, told, kind, rows, vocabulary):
   if not kept.any():
     return
   size = np.where(found_BV[kept] == wanted_BV[kept], 1, np.abs(wanted_BV[kept]))
-  measured(name, "transformers", np.max(np.abs(found_BV[kept] - wanted_BV[kept]) / size))
+  error = np.max(np.abs(found_BV[kept] - wanted_BV[kept]) / size)
+  measured(name, "transformers", error)
+  generation_table.measured("samplers", name, worst_difference=error, logits=found_BV[decided].size, cases=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

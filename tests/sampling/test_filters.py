@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compilations
 from components import measured
 from filter_cases import CASES, FLAT, B, build, case, keys, logits, one_row, parameters, started, text
 
@@ -159,9 +160,6 @@ def test_a_vocabulary_split_over_devices_draws_the_same_tokens():
     np.testing.assert_array_equal(found[name][1], tokens_B, name)
 
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
 @pytest.mark.parametrize("which", ["scalars", "rows"])
 def test_a_new_value_does_not_compile_again(which):
   index = {name: 0 if which == "scalars" else len(CASES[name]) - 1 for name in CASES}
@@ -175,14 +173,9 @@ def test_a_new_value_does_not_compile_again(which):
     )
     changed = {name: {key: change(x) for key, x in CASES[name][index[name]].items()} for name in CASES}
     others.append({name: SAMPLERS[name](**kw) for name, kw in changed.items()})
-  seen = []
-  listener = lambda event, duration, **_: seen.append(event) if event == COMPILED else None
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  try:
+  with compilations() as seen:
     for other in others:
       calls(other, keys(), logits(), states)
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listener)
   assert not seen
 
 

@@ -1,6 +1,7 @@
 """Element by element against transformers' logits processors."""
 
 import components
+import generation_table
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,6 +45,10 @@ def theirs(logits, temperature, k, p):
 
 @pytest.mark.parametrize(("temperature", "k", "p"), CASES)
 def test_the_filtered_logits_are_those_of_transformers(temperature, k, p):
+  acting = [
+    name for name, acts in (("temperature", temperature != 1), ("top_k", k), ("top_p", p < 1)) if acts
+  ]
+  generation_table.about("samplers", ", ".join(acting))
   sampler = Chain((Temperature(temperature), TopK(k), TopP(p)))
   ours = np.asarray(sampler.filter(jnp.asarray(LOGITS), sampler.init(None, None)))
   # Where p meets a cumulative sum to within float32 rounding, either set is right.
@@ -54,11 +59,10 @@ def test_the_filtered_logits_are_those_of_transformers(temperature, k, p):
   # torch divides by the temperature and we multiply by its inverse: two roundings of 2^-24.
   np.testing.assert_allclose(ours[decided], expected[decided], rtol=0 if temperature == 1 else 1.2e-7)
   kept = np.isfinite(expected) & decided[:, None]
-  acting = [
-    name for name, acts in (("temperature", temperature != 1), ("top_k", k), ("top_p", p < 1)) if acts
-  ]
   error = np.max(np.abs(ours[kept] / expected[kept] - 1))
   components.measured([*acting, "chain"], "transformers", error)
+  numbers = dict(worst_difference=error, logits=ours[decided].size, cases=1)
+  generation_table.measured("samplers", ", ".join(acting), **numbers)
 
 
 def test_greedy_is_the_argmax_of_torch():
@@ -66,6 +70,7 @@ def test_greedy_is_the_argmax_of_torch():
   ours, _ = Greedy()(None, jnp.asarray(LOGITS), ())
   np.testing.assert_array_equal(ours, torch.argmax(torch.tensor(LOGITS), -1))
   components.measured("greedy", "torch", 0)
+  generation_table.measured("samplers", "greedy", worst_difference=0.0, logits=LOGITS.size, cases=1)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 30])
@@ -73,6 +78,7 @@ def test_top_k_keeps_the_ties_that_transformers_keeps(k):
   ours = np.asarray(TopK(k).filter(jnp.asarray(TIED), ()))
   np.testing.assert_array_equal(ours, theirs(TIED, 1.0, k, 1.0))
   assert (np.isfinite(ours).sum(-1) > k).any()
+  generation_table.measured("samplers", "top_k", worst_difference=0.0, logits=ours.size, cases=1)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.9, 0.99])

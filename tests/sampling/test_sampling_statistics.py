@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling_reference import chi_square, chi_square_limit, distribution
+from sampling_reference import check_drawn, chi_square, chi_square_limit, chi_square_p, distribution
 
 from jaxllm.sampling import SAMPLERS, Chain, Temperature, TopK, TopP
 
 V = 24
 LOGITS_V = (1.5 * np.random.default_rng(11).normal(size=V)).astype(np.float32)
-GRID = list(itertools.product([0.0, 0.5, 1.0, 2.0], [0, 5], [1.0, 0.9, 0.5]))
+GRID = list(itertools.product([0.0, 0.5, 1.0, 2.0], [0, 5], [1.0, 0.9, 0.5], [0.0, 0.05], [1.0, 1.3]))
+"""Temperature, top-k, top-p, min-p, and the penalty of what the prompt has."""
+NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+FIELDS = ("temperature", "k", "p", "min_p", "penalty")
+TEXT = [3, 7, 3, 7, 9, 3]
+"""The prompt."""
 
 
 @jax.jit
@@ -28,19 +33,26 @@ def tokens(temperature, k, p, number, seed=0):
   return np.asarray(draw(sampler, key_B, LOGITS_V))
 
 
+def marks(cell, number):
+  """The default set has every cell of three filters, and one of all five."""
+  core = cell == (1.0, 5, 0.9, 0.05, 1.3)
+  default = number == 20_000 and (cell[3:] == (0.0, 1.0) or core)
+  return [pytest.mark.core] * (core and default) + [pytest.mark.slow] * (not default)
+
+
 @pytest.mark.parametrize(
-  ("temperature", "k", "p"),
-  [pytest.param(*cell, marks=pytest.mark.core) if cell == (1.0, 5, 0.9) else cell for cell in GRID],
+  ("cell", "number"),
+  [pytest.param(x, n, marks=marks(x, n), id=f"{x}-{n}") for x in GRID for n in (20_000, 200_000)],
 )
-@pytest.mark.parametrize("number", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
-def test_frequencies(temperature, k, p, number):
-  probs, margin = distribution(LOGITS_V, temperature, k, p)
+def test_frequencies(cell, number):
+  filters = [(name, {field: value}) for name, field, value in zip(NAMES, FIELDS, cell, strict=True)]
+  filters = [filters[-1], *filters[:-1]]  # the penalty comes first
+  filtered_V, margin = filter_reference.chained(LOGITS_V.astype(np.float64), TEXT, 0, filters)
   assert margin > 1e-5
-  drawn = tokens(temperature, k, p, number, seed=GRID.index((temperature, k, p)))
-  statistic, freedom = chi_square(drawn, probs)
-  assert statistic <= chi_square_limit(freedom)
-  # Every token of the support that is expected 20 times or more was seen (p < 1e-8 each if it could not be).
-  assert set(np.flatnonzero(probs * number > 20)) <= set(drawn)
+  sampler = Chain(tuple(SAMPLERS[name](**kw) for name, kw in filters))
+  key_B = jax.random.split(jax.random.key(GRID.index(cell)), number)
+  drawn = np.asarray(draw_after(sampler, key_B, LOGITS_V))
+  check_drawn(drawn, filter_reference.softmax(filtered_V), "temperature, top-k, top-p, min-p, penalty")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +65,6 @@ def test_the_test_sees_a_wrong_temperature(error, number):
   assert statistic > chi_square_limit(freedom)
 
 
-TEXT = [3, 7, 3, 7, 9, 3]
 STATED = [  # (name, parameters) in order, of the prompt TEXT
   [("min_p", {"min_p": 0.1})],
   [("temperature", {"temperature": 1.5}), ("min_p", {"min_p": 0.3})],
@@ -103,9 +114,7 @@ def test_frequencies_of_every_kind(case, number):
   sampler = Chain(tuple(SAMPLERS[name](**kw) for name, kw in filters))
   key_B = jax.random.split(jax.random.key(case), number)
   drawn = np.asarray(draw_after(sampler, key_B, LOGITS_V))
-  statistic, freedom = chi_square(drawn, probs)
-  assert statistic <= chi_square_limit(freedom)
-  assert set(np.flatnonzero(probs * number > 20)) <= set(drawn)
+  check_drawn(drawn, probs, "every kind, stated cells")
 
 
 @jax.jit
@@ -126,8 +135,7 @@ def test_rows_of_one_batch_are_independent():
   drawn, _ = jax.jit(TopP(1.0))(key_B, jnp.tile(logits_BV, (number, 1)), ())
   pairs = np.asarray(drawn).reshape(number, 2)
   joint = np.outer(distribution(logits_BV[0])[0], distribution(logits_BV[1])[0]).ravel()
-  statistic, freedom = chi_square(pairs[:, 0] * few + pairs[:, 1], joint)
-  assert statistic <= chi_square_limit(freedom)
+  check_drawn(pairs[:, 0] * few + pairs[:, 1], joint, "two rows together")
 
 
 @pytest.mark.slow
@@ -150,3 +158,8 @@ def test_a_long_tail_is_drawn_as_often_as_it_should():
 )
 def test_the_limit_is_the_quantile_of_chi_square(freedom, quantile):
   assert 1 < chi_square_limit(freedom) / quantile < 1.06
+
+
+@pytest.mark.parametrize("freedom", [4, 8, 23, 100])
+def test_the_probability_is_1e_6_at_the_limit(freedom):
+  assert abs(chi_square_p(chi_square_limit(freedom), freedom) / 1e-6 - 1) < 1e-3
