@@ -16,6 +16,8 @@ from jaxllm.hf.plain import brief, odd_name, plain_file, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = ".safetensors"
+_SHARD = re.compile(r"\w[\w.-]{0,238}\.safetensors", re.ASCII)
+"""The plain name of a file of weights, of at most 250 bytes."""
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npz", "*.npy")
 """Files of weights that run code when they are read, or can."""
@@ -68,7 +70,7 @@ class Checkpoint:
     for name, shard in weight_map.items():
       if (odd := odd_name(name)) is not None:
         raise CheckpointError(f"{index}: weight_map: {name[:100]!r}: {odd}; fetch the file again")
-      if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]{0,250}\.safetensors", shard, re.ASCII):
+      if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
         raise CheckpointError(
           f"{index}: weight_map has {name!r} in {brief(shard)}, expected the plain name of a .safetensors file there"
         )
@@ -112,7 +114,7 @@ def missing_weights(directory: Path) -> list[str]:
     return [SINGLE]
   try:
     shards = set(read_json(plain_file(directory, INDEX), CheckpointError)["weight_map"].values())
-    return sorted(shard for shard in shards if not (directory / shard).exists())
+    return sorted(one for one in shards if _SHARD.fullmatch(one) and not os.path.lexists(directory / one))
   except (JaxllmError, AttributeError, KeyError, TypeError):
     return []
 

@@ -25,6 +25,10 @@ def find(path_or_repo: str | os.PathLike, weights: bool = True) -> Path:
   Only safetensors (weights=False: not even those), JSON and tokenizer files are fetched.  Raises CheckpointError for what is
   neither, and for a repository that the Hub does not show, that cannot be fetched or has no safetensors; each says what to do.
   """
+  if not isinstance(path_or_repo, (str, os.PathLike)):
+    raise CheckpointError(
+      f"path_or_repo: found {path_or_repo!r}, expected a directory, or the owner/name of a repository"
+    )
   path = Path(path_or_repo).expanduser()
   if path.is_dir():
     return path

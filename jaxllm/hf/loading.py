@@ -80,7 +80,7 @@ class Opened:
 
   def params(self, mesh: Mesh | None = None, rules: Rules | None = None) -> dict[str, Any]:
     """The parameters, as `load` gives them."""
-    weights = {stored.file.name for stored in self.checkpoint.tensors.values()}
+    weights = {name for name in self.checkpoint.read_files if name.endswith(files.WEIGHTS)}
     with self.kept.checking(weights):
       params = load_params(
         self.checkpoint, self.family, self.cfg, self.source, self.cast, mesh, rules, self.matched
@@ -257,7 +257,7 @@ class _Part:
     self.largest[self.stored.name] = max(largest, self.largest.get(self.stored.name, 0.0))
     if not math.isfinite(largest):
       raise CheckpointError(
-        f"{self.stored}: {scan.explain(self.tensor, dtype)}; fetch the file again, or mend the tensor"
+        f"{self.stored.file.parent}: {self.stored}: {scan.explain(self.tensor, dtype)}; fetch the file again, or mend it"
       )
     return part
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from jaxllm import tree
 from jaxllm.config import ModelConfig
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.errors import CheckpointError, ConfigError, TokenizerError
 from jaxllm.hf import families, files, header, scan, sums
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.match import all_constants, all_keys, expected_shapes, stored_shape
@@ -30,6 +33,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 """As large as the files of transformers were for years; every reader takes it."""
 _SHARD = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?")
 _NAMES = {dtype: name for name, dtype in header.DTYPES.items()}
+_log = logging.getLogger(__name__)
 _VOCABULARY = {"embed": 0, "head": 1, "head_bias": 0}
 """The axis of the vocabulary, which may be padded for a mesh."""
 
@@ -66,19 +70,27 @@ def save(
 
   config.json has the settings in force, those of RoPE included; family: see `families.write_config`.  Where frequencies depend
   on the length (LongRoPE, dynamic NTK) a save needs pinned=True: each query here has those of its own length, and transformers
-  those of one length for a whole call, so that its decoding is not that of this model.  Tensors keep
-  their types, a padded vocabulary is cut, and files hold up to max_shard_bytes.  All is written under other names first;
-  config.json, without which nothing reads the directory, is taken away before the rest is renamed, and comes last.  So a save
-  that is interrupted leaves what was there, or nothing that loads.  SHA256SUMS has the sums of them all, for `load` and
-  `sha256sum -c`.  Of several processes all call it, and the first one writes.
+  those of one length for a whole call, so that its decoding is not that of this model.  Tensors keep their types, a padded
+  vocabulary is cut, and files hold up to max_shard_bytes.
+
+  All is written under other names first; config.json, without which nothing reads the directory, is taken away before the
+  rest is renamed, and comes last.  A save that is interrupted so leaves what was there, or nothing that loads and all that was
+  written, under the other names.  SHA256SUMS has the sums of them all, for `load` and `sha256sum -c`.  Tokenizer files of a
+  save before stay where none is given, and the log says so.  Of several processes all call it, the first one writes, and where
+  one fails all do.
 
   Raises ConfigError for a model that transformers does not have, CheckpointError for parameters that are not cfg's or are NaN
-  or infinite, TokenizerError for a vocabulary larger than the embedding, OSError where the disk refuses.
+  or infinite and for what cannot be such a directory, TokenizerError for what is no tokenizer or has a vocabulary larger than
+  the embedding, OSError where the disk refuses.
   """
   row, plain = families.write_config(cfg, family=family, pinned=pinned)
   if max_shard_bytes < 1:
     raise ConfigError(f"max_shard_bytes: found {max_shard_bytes}, expected at least 1")
   if tokenizer is not None:
+    if not isinstance(tokenizer, Tokenizer):
+      raise TokenizerError(
+        f"tokenizer: found {type(tokenizer).__name__}, expected what hf.load_tokenizer gives, or None"
+      )
     tokenizer.check_fits(cfg.vocab_size, "the model")
   save_tensors(path, row, plain, cfg, params, tokenizer, max_shard_bytes)
 
@@ -106,14 +118,37 @@ def save_tensors(
     where = {entry.name: name for name, entries in shards.items() for entry in entries}
     texts[files.INDEX] = _json({"metadata": {"total_size": total}, "weight_map": where})
   texts[files.CONFIG] = _json(plain)
-  if jax.process_index():  # the first process needs the shards of all
-    for entries in shards.values():
-      for entry in entries:
-        entry.read()
-  else:
-    _write(Path(path), shards, texts, stale)
+  begun: set[str] = set()  # a shard is of several processes: each has to read all, whatever happens to one
+  shards = {name: [_noted(entry, begun) for entry in entries] for name, entries in shards.items()}
+  failed = None
+  try:
+    if jax.process_index() == 0:
+      _write(Path(path), shards, texts, stale)
+  except Exception as e:
+    failed = e
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"saved {path}")
+    for entry in (entry for entries in shards.values() for entry in entries if entry.name not in begun):
+      try:
+        entry.read()
+      except Exception as e:
+        failed = failed or e
+    others = multihost_utils.process_allgather(np.array(failed is not None))
+    if failed is None and others.any():
+      failed = CheckpointError(
+        f"{path}: process {others.argmax()} could not save its part, and says why; nothing was saved"
+      )
+  if failed is not None:
+    raise failed
+
+
+def _noted(entry: Entry, begun: set[str]) -> Entry:
+  """The entry, whose first read puts its name into `begun`."""
+
+  def read() -> np.ndarray:
+    begun.add(entry.name)
+    return entry.read()
+
+  return dataclasses.replace(entry, read=read)
 
 
 def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -> list[Entry]:
@@ -209,29 +244,74 @@ def _shards(entries: Sequence[Entry], most: int) -> dict[str, list[Entry]]:
 def _write(
   directory: Path, shards: Mapping[str, Sequence[Entry]], texts: Mapping[str, bytes], stale: Sequence[str]
 ) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
   names = [sums.NAME, *shards, *texts]
   pieces = {name: _safetensors(entries) for name, entries in shards.items()}
   pieces |= {name: [data] for name, data in texts.items()}
+  with _locked(directory):
+    _check_targets(directory, names)
+    kept = sorted(name for name in FILES if not stale and os.path.lexists(directory / name))
+    if kept:
+      _log.warning(
+        "%s: keeps %s, which are not of this save: no tokenizer was given", directory, ", ".join(kept)
+      )
+    begun = False
+    try:
+      digests = {name: _write_file(_temporary(directory, name), each) for name, each in pieces.items()}
+      _write_file(_temporary(directory, sums.NAME), [sums.text(digests)])
+      begun = True
+      (directory / files.CONFIG).unlink(missing_ok=True)
+      _sync(directory)
+      for name in names[:-1]:
+        os.replace(_temporary(directory, name), directory / name)
+      for old in directory.iterdir():
+        name = old.name.removeprefix(".").removesuffix(".tmp")  # of a save before that was killed, too
+        if old.name not in names and (_SHARD.fullmatch(name) or name in (*stale, files.GENERATION_CONFIG)):
+          old.unlink()
+      _sync(directory)
+      os.replace(_temporary(directory, files.CONFIG), directory / files.CONFIG)  # the last
+      _sync(directory)
+    except BaseException:
+      if begun:
+        _log.error(
+          "%s: the save was interrupted while its files got their names; those that have not are complete under .<name>.tmp: "
+          "rename them, %s the last, or save again",
+          *(directory, files.CONFIG),
+        )
+      else:
+        for name in names:
+          _temporary(directory, name).unlink(missing_ok=True)
+      raise
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+  """The directory, made where it is missing, is this save's alone; a file system without locks has none."""
   try:
-    digests = {name: _write_file(_temporary(directory, name), each) for name, each in pieces.items()}
-    _write_file(_temporary(directory, sums.NAME), [sums.text(digests)])
-    (directory / files.CONFIG).unlink(missing_ok=True)
-    _sync(directory)
-    for old in directory.iterdir():
-      if old.name not in names and (
-        _SHARD.fullmatch(old.name) or old.name in (*stale, files.GENERATION_CONFIG)
-      ):
-        old.unlink()
-    for name in names:  # config.json is the last
-      os.replace(_temporary(directory, name), directory / name)
-      if name == names[-2]:
-        _sync(directory)
-    _sync(directory)
-  except BaseException:
-    for name in names:
-      _temporary(directory, name).unlink(missing_ok=True)
-    raise
+    directory.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError):
+    raise CheckpointError(
+      f"{directory}: a file, or in one, expected a directory to write to; give another"
+    ) from None
+  fd = os.open(directory, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise CheckpointError(
+        f"{directory}: another save is writing to it; wait for its end, or give another"
+      ) from None
+    except OSError as e:
+      _log.info("%s: no lock (%s); two saves at once would be in each other's way", directory, e)
+    yield
+  finally:
+    os.close(fd)
+
+
+def _check_targets(directory: Path, names: Collection[str]) -> None:
+  """Raises CheckpointError for a directory under the name of a file that is to be written, or of an older one to be removed."""
+  for path in directory.iterdir():
+    if (path.name in names or _SHARD.fullmatch(path.name)) and path.is_dir():
+      raise CheckpointError(f"{path}: found a directory, expected a file or nothing; remove it")
 
 
 def _temporary(directory: Path, name: str) -> Path:
@@ -256,9 +336,10 @@ def _safetensors(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
 
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
-  """The SHA-256 of what was written, which is taken while it is written."""
+  """The SHA-256 of what was written, which is taken while it is written, into a new file: never through a link."""
   state = hashlib.sha256()
-  with open(path, "wb") as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
+  path.unlink(missing_ok=True)
+  with open(path, "xb") as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
     for piece in pieces:
       hashed = thread.submit(state.update, piece)
       file.write(piece)

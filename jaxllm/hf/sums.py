@@ -71,8 +71,9 @@ class Sums:
   def _raise_first(self, jobs: list[concurrent.futures.Future]) -> None:
     problems = [problem for job in jobs if (problem := job.result()) is not None]
     if problems:
+      fetch = "fetch them again" if self.path is None else f"fetch them and {NAME} again"
       raise CheckpointError(
-        f"{self.directory}: not the files that were saved; fetch them again, or, where the change is yours, {self._renew()}\n  "
+        f"{self.directory}: not the files that were saved; {fetch}, or, where the change is yours, {self._renew()}\n  "
         + "\n  ".join(problems)
       ) from None
 
@@ -101,7 +102,13 @@ def of(directory: Path) -> Sums:
   digests = {}
   if directory.resolve().parent.name == "snapshots" and blobs.is_dir():
     for path in sorted(directory.iterdir()):
-      real = path.resolve()
+      try:
+        real = path.resolve()
+      except (
+        OSError,
+        RuntimeError,
+      ):  # links in a circle, of which `plain_file` tells where they are to be read
+        continue
       if path.is_symlink() and real.parent == blobs and _BLOB.fullmatch(real.name) and real.is_file():
         digests[path.name] = real.name
   return Sums(directory, digests)

@@ -8,7 +8,7 @@ import pytest
 from checkpoint_case import write
 
 from jaxllm.errors import CheckpointError
-from jaxllm.hf import hub, loading
+from jaxllm.hf import files, hub, loading
 from jaxllm.hf.files import Checkpoint
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -166,6 +166,24 @@ def test_neither_a_directory_nor_a_repository(tmp_path):
     CheckpointError, match=f"a file, expected a directory; give the one it is in: {tmp_path}"
   ):
     hub.find(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [None, 5, b"owner/tiny"])
+def test_what_is_no_path(name):
+  with pytest.raises(CheckpointError, match=f"path_or_repo: found {name!r}, expected a directory"):
+    hub.find(name)
+
+
+def test_names_that_no_shard_has_are_not_looked_for(tmp_path):
+  """Too long for any disk, outside of the directory, and no names; what is wrong with them a load says."""
+  (tmp_path / "x.safetensors").write_text("")
+  (tmp_path / "model").mkdir()
+  index = tmp_path / "model" / "model.safetensors.index.json"
+  for odd in ("x" * 5000 + ".safetensors", "../y.safetensors", ["a"], 7):
+    index.write_text(json.dumps({"weight_map": {"a": odd}}))
+    assert files.missing_weights(index.parent) == []
+  index.write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+  assert files.missing_weights(index.parent) == ["b.safetensors"]
 
 
 def test_without_the_package(monkeypatch):

@@ -1,5 +1,6 @@
 """Files of tensor-parallel ranks are read as the tensors they hold shares of, as GLM-130B's are."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxllm import hf, parallel
 from jaxllm.errors import CheckpointError
+from jaxllm.hf import sums
 
 ROW, LAYER = "glm-130b", "transformer.layers.1."
 CONFIG = settings(ROW) | dict(vocab_size=200, hidden_size=96, num_attention_heads=8, inner_hidden_size=104)
@@ -65,6 +67,22 @@ def test_ranks_on_a_mesh_and_saved_as_a_whole(tmp_path, model):
   hf.save(tmp_path / "b", cfg, params, family="glm-130b")
   assert [path.name for path in tmp_path.glob("b/*.safetensors")] == ["model.safetensors"]
   assert_equal_trees(hf.load(tmp_path / "b")[1], model.params)
+
+
+def test_the_sums_of_every_rank_are_looked_at(tmp_path, model):
+  """A bit of a share that the second rank alone has."""
+  write(tmp_path, model.tensors)
+  names = sorted(path.name for path in tmp_path.iterdir())
+  digests = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
+  (tmp_path / sums.NAME).write_bytes(sums.text(digests))
+  hf.load(tmp_path)
+  second = tmp_path / "mp_rank_01_model_states.safetensors"
+  data = bytearray(second.read_bytes())
+  data[-4] ^= 1
+  second.write_bytes(data)
+  with pytest.raises(CheckpointError, match=f"{second.name}: found the SHA-256"):
+    hf.load(tmp_path)
+  hf.load(tmp_path, verify=False)
 
 
 def test_a_whole_file_comes_first(tmp_path, model):

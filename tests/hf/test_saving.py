@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxllm import parallel, tree
-from jaxllm.errors import CheckpointError
+from jaxllm.errors import CheckpointError, TokenizerError
 from jaxllm.hf import loading, saving
 from jaxllm.hf.files import Checkpoint, read_header
 from jaxllm.hf.tokenizer import byte_tokenizer
@@ -180,6 +180,111 @@ def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="No space left"):
     save(tmp_path, cfg, params(cfg, seed=1))
   assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_save_that_ends_among_the_names_loses_nothing(tmp_path, monkeypatch, caplog):
+  """A file that cannot get its name after config.json went: the new model is there under the other names."""
+  cfg = config()
+  new = params(cfg, seed=1)
+  save(tmp_path, cfg, params(cfg))
+  replace = os.replace
+
+  def refuse(source, target):
+    if target.name == "model.safetensors":
+      raise PermissionError(1, "not that one")
+    replace(source, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError, match="not that one"):
+      save(tmp_path, cfg, new)
+  assert "are complete under .<name>.tmp: rename them, config.json the last" in caplog.text
+  assert not (tmp_path / "config.json").exists()
+  for name in ("model.safetensors", "config.json"):
+    replace(tmp_path / f".{name}.tmp", tmp_path / name)
+  assert_equal_trees(load_again(tmp_path, cfg), new)
+
+
+def test_what_a_save_does_not_write_through_or_over(tmp_path):
+  cfg = config()
+  weights = params(cfg)
+  model, other = tmp_path / "model", tmp_path / "other"
+  other.write_text("mine")
+  model.mkdir()
+  (model / ".config.json.tmp").symlink_to(other)
+  save(model, cfg, weights)
+  assert other.read_text() == "mine" and not (model / "config.json").is_symlink()
+  before = {path.name: path.read_bytes() for path in model.iterdir()}
+  (model / "model-00002-of-00003.safetensors").mkdir()
+  with pytest.raises(
+    CheckpointError, match=r"00002-of-00003\.safetensors: found a directory, expected a file"
+  ):
+    save(model, cfg, weights, max_shard_bytes=40_000)
+  (model / "model-00002-of-00003.safetensors").rmdir()
+  assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+  for path in (other, other / "x"):
+    with pytest.raises(CheckpointError, match=f"{path}: a file, or in one, expected a directory"):
+      save(path, cfg, weights)
+  with saving._locked(model), pytest.raises(CheckpointError, match="another save is writing to it"):
+    save(model, cfg, weights)
+  save(model, cfg, weights)
+
+
+def test_a_tokenizer_that_stays_is_told_and_one_that_is_none_is_refused(tmp_path, caplog):
+  cfg = config(PLAIN | {"vocab_size": 256})
+  weights = params(cfg)
+  save(tmp_path, cfg, weights, tokenizer=byte_tokenizer())
+  assert not caplog.records
+  save(tmp_path, cfg, weights)
+  assert "keeps tokenizer.json, tokenizer_config.json, which are not of this save" in caplog.text
+  with pytest.raises(TokenizerError, match=r"tokenizer: found str, expected what hf\.load_tokenizer gives"):
+    saving.save(tmp_path, cfg, weights, "tokenizer.json")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("failed", ["here", "there", "nowhere"])
+def test_processes_fail_together(tmp_path, monkeypatch, process, failed):
+  """Each reads every entry once, whatever happens, as the others wait for its shards; then each hears of all."""
+  cfg, read, told = config(), [], []
+
+  def gather(mine):
+    told.append(bool(mine))
+    return np.array([mine, failed == "there"][:: 1 - 2 * process])
+
+  def full(path, pieces):
+    raise OSError(28, f"No space left on device for {next(pieces)[:8]}")
+
+  entries = saving._entries
+
+  def counted(*args):
+    def of(entry):
+      def reads():
+        read.append(entry.name)
+        if failed == "here" and process == 1 and len(read) == 2:
+          raise CheckpointError("not a number")
+        return entry.read()
+
+      return dataclasses.replace(entry, read=reads)
+
+    return [of(entry) for entry in entries(*args)]
+
+  monkeypatch.setattr(saving, "_entries", counted)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: process)
+  monkeypatch.setattr(saving.multihost_utils, "process_allgather", gather)
+  if failed == "here" and process == 0:
+    monkeypatch.setattr(saving, "_write_file", full)
+  expected = {
+    "here": (OSError, "No space") if process == 0 else (CheckpointError, "not a number"),
+    "there": (CheckpointError, f"process {1 - process} could not save"),
+  }
+  if failed == "nowhere":
+    save(tmp_path, cfg, params(cfg))
+  else:
+    with pytest.raises(expected[failed][0], match=expected[failed][1]):
+      save(tmp_path, cfg, params(cfg))
+  assert sorted(read) == sorted(set(read)) and len(read) == len(tensors("separate", cfg, params(cfg)))
+  assert told == [failed == "here"]
 
 
 def test_nothing_of_another_model_stays(tmp_path):

@@ -82,7 +82,7 @@ def test_a_bit_of_any_file(copy, count):
       with pytest.raises(CheckpointError) as e:
         load(copy, name)
       assert re.search(
-        rf"{copy}: not the files that were saved; fetch them again, or, where .* verify=False, or remove SHA256SUMS\n"
+        rf"{copy}: not the files that were saved; fetch them and SHA256SUMS again, or, .* verify=False, or remove SHA256SUMS\n"
         rf"  {name}: found the SHA-256 {found}, expected {hashlib.sha256(data).hexdigest()}, by {copy}/SHA256SUMS$",
         str(e.value),
       )
@@ -244,6 +244,15 @@ def test_other_names_of_blobs_say_nothing(snapshot, caplog):
   with caplog.at_level(logging.INFO, logger="jaxllm"):
     hf.load(snapshot)
   assert caplog.text.count("the files were not verified") == 1
+
+
+def test_a_link_to_itself_is_told_where_it_is_read(snapshot):
+  (snapshot / "notes.txt").symlink_to("notes.txt")
+  hf.load(snapshot)
+  (snapshot / "config.json").unlink()
+  (snapshot / "config.json").symlink_to("config.json")
+  with pytest.raises(CheckpointError, match=r"config.json: cannot be read \((RuntimeError|OSError)"):
+    hf.load(snapshot)
 
 
 def test_the_sums_are_of_what_was_written(tmp_path):
