@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.errors import CheckpointError, JaxllmError
 from jaxllm.hf.header import Stored, read_header
-from jaxllm.hf.plain import brief, odd_name, plain_file, read_json
+from jaxllm.hf.plain import brief, odd_name, open_plain, plain_file, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = ".safetensors"
@@ -53,7 +53,7 @@ class Checkpoint:
     if 0 in stored.shape:
       return np.empty(stored.shape, stored.dtype)
     if stored.file not in self._maps:
-      with open(stored.file, "rb") as file:
+      with open_plain(stored.file) as file:
         self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if len(self._maps[stored.file]) < stored.stop:
       raise CheckpointError(

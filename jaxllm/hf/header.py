@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.errors import CheckpointError
-from jaxllm.hf.plain import brief, odd_name, parse_json
+from jaxllm.hf.plain import brief, odd_name, open_plain, parse_json
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, Stored]:
   8 bytes of length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, and the data, without a gap; else CheckpointError.
   Source: the format's description in the README of github.com/huggingface/safetensors.
   """
-  with open(path, "rb") as file:
+  with open_plain(path) as file:
     size = os.fstat(file.fileno()).st_size
     start = file.read(_MAGIC)
     length = int.from_bytes(start[:8], "little")

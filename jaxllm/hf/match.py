@@ -60,6 +60,12 @@ def all_keys(family: Family, cfg: ModelConfig) -> list[Key]:
   return keys
 
 
+def count_keys(family: Family, cfg: ModelConfig) -> int:
+  """How many `all_keys` are, without making them."""
+  layers = lambda key: cfg.num_layers if "{i}" in key.theirs else 1
+  return sum((key.stack or 1) * layers(key) for key in family.keys(cfg))
+
+
 def all_constants(family: Family, cfg: ModelConfig) -> dict[str, float]:
   """{name: value} of the family's constants, those with {i} once a layer."""
   return {
@@ -103,7 +109,10 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
   if cfg.num_layers > max(2 * layers, 1000):  # no list of what is missing
     raise CheckpointError(f"{source.path}: says {cfg.num_layers:,} layers, but the files hold {layers}")
   values = sum(math.prod(stored.shape) for stored in checkpoint.tensors.values())
-  if (problem := sizes.problem(cfg, values)) is not None:
+  problem, asked, there = sizes.problem(cfg, values), count_keys(family, cfg), len(checkpoint.tensors)
+  if problem is None and asked > 2 * there + 1000:  # nor one of experts or heads
+    problem = f"asks for {asked:,} tensors, and the files hold {there:,}"
+  if problem is not None:
     raise CheckpointError(
       f"{source.path}: {problem}{_Changed(source).sizes()}; mend it, or fetch the files again"
     )

@@ -9,7 +9,7 @@ import os
 import reprlib
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxllm.errors import CheckpointError, JaxllmError
 
@@ -30,11 +30,23 @@ def read_json(path: str | os.PathLike, error: type[JaxllmError], most: int = JSO
 
 def read_bytes(path: Path, error: type[JaxllmError], most: int) -> bytes:
   """All of a file of at most so many bytes."""
-  with open(path, "rb") as file:
+  with open_plain(path, error) as file:
     size = os.fstat(file.fileno()).st_size
     if size > most:
       raise error(f"{path}: found {size:,} bytes, expected at most {most:,}; fetch the file again")
     return file.read(most)
+
+
+def open_plain(path: Path, error: type[JaxllmError] = CheckpointError) -> BinaryIO:
+  """A regular file, open for reading; an `error` where it is none by now, never a wait for one, or may not be read."""
+  try:
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+  except OSError as e:
+    raise error(f"{path}: cannot be read ({e.__class__.__name__}: {e.strerror})") from None
+  if not stat.S_ISREG(os.fstat(fd).st_mode):
+    os.close(fd)
+    raise error(f"{path}: not a regular file; put the file itself there")
+  return open(fd, "rb")
 
 
 def parse_json(data: bytes, source: str, error: type[JaxllmError]) -> Any:

@@ -156,7 +156,7 @@ class Settings:
   def error(self, name: str, expected: str) -> ConfigError:
     """What to raise for the value of a setting."""
     found = brief(self.plain[name]) if name in self.plain else "nothing"
-    if name not in self.plain and (near := nearest(name, self.plain.keys() - self._known)):
+    if name not in self.plain and (near := nearest(name, self.plain.keys() - self._known, 0.75)):
       found += f", but a {near}"
     return ConfigError(f"{self.source}: {self._at(name)}: found {found}, expected {expected}")
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from jaxllm.errors import CheckpointError
-from jaxllm.hf.plain import brief, plain_file, read_bytes
+from jaxllm.hf.plain import brief, open_plain, plain_file, read_bytes
 
 NAME = "SHA256SUMS"
 """The file of sums, as `sha256sum -c` reads it: a line a file, 64 hexadecimal digits, two spaces, its name."""
@@ -137,7 +137,7 @@ def _listed(directory: Path) -> Sums:
 def digest(path: Path, like: str, stop: threading.Event | None = None) -> str | None:
   """The digest of a file of the kind that `like` is one of, in hexadecimal digits; None where `stop` is set meanwhile."""
   buffer = memoryview(bytearray(CHUNK))
-  with open(path, "rb", buffering=0) as file:
+  with open_plain(path) as file:
     if len(like) == 64:
       state = hashlib.sha256()
     else:

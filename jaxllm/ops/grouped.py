@@ -96,7 +96,7 @@ def _blocks(x_RD: jax.Array, value: jax.Array, sizes_G: jax.Array, stored: str, 
 
   The last block of a group reaches into the rows of the next, which then writes over what it wrote there.
   """
-  rows, block, starts_G = len(x_RD), min(block, len(x_RD)), jnp.cumsum(sizes_G) - sizes_G
+  rows, block, starts_G = len(x_RD), max(1, min(block, len(x_RD))), jnp.cumsum(sizes_G) - sizes_G
   padded = jnp.pad(x_RD, ((0, block), (0, 0)))
   equation = "RD,DF->RF" if stored == "io" else "RD,FD->RF"
 
@@ -138,7 +138,7 @@ _blocks.defvjp(_forward, _backward)
 
 def _outer(x_RD: jax.Array, g_RF: jax.Array, sizes_G: jax.Array, stored: str, block: int) -> jax.Array:
   """The sum over the rows of each group of x[r] g[r]^T, [G, D, F] or [G, F, D] as stored, float32."""
-  block, starts_G = min(block, len(x_RD)), jnp.cumsum(sizes_G) - sizes_G
+  block, starts_G = max(1, min(block, len(x_RD))), jnp.cumsum(sizes_G) - sizes_G
   x_RD, g_RF = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_RD, g_RF))
   equation, left, right = ("RD,RF->DF", x_RD, g_RF) if stored == "io" else ("RF,RD->FD", g_RF, x_RD)
 

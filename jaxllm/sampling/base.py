@@ -152,7 +152,7 @@ def checked(sampler, name, valid, meaning, dtype=np.float32):
   value = getattr(sampler, name)
   if isinstance(value, jax.core.Tracer):
     return
-  found = np.asarray(value)
+  found = _numbers(sampler, name, value)
   whole = np.issubdtype(dtype, np.integer)
   kinds, _ = KINDS[np.dtype(dtype).kind]
   numeric = any(jnp.issubdtype(found.dtype, kind) for kind in kinds)  # jnp's knows bfloat16
@@ -175,13 +175,28 @@ def checked_table(sampler, name, valid, meaning, dtype=np.float32):
   value = getattr(sampler, name)
   if isinstance(value, jax.core.Tracer):
     return
-  found = np.asarray(value)
+  found = _numbers(sampler, name, value)
   kinds, _ = KINDS[np.dtype(dtype).kind]
   typed = any(jnp.issubdtype(found.dtype, kind) for kind in kinds)
+  if typed and np.issubdtype(dtype, np.floating):
+    with np.errstate(over="ignore"):  # an infinity is not valid, or is what was meant
+      found = found.astype(dtype)
   if not typed or found.ndim not in (1, 2) or not found.size or not np.all(valid(found)):
     shown = value if found.size <= 8 else f"an array of shape {found.shape}, {found.dtype}"
     raise SamplingError(f"{type(sampler).__name__}: {name} must be {meaning}; found {shown!r}")
+  if np.issubdtype(dtype, np.integer):
+    found = np.minimum(found, np.iinfo(dtype).max)
   object.__setattr__(sampler, name, found.astype(dtype))
+
+
+def _numbers(sampler, name, value):
+  """The value as an array; raises SamplingError for rows of several lengths and the like."""
+  try:
+    return np.asarray(value)
+  except (ValueError, TypeError, OverflowError):
+    raise SamplingError(
+      f"{type(sampler).__name__}: {name}: found {value!r}, expected a number, or rows of equal lengths"
+    ) from None
 
 
 def as_pytree(cls):

@@ -40,7 +40,11 @@ class LogitBias(Sampler):
       if not isinstance(bias, (int, float, np.integer, np.floating)) or isinstance(bias, bool):
         raise SamplingError(f"LogitBias: found bias {bias!r} of token {token}, expected a number or -inf")
     bias_V = np.zeros(vocab_size, np.float32)
-    bias_V[ids] = list(biases.values())
+    try:
+      with np.errstate(over="ignore"):  # the sampler refuses an infinity
+        bias_V[ids] = list(biases.values())
+    except OverflowError:
+      raise SamplingError("LogitBias: found a bias beyond every float, expected numbers or -inf") from None
     return cls(bias_V)
 
   def filter(self, logits_BV, state):

@@ -46,7 +46,8 @@ class Mirostat(Sampler):
     return jnp.where(some_B1, jnp.where(keep_BV, logits_BV, -jnp.inf), only_argmax(logits_BV))
 
   def update(self, tokens_B, state, logits_BV):
-    place_B1 = jnp.maximum(tokens_B, 0)[:, None]
+    drawn_B1 = (tokens_B >= 0)[:, None]  # a row of which nothing was left to draw keeps its mu
+    logits_BV, place_B1 = jnp.where(drawn_B1, logits_BV, 0), jnp.where(drawn_B1, tokens_B[:, None], 0)
     surprise_B = -jnp.take_along_axis(log_probs(logits_BV), place_B1, axis=-1)[:, 0] * BITS
     tau, eta = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), state.shape) for x in (self.tau, self.eta))
-    return state - eta * (surprise_B - tau)
+    return jnp.where(drawn_B1[:, 0], state - eta * (surprise_B - tau), state)

@@ -42,7 +42,7 @@ CONFIGS = [
   (
     "a family nobody has",
     dict(model_type="lama"),
-    r"model_type: found 'lama', expected one of .*\(nearest: llama\)",
+    r"model_type: found 'lama', expected one of .*\(by its spelling nearest: llama\)",
   ),
   ("a text of a megabyte", dict(model_type=LONG), r"model_type: found 'x{30,40}\.\.\."),
   ("a key of a megabyte", {LONG: 1}, r"unknown settings.*'x{30,40}\.\.\..* = 1; expected some of"),

@@ -284,8 +284,12 @@ LISTS = dict(
 )
 # what is put into a Llama's config.json, and what the error says
 BAD = [
-  (dict(model_type="lama"), r"model_type: found 'lama', expected one of .*\(nearest: llama\)"),
-  (dict(model_type="qwen2_moe"), r"nearest: qwen3_moe"),
+  (
+    dict(model_type="lama"),
+    r"model_type: found 'lama', expected one of .*\(by its spelling nearest: llama\)",
+  ),
+  (dict(model_type="qwen2_moe"), r"by its spelling nearest: qwen3_moe"),
+  (dict(model_type="deepseek_v3"), r"found 'deepseek_v3', expected one of [\w, -]+$"),
   (dict(model_type=None), "model_type: found null, expected a string"),
   (dict(hidden_act="sliu"), "hidden_act: found 'sliu', expected one of silu"),
   (dict(architectures=["LlamaForSequenceClassification"]), "architectures: .*LlamaForCausalLM"),
@@ -464,6 +468,13 @@ BAD_ELSEWHERE = [
   ),
   ("mpt", dict(attn_config=dict(alibi=False)), "attn_config.alibi: found false"),
   ("mpt", dict(attn_config=dict(alibi_bias_max=16)), "attn_config.alibi_bias_max: found 16"),
+  ("mpt", dict(norm_type="rmsnorm"), "norm_type: found 'rmsnorm', expected .*layernorm"),
+  ("mpt", dict(ffn_config=dict(ffn_type="mptglu")), "ffn_config: found .*mptglu.*, expected the plain"),
+  (
+    "mpt",
+    dict(attn_config=dict(attn_uses_sequence_id=True)),
+    "attn_config.attn_uses_sequence_id: found true",
+  ),
   ("mpt", dict(attn_config=dict(qk_ln=True)), "attn_config.qk_ln: found true"),
   ("mpt", dict(attn_config=dict(clip_qkv=-1)), "attn_config.clip_qkv: found -1"),
   ("mpt", dict(attn_config=dict(clip_kqv=6)), r"attn_config.clip_kqv = 6 \(nearest: clip_qkv\)"),

@@ -144,7 +144,7 @@ REFUSED = [
   (dict(mlp=Mlp("gelu")), "llama", "mlp would be Glu"),
   (dict(), "gpt2", "layers: found Rope, expected Learned"),
   (dict(), "bloom", "layers would be"),
-  (dict(), "phi4", "model_type: found 'phi4'"),
+  (dict(), "phi4", "family: found 'phi4', expected one of .* nearest: phi"),
   (dict(layers=(Layer(Rope(), 5),)), "llama", "layers would be"),
   (dict(layers=(Layer(Rope(), 5), Layer(Rope(), 6))), None, "layers would be"),
   (dict(layers=(Layer(Rope(), 5), Layer(Rope()))), "mistral", "layers would be"),

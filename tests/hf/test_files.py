@@ -1,6 +1,7 @@
 """Model directories read strictly: what safetensors writes is read; what is refused is in bad_files.py."""
 
 import json
+import os
 
 import damage
 import ml_dtypes
@@ -13,7 +14,7 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.hf import header
 from jaxllm.hf.files import Checkpoint
 from jaxllm.hf.header import read_header
-from jaxllm.hf.plain import plain_file, read_json
+from jaxllm.hf.plain import open_plain, plain_file, read_json
 
 
 @pytest.mark.core
@@ -116,3 +117,23 @@ def test_json_files(tmp_path):
   (tmp_path / "a.json").write_text("[1]")
   with pytest.raises(ConfigError, match="a JSON list, expected an object"):
     read_json(tmp_path / "a.json", ConfigError)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "nothing", "unreadable"])
+def test_what_is_no_file_by_the_time_it_is_opened(tmp_path, monkeypatch, kind):
+  """It is told at once: the open of a FIFO would wait for somebody who writes."""
+  path = tmp_path / "x"
+  if kind == "fifo":
+    os.mkfifo(path)
+  if kind == "directory":
+    path.mkdir()
+  if kind == "unreadable":  # the tests may be run by root, who may read all
+
+    def refuse(*args):
+      raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+  with pytest.raises(
+    CheckpointError, match=rf"{path}: (not a regular file|cannot be read \((FileNotFound|Permission)Error)"
+  ):
+    open_plain(path)

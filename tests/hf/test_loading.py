@@ -1,6 +1,7 @@
 """Files to parameters: every weight layout, type and mesh, and nothing that does not fit."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -18,6 +19,7 @@ from checkpoint_case import (
   source,
   write,
 )
+from safetensors.numpy import save_file
 
 from jaxllm import parallel, tree
 from jaxllm.config import Layer
@@ -255,6 +257,21 @@ def test_a_lie_about_the_depth_is_refused_before_it_is_believed(tmp_path):
   write(tmp_path)
   with pytest.raises(CheckpointError, match="says 1,000,000,000 layers, but the files hold 3"):
     load(tmp_path, config(plain), plain=plain)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_hidden_layers"])
+def test_a_list_of_names_that_no_file_has_is_not_made(tmp_path, name, monkeypatch):
+  """Of experts of two numbers, which no bound of sizes sees; the keys, a tensor each, are never made."""
+  monkeypatch.setattr(match, "all_keys", lambda *args: pytest.fail("the keys were made"))
+  plain = dict(
+    model_type="qwen3_moe", vocab_size=8, hidden_size=2, intermediate_size=1, moe_intermediate_size=1
+  )
+  plain |= dict(num_attention_heads=1, num_key_value_heads=1, head_dim=2, num_hidden_layers=2, num_experts=4)
+  plain |= {name: 900 if name == "num_hidden_layers" else 150_000}
+  (tmp_path / "config.json").write_text(json.dumps(plain | {"num_experts_per_tok": 2}))
+  save_file({"x": np.zeros(10_000_000, np.int8)}, tmp_path / "model.safetensors")
+  with pytest.raises(CheckpointError, match=r"asks for [\d,]+ tensors, and the files hold 1"):
+    loading.load(tmp_path)
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 3])

@@ -320,7 +320,8 @@ def test_defaults_of_experts():
       "num_experts_per_tok: found 9, expected at most num_local_experts = 8",
     ),
     (MIXTRAL | {"num_experts": 4}, "num_experts: found 4, expected 8 as in num_local_experts"),
-    (QWEN3_MOE | {"mlp_only_layers": [-1]}, "mlp_only_layers: .*expected a list of the numbers of layers"),
+    (QWEN3_MOE | {"mlp_only_layers": [0] * 10_001}, "mlp_only_layers: .*at most 10,000 layers"),
+    (QWEN3_MOE | {"mlp_only_layers": [-1]}, "mlp_only_layers: .*expected a list of the numbers of at most"),
     (QWEN3_MOE | {"norm_topk_prob": 1}, "norm_topk_prob: found 1, expected true or false"),
   ],
 )

@@ -260,6 +260,16 @@ BAD = [
   ("chatglm", SHARED, "_name_or_path: found nothing, expected one with chatglm2, .* rope_ratio is 50"),
   ("chatglm", SHARED | dict(_name_or_path="/models/x"), "_name_or_path: found '/models/x'"),
   (
+    "chatglm",
+    SHARED | dict(_name_or_path="chatglm2-to-chatglm3"),
+    "_name_or_path: found 'chatglm2-to-chatglm3'",
+  ),
+  (
+    "chatglm",
+    SHARED | dict(_name_or_path="/chatglm2/x/"),
+    "_name_or_path: found '/chatglm2/x/', expected one with",
+  ),
+  (
     "chatglm-6b",
     dict(num_attention_heads=5),
     "num_attention_heads: found 5, expected a divisor of hidden_size = 72",
@@ -313,6 +323,6 @@ def test_names_and_types_of_one_model_type():
   assert read_config(settings("chatglm"))[0].name == "chatglm"
   assert read_config(settings("chatglm-6b"))[0].name == "chatglm-6b"
   with pytest.raises(
-    ConfigError, match=r"model_type: found 'chatglm-6b', expected one of .*chatglm, glm-130b"
+    ConfigError, match=r"model_type: found 'chatglm-6b', expected one of .*chatglm, .*glm-130b"
   ):
     read_config(settings("chatglm-6b") | dict(model_type="chatglm-6b"))

@@ -59,6 +59,15 @@ def test_gradients_of_the_loops_are_those_of_plain_products(sizes, stored):
     assert relative_error(found, expected) <= 1e-5
 
 
+def test_no_rows_are_no_products():
+  """Of a batch without rows, forward and backward."""
+  x, w = np.zeros((0, 6), np.float32), np.ones((3, 6, 10), np.float32)
+  loss = lambda x, w: jnp.sum(grouped_dot(x, w, np.zeros(3, np.int32)))
+  assert jax.jit(grouped_dot)(x, w, np.zeros(3, np.int32)).shape == (0, 10)
+  d_x, d_w = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, w)
+  assert d_x.shape == x.shape and not d_w.any()
+
+
 def test_rows_are_sorted_and_put_back():
   index = np.array([2, 0, 2, 1, 0, 2], np.int32)
   order, inverse, sizes = group(index, 4)

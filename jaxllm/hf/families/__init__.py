@@ -1,12 +1,13 @@
 """The model families, and config.json to a ModelConfig and back.
 
-Adding one is a file with its settings and the names of its tensors, a row in FAMILIES, and a row in tests/hf/family_cases.py.
+Adding one is a file with its settings and the names of its tensors, a row in FAMILIES, and a row of arguments for the tests;
+CONTRIBUTING.md has each step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxllm.activation import Xielu
@@ -108,14 +109,18 @@ def _read(plain: Mapping[str, Any], source: str) -> tuple[Family, ModelConfig, l
 def family_of(s: Settings) -> Family:
   """The family that model_type names, and of several the first that the settings fit.
 
-  Raises ConfigError with the nearest name for another.
+  Raises ConfigError for another.
   """
   name = s.take("model_type", TEXT)
   if found := [family for family in FAMILIES.values() if family.model_type == name]:
     return next((family for family in found if family.fits(s)), found[-1])
-  known = list(dict.fromkeys(family.model_type for family in FAMILIES.values()))
-  near = nearest(name, known, 0.4)
-  raise s.error("model_type", f"one of {', '.join(known)}{f' (nearest: {near})' if near else ''}")
+  raise s.error("model_type", _one_of(name, {family.model_type for family in FAMILIES.values()}))
+
+
+def _one_of(name: str, known: Iterable[str]) -> str:
+  """What was expected in place of an unknown name, with the one that it may be a misspelling of."""
+  near = nearest(name, known := sorted(known), 0.8)
+  return f"one of {', '.join(known)}{f' (by its spelling nearest: {near})' if near else ''}"
 
 
 def _check_architecture(s: Settings, family: Family) -> None:
@@ -150,7 +155,7 @@ def write_config(
   """
   if family is not None:
     if family not in FAMILIES:
-      Settings({"model_type": family}, "family").take("model_type", one_of(FAMILIES))
+      raise ConfigError(f"family: found {family!r}, expected {_one_of(str(family), FAMILIES)}")
     plain, _, reason = _written(FAMILIES[family], cfg, pinned)
     if plain is None:
       raise ConfigError(f"the family {family} has no model with these settings: {reason}")

@@ -80,10 +80,13 @@ def _rope(s: Settings, vocab_size: int, rotary_dim: int, length: int) -> Rope:
   ratio = float(s.take("rope_ratio", POSITIVE, 1.0))
   layout = "interleaved" if s.take("original_rope", FLAG, True) else "half"
   fields = dict(rotary_dim=rotary_dim, layout=layout, original_length=length)
-  name = str(s.plain.get("_name_or_path")).lower()
-  if ratio != 1 and DIVIDES in name:
+  name = (
+    str(s.plain.get("_name_or_path")).lower().rstrip("/").rpartition("/")[2]
+  )  # not of a folder that it is in
+  divides, stretches = DIVIDES in name, STRETCHES in name
+  if ratio != 1 and divides and not stretches:
     return PiRope(BASE, factor=ratio, **fields)
-  if ratio != 1 and vocab_size == SHARED_VOCABULARY and STRETCHES not in name:
+  if ratio != 1 and divides == stretches and (divides or vocab_size == SHARED_VOCABULARY):
     which = f"one with {DIVIDES}, which divides positions by rope_ratio, or {STRETCHES}, where it multiplies the base"
     raise s.error("_name_or_path", f"{which}: rope_ratio is {ratio:g}")
   if BASE * ratio <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from jaxllm.activation import Mlp
 from jaxllm.config import Layer, ModelConfig
@@ -14,8 +15,13 @@ from jaxllm.norm import LayerNorm
 from jaxllm.position import Alibi
 
 CLIP = Kind("a finite number of at least 0, 0 for none", lambda x: NUMBER.fits(x) and x >= 0)
-NO_MODEL = ("learned_pos_emb", "init_device", "init_config", "norm_type", "verbose", "fc_type", "ffn_config")
-NO_MODEL += ("attn_impl", "attn_pdrop", "attn_uses_sequence_id")
+FEED_FORWARD = Kind(
+  "the plain feed-forward layer, {} or {'ffn_type': 'mptmlp'}",
+  lambda x: (
+    isinstance(x, Mapping) and x.keys() <= {"ffn_type", "fc_type"} and x.get("ffn_type", "mptmlp") == "mptmlp"
+  ),
+)
+NO_MODEL = ("learned_pos_emb", "init_device", "init_config", "verbose", "fc_type", "attn_impl", "attn_pdrop")
 """learned_pos_emb has no effect beside ALiBi; the others say how the authors' code makes or computes a model."""
 OF_ANY_CONFIG = (
   "architectures",
@@ -41,6 +47,8 @@ def read(s: Settings) -> ModelConfig:
   for name, value in (("expansion_ratio", 4), ("no_bias", True), ("embedding_fraction", 1.0)):
     s.settle(name, value, int(value), why="transformers' MPT has no other")
   s.settle("logit_scale", why="transformers' MPT does not apply it")
+  s.settle("norm_type", "low_precision_layernorm", "layernorm", why="transformers' MPT has no other")
+  s.take("ffn_config", FEED_FORWARD, {})
   attention = s.group("attn_config")
   only = {
     "alibi": True,
@@ -48,6 +56,7 @@ def read(s: Settings) -> ModelConfig:
     "prefix_lm": False,
     "qk_ln": False,
     "attn_type": "multihead_attention",
+    "attn_uses_sequence_id": False,
   }
   for name, value in only.items():
     attention.settle(name, value, why="transformers' MPT has no other")

@@ -14,8 +14,10 @@ from jaxllm.hf.settings import COUNT, FLAG, Kind, Settings
 KIND = relative.Relative(kv_heads=4, context=32768, attention_bias=True, qk_over="head")
 COUNTS = ("num_experts", "num_local_experts")
 NUMBERS = Kind(
-  "a list of the numbers of layers, from 0",
-  lambda x: isinstance(x, list) and all(type(one) is int and 0 <= one < 2**31 for one in x),
+  "a list of the numbers of at most 10,000 layers, from 0",
+  lambda x: (
+    isinstance(x, list) and len(x) <= 10_000 and all(type(one) is int and 0 <= one < 2**31 for one in x)
+  ),
 )
 
 
@@ -27,7 +29,7 @@ def read(s: Settings) -> ModelConfig:
   cfg = relative.read(s, KIND, lambda _, head: [Layer(rope.read(s, head), size)])
   router = SoftmaxRouter(s.take("norm_topk_prob", FLAG, False))
   width = s.take("moe_intermediate_size", COUNT, 768)
-  dense, step = s.take("mlp_only_layers", NUMBERS, []), s.take("decoder_sparse_step", COUNT, 1)
+  dense, step = set(s.take("mlp_only_layers", NUMBERS, [])), s.take("decoder_sparse_step", COUNT, 1)
   layer = cfg.layers[0]
   layers = [
     dataclasses.replace(layer, mlp=cfg.mlp if i in dense or (i + 1) % step else None)
