@@ -48,6 +48,7 @@ class Moe:
 
   Logits of experts are x router (+ bias), float32; `router` makes experts and weights of them; no token is dropped, however
   many choose one expert.  expert: a Glu, an Mlp or a ClampedGlu; mlp_dim: the hidden width of one, None for the config's.
+  Nothing balances the experts in training: a checkpoint's router_aux_loss_coef is not read.
   Raises ConfigError for a bad field, and for a top_k above num_experts.
   Source: Shazeer et al. (2017); Gale et al. (2022), MegaBlocks, for dropping none.
   """

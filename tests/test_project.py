@@ -53,6 +53,17 @@ def setup_cfg():
   return parser
 
 
+def test_readme_counts_the_families():
+  from jaxllm.hf.families import FAMILIES
+
+  tens, ones = (
+    ("Twenty Thirty Forty Fifty Sixty").split(),
+    "one two three four five six seven eight nine".split(),
+  )
+  number = tens[len(FAMILIES) // 10 - 2] + (f"-{ones[len(FAMILIES) % 10 - 1]}" if len(FAMILIES) % 10 else "")
+  assert f"{number} families: " in (ROOT / "README.md").read_text()
+
+
 def test_readme_opens_with_the_two_commands():
   """The main job, then the tests; they do all the set-up, so nothing stands before them."""
   fenced = re.findall(r"^```[a-z]*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -228,7 +228,9 @@ WATCHING = []
 
 def opening(event, args):
   """An audit hook, which stays for the life of the process: what was opened while somebody watches."""
-  if WATCHING and event == "open" and not isinstance(args[0], int):  # a descriptor is of a file that was opened
+  if (
+    WATCHING and event == "open" and not isinstance(args[0], int)
+  ):  # a descriptor is of a file that was opened
     OPENED.append(str(args[0]))
 
 
