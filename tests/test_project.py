@@ -57,8 +57,8 @@ def test_readme_counts_the_families():
   from jaxllm.hf.families import FAMILIES
 
   tens, ones = (
-    ("Twenty Thirty Forty Fifty Sixty").split(),
-    "one two three four five six seven eight nine".split(),
+    ["Twenty", "Thirty", "Forty", "Fifty", "Sixty"],
+    ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
   )
   number = tens[len(FAMILIES) // 10 - 2] + (f"-{ones[len(FAMILIES) % 10 - 1]}" if len(FAMILIES) % 10 else "")
   assert f"{number} families: " in (ROOT / "README.md").read_text()
