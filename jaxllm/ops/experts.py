@@ -47,7 +47,9 @@ def experts(
   # the backward pass recomputes the activation, as in nn.mlp
   hidden_RF = jax.checkpoint(activation)(*(project(name) for name in ("gate", "up") if name in p))
   out_RD = permute(grouped_dot(hidden_RF, p["down"]["w"], sizes_E), inverse_R, order_R)
-  out_CD = jnp.einsum("CkD,Ck->CD", out_RD.reshape(C, k, -1), weights_Ck, preferred_element_type=jnp.float32)
+  out_CD = jnp.einsum(
+    "CkD,Ck->CD", out_RD.reshape(C, k, out_RD.shape[-1]), weights_Ck, preferred_element_type=jnp.float32
+  )
   if "bias" in p["down"]:
     mine_CE = jnp.zeros_like(logits_CE).at[jnp.arange(C)[:, None], index_Ck].add(weights_Ck)
     out_CD += einsum("CE,ED->CD", jnp.where(biased, mine_CE, 0), p["down"]["bias"].astype(jnp.float32))

@@ -142,6 +142,19 @@ def at_least(logits_BV, keep_BV):
   return jnp.where(keep_BV | (logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)), logits_BV, -jnp.inf)
 
 
+def _numbers(value, dtype):
+  """(an array, whether it is of what may be given for `dtype`): integers above those of `dtype` are its largest."""
+  try:
+    found = np.asarray(value)
+  except ValueError:  # rows of several lengths
+    return np.empty(0, object), False
+  kinds, _ = KINDS[np.dtype(dtype).kind]
+  fits = any(jnp.issubdtype(found.dtype, kind) for kind in kinds)  # jnp's knows bfloat16
+  if fits and np.issubdtype(dtype, np.integer):
+    found = np.minimum(found, np.int64(np.iinfo(dtype).max))
+  return found, fits
+
+
 def checked(sampler, name, valid, meaning, dtype=np.float32):
   """Validates a field while its sampler is built, and gives it its one form.
 
@@ -152,16 +165,11 @@ def checked(sampler, name, valid, meaning, dtype=np.float32):
   value = getattr(sampler, name)
   if isinstance(value, jax.core.Tracer):
     return
-  found = _numbers(sampler, name, value)
-  whole = np.issubdtype(dtype, np.integer)
-  kinds, _ = KINDS[np.dtype(dtype).kind]
-  numeric = any(jnp.issubdtype(found.dtype, kind) for kind in kinds)  # jnp's knows bfloat16
-  if not numeric or found.ndim > 1 or not np.all(valid(found)):
+  found, fits = _numbers(value, dtype)
+  if not fits or found.ndim > 1 or not np.all(valid(found)):
     raise SamplingError(
       f"{type(sampler).__name__}: {name} must be {meaning}, or [B] of them; found {value!r}"
     )
-  if whole:
-    found = np.minimum(found, np.iinfo(dtype).max)
   _, number = KINDS[np.dtype(dtype).kind]
   object.__setattr__(sampler, name, found.astype(dtype) if found.ndim else number(found))
 
@@ -169,34 +177,19 @@ def checked(sampler, name, valid, meaning, dtype=np.float32):
 def checked_table(sampler, name, valid, meaning, dtype=np.float32):
   """Validates a field of one value a token while its sampler is built, and makes it an array of `dtype`.
 
-  Tracers pass as they are.  Raises SamplingError for what is not [V] or [B, V] numbers (of truth values,
-  where `dtype` is bool), or not `valid`.
+  Tracers pass as they are.  An integer above those of `dtype` becomes its largest, a float beyond it an infinity.  Raises
+  SamplingError for what is not [V] or [B, V] numbers (of truth values, where `dtype` is bool), or then not `valid`.
   """
   value = getattr(sampler, name)
   if isinstance(value, jax.core.Tracer):
     return
-  found = _numbers(sampler, name, value)
-  kinds, _ = KINDS[np.dtype(dtype).kind]
-  typed = any(jnp.issubdtype(found.dtype, kind) for kind in kinds)
-  if typed and np.issubdtype(dtype, np.floating):
-    with np.errstate(over="ignore"):  # an infinity is not valid, or is what was meant
-      found = found.astype(dtype)
-  if not typed or found.ndim not in (1, 2) or not found.size or not np.all(valid(found)):
+  found, fits = _numbers(value, dtype)
+  with np.errstate(over="ignore"):
+    table = found.astype(dtype) if fits else found
+  if not fits or found.ndim not in (1, 2) or not found.size or not np.all(valid(table)):
     shown = value if found.size <= 8 else f"an array of shape {found.shape}, {found.dtype}"
     raise SamplingError(f"{type(sampler).__name__}: {name} must be {meaning}; found {shown!r}")
-  if np.issubdtype(dtype, np.integer):
-    found = np.minimum(found, np.iinfo(dtype).max)
-  object.__setattr__(sampler, name, found.astype(dtype))
-
-
-def _numbers(sampler, name, value):
-  """The value as an array; raises SamplingError for rows of several lengths and the like."""
-  try:
-    return np.asarray(value)
-  except (ValueError, TypeError, OverflowError):
-    raise SamplingError(
-      f"{type(sampler).__name__}: {name}: found {value!r}, expected a number, or rows of equal lengths"
-    ) from None
+  object.__setattr__(sampler, name, table)
 
 
 def as_pytree(cls):

@@ -12,6 +12,8 @@ from jaxllm.errors import SamplingError
 from jaxllm.sampling.base import Sampler, as_pytree, checked_table, per_token
 from jaxllm.sampling.ids import checked_ids
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 @as_pytree
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +39,13 @@ class LogitBias(Sampler):
       raise SamplingError(f"LogitBias: found {biases!r}, expected a dict of biases by token id")
     ids = checked_ids("LogitBias", biases, vocab_size)
     for token, bias in biases.items():
-      if not isinstance(bias, (int, float, np.integer, np.floating)) or isinstance(bias, bool):
-        raise SamplingError(f"LogitBias: found bias {bias!r} of token {token}, expected a number or -inf")
+      number = isinstance(bias, (int, float, np.integer, np.floating)) and not isinstance(bias, bool)
+      if not number or not (bias == -np.inf or abs(bias) <= LARGEST):
+        raise SamplingError(
+          f"LogitBias: found bias {bias!r} of token {token}, expected a finite number or -inf"
+        )
     bias_V = np.zeros(vocab_size, np.float32)
-    try:
-      with np.errstate(over="ignore"):  # the sampler refuses an infinity
-        bias_V[ids] = list(biases.values())
-    except OverflowError:
-      raise SamplingError("LogitBias: found a bias beyond every float, expected numbers or -inf") from None
+    bias_V[ids] = list(biases.values())
     return cls(bias_V)
 
   def filter(self, logits_BV, state):

@@ -59,15 +59,6 @@ def test_gradients_of_the_loops_are_those_of_plain_products(sizes, stored):
     assert relative_error(found, expected) <= 1e-5
 
 
-def test_no_rows_are_no_products():
-  """Of a batch without rows, forward and backward."""
-  x, w = np.zeros((0, 6), np.float32), np.ones((3, 6, 10), np.float32)
-  loss = lambda x, w: jnp.sum(grouped_dot(x, w, np.zeros(3, np.int32)))
-  assert jax.jit(grouped_dot)(x, w, np.zeros(3, np.int32)).shape == (0, 10)
-  d_x, d_w = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, w)
-  assert d_x.shape == x.shape and not d_w.any()
-
-
 def test_rows_are_sorted_and_put_back():
   index = np.array([2, 0, 2, 1, 0, 2], np.int32)
   order, inverse, sizes = group(index, 4)
@@ -148,6 +139,15 @@ def test_a_token_does_not_depend_on_the_others(name):
   others[10] = x[10]
   others[20:30] = np.nan  # padding may be anything
   np.testing.assert_array_equal(np.asarray(program(name)(others, p))[10], whole[10])
+
+
+@pytest.mark.parametrize("name", ["softmax", "one"])
+def test_no_tokens_are_no_outputs_and_no_gradients(name):
+  x, p = parameters(name)
+  assert program(name)(x[:0], p).shape == (0, D)
+  grads = jax.grad(lambda x, p: jnp.sum(program(name)(x, p)), argnums=(0, 1))(x[:0], p)
+  assert grads[0].shape == (0, D)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -106,6 +106,16 @@ def test_mirostat_is_its_recursion_in_float64():
     np.testing.assert_allclose(mu_TB[step], mu_B, atol=2e-5)
 
 
+@core
+def test_mirostat_stays_where_it_is_in_a_row_with_nothing_left():
+  logits_BV = jnp.array([[-jnp.inf] * 4, [0.0, 1.0, 2.0, 3.0]])
+  sampler, state = Mirostat(2.0), jnp.array([3.0, 3.0])
+  with jax.debug_nans(True):
+    tokens_B, after = sampler(jax.random.split(jax.random.key(0), 2), logits_BV, state)
+  assert tokens_B[0] == -1 and after[0] == 3.0
+  assert tokens_B[1] >= 0 and after[1] != 3.0
+
+
 def test_mirostat_holds_the_surprise_at_tau():
   logits_BV = jnp.broadcast_to(-1.1 * jnp.log(jnp.arange(1, 501)), (8, 500))  # Zipf's law: 6.3 bits a token
   run = jax.jit(lambda sampler: steps(sampler, jnp.broadcast_to(logits_BV, (200, 8, 500)))[1])
