@@ -53,6 +53,12 @@ TABLES = {"components": "components", "families": "family_table", "generation": 
 """The module of each option that prints a table."""
 
 
+def pytest_itemcollected(item):
+  """A slow row is not of the core, whatever its test is."""
+  if item.get_closest_marker("slow"):
+    item.own_markers = [mark for mark in item.own_markers if mark.name != "core"]
+
+
 def pytest_configure(config):
   for option, module in TABLES.items():
     path = config.getoption(f"--{option}")

@@ -67,7 +67,6 @@ def as_dense(params):
   return tree.unflatten({path: np.asarray(dense(leaf)) for path, leaf in tree.flatten(params).items()})
 
 
-@pytest.mark.core
 def test_the_sweep_of_the_exported_directory_is_that_of_the_checkpoint(
   trained, exported, corpus, tmp_path, capfd
 ):

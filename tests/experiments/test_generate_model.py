@@ -143,7 +143,6 @@ def test_flags_of_drawing_change_the_text(ask):
   assert rows(ask("--json", "--cache_type=int4"))[0]["settings"]["cache_type"] == "int4"
 
 
-@pytest.mark.core
 def test_prompts_of_a_file_are_each_as_alone(ask, tmp_path):
   texts = ["the quick", "lazy dog 1, 2", "señor"]
   alone = [ask(prompt=text) for text in texts]

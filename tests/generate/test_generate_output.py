@@ -37,7 +37,7 @@ def test_on_tokens_is_told_all_new_ids_in_order(shallow, prompts, chunk):
     assert len(calls) == sum(map(len, out.tokens))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, pytest.param(32, marks=core)])
+@pytest.mark.parametrize("chunk", [1, 5, 32])
 def test_stop_ends_a_row_where_it_says_whatever_the_chunk(shallow, prompts, chunk):
   """Row 0 at its 7th new id, keeping 5 of 7; row 2 at its first, keeping none; row 1 goes on as without."""
   model, params = shallow
@@ -93,7 +93,7 @@ def test_what_is_no_number_of_ids_is_refused(shallow, prompts, answer):
     generate(model, params, prompts, max_new_tokens=3, stop=lambda row, ids: answer)
 
 
-@pytest.mark.parametrize("k", [pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=core)])
+@pytest.mark.parametrize("k", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_log_probabilities_are_those_of_the_model_before_any_filter(deep, prompts, k):
   model, params = deep
   sampler = Chain((Temperature(2.0), TopK(9)))
@@ -175,7 +175,7 @@ def test_a_cache_of_integers_gives_nearly_the_same_log_probabilities(deep, promp
   assert 1e-6 < error(int8) < 0.05 < error(int4) < 0.5
 
 
-@pytest.mark.parametrize("two_dimensional", [pytest.param(True, marks=core), False])
+@pytest.mark.parametrize("two_dimensional", [True, False])
 def test_positions_and_prefix_of_a_caller(deep, two_dimensional):
   """GLM prompts: the text is the argmax of full forward passes with the positions of all, and the prefix in both directions."""
   model, params = deep

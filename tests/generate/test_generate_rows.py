@@ -47,7 +47,6 @@ def test_a_row_does_not_depend_on_its_batch(text, prompts, temperature):
   same_text("the order of the batch", moved.tokens, [together[row] for row in order])
 
 
-@core
 def test_the_text_does_not_depend_on_the_chunk(text):
   usual = text()
   found = text(chunk=7)  # three chunks, the last of which is cut short
@@ -60,7 +59,6 @@ def test_the_text_does_not_depend_on_the_chunk(text):
     same_text("the chunk, with stop ids", found.tokens, expected.tokens)
 
 
-@core
 def test_a_single_candidate_is_greedy(text):
   greedy, sampled = text(sampler=Greedy(), key=None), text()
   assert sampled != greedy
