@@ -296,5 +296,5 @@ def test_weights_that_cannot_be_used_end_the_run_and_fail_no_part(checkpoint, tm
   ):
     assert run(*base, *more, f"--out={tmp_path / name}") == 65
     error = capfd.readouterr().err
-    assert "error: model.norm.weight of model.safetensors" in error and "NaN" in error, error
+    assert f"error: {directory}: model.norm.weight of model.safetensors" in error and "NaN" in error, error
     assert (tmp_path / name / "cells.jsonl").read_bytes() == b""
