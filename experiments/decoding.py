@@ -3,9 +3,12 @@
 A random Llama of --size is written by transformers and removed after; --model=DIR takes any checkpoint that both read.  Each
 reading is a process of its own that loads the checkpoint and generates greedily, without stop ids: once to warm up, then
 --reads times; the sides take turns, and medians of all reads of all processes count.  Prefill is the time to the first new
-token, and decoding that of the others.  The bars: decoding at least 1.5 times as fast in float32 and 1.2 times in bfloat16,
-prefill at least 0.8 times, and the first token of a process that finds its programs in the compilation cache within 4 seconds
-of its start.  Exits with 1 where one is missed, as far as the model has 100 million parameters.
+token, and decoding that of the others.  The share of memory bandwidth is that of a copy in the same process: a step reads every
+weight once, and what it reads of the cache is not counted.  Where JAX finds a CUDA GPU, transformers runs on it, too.
+
+The bars, of a CPU: decoding at least 1.5 times as fast in float32 and 1.2 times in bfloat16, prefill at least 0.8 times, and
+the first token of a process that finds its programs in the compilation cache within 4 seconds of its start.  Exits with 1
+where one is missed, as far as the model has 100 million parameters.
 """
 
 import importlib.util
@@ -37,6 +40,7 @@ HEADER = (
   "decode tok/s",
   "transformers",
   "ratio",
+  "memory bandwidth",
   "prefill tok/s",
   "transformers",
   "ratio",
@@ -52,6 +56,13 @@ flags.DEFINE_integer("prompt", 128, "tokens of a prompt", flag_values=FLAGS)
 flags.DEFINE_integer("new", 64, "tokens to generate", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 2, "processes of each side", flag_values=FLAGS)
 flags.DEFINE_integer("reads", 3, "readings of a process", flag_values=FLAGS)
+flags.DEFINE_enum(
+  "cache_implementation",
+  "dynamic",
+  ["dynamic", "static"],
+  "of transformers' generate; static compiles its forward pass where there is a GPU",
+  flag_values=FLAGS,
+)
 flags.DEFINE_string("out", None, "directory for results.jsonl and results.csv", flag_values=FLAGS)
 flags.DEFINE_bool("smoke", False, "the tiny Llama in float32, one process a side", flag_values=FLAGS)
 
@@ -81,10 +92,40 @@ def prompts(vocab_size: int, batch: int, length: int) -> list[list[int]]:
   return np.random.default_rng(0).integers(0, vocab_size, (batch, length)).tolist()
 
 
+def device(started: float) -> dict[str, str]:
+  """What JAX runs on in a new process, as this one must leave a GPU's memory alone."""
+  import jax
+
+  return {"kind": jax.devices()[0].device_kind, "platform": jax.default_backend()}
+
+
+def bandwidth() -> float:
+  """Bytes a second that adding 1 to a gibibyte of numbers reads and writes: the best of five."""
+  import jax
+  import jax.numpy as jnp
+
+  x, add, seconds = jnp.arange(2**28, dtype=jnp.float32), jax.jit(lambda x: x + 1, donate_argnums=0), []
+  for _ in range(6):  # in place, as new memory is slow at first; the first one compiles
+    start = time.perf_counter()
+    x = jax.block_until_ready(add(x))
+    seconds.append(time.perf_counter() - start)
+  return 2 * x.nbytes / min(seconds)
+
+
+def step_bytes(cfg, params) -> int:
+  """The bytes of the weights that decoding a token reads: all but a table of embeddings that is not the head, too."""
+  from jaxllm import tree
+
+  parts = tree.flatten(params).items()
+  return sum(x.nbytes for path, x in parts if path != "embed" or cfg.tie_embeddings)
+
+
 def jaxllm_side(
   directory: str, dtype: str, batch: int, length: int, new: int, reads: int, started: float
 ) -> dict:
-  """Seconds to the first token and for the others, of each read, and from `started` (of the process) to the very first."""
+  """Seconds to the first token and for the others, of each read, and from `started` (of the process) to the very first; the
+  least seconds that a step can take for its weights.
+  """
   from jaxllm import hf
   from jaxllm.generate.loop import generate
   from jaxllm.nn import Transformer
@@ -107,25 +148,41 @@ def jaxllm_side(
 
   before = time.time() - started
   prefill, _ = read()
-  return {"first": before + prefill, "reads": [read() for _ in range(reads)]}
+  found = {"first": before + prefill, "reads": [read() for _ in range(reads)]}
+  return found | {"floor": step_bytes(cfg, params) / bandwidth()}
 
 
 def transformers_side(
-  directory: str, dtype: str, batch: int, length: int, new: int, reads: int, started: float
+  directory: str,
+  dtype: str,
+  batch: int,
+  length: int,
+  new: int,
+  reads: int,
+  platform: str,
+  cache: str,
+  started: float,
 ) -> dict:
-  """The same of transformers."""
+  """The same of transformers, but for the last."""
   import torch
   import transformers
 
   model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
   model.generation_config.eos_token_id = None
-  ids = torch.tensor(prompts(model.config.vocab_size, batch, length))
+  gpu = platform == "gpu" and torch.cuda.is_available()
+  model = model.to("cuda" if gpu else "cpu")
+  ids = torch.tensor(prompts(model.config.vocab_size, batch, length), device=model.device)
+
+  def now() -> float:
+    if gpu:
+      torch.cuda.synchronize()
+    return time.perf_counter()
 
   def read() -> tuple[float, float]:
-    start, at = time.perf_counter(), []
+    start, at = now(), []
 
     def seen(_, scores):  # called with the logits of every new token
-      at.append(time.perf_counter())
+      at.append(time.perf_counter() if at else now())
       return scores
 
     with torch.inference_mode():
@@ -135,34 +192,37 @@ def transformers_side(
         max_new_tokens=new,
         do_sample=False,
         pad_token_id=0,
+        cache_implementation=None if cache == "dynamic" else cache,
         logits_processor=transformers.LogitsProcessorList([seen]),
       )
     assert len(at) == new, (len(at), new)
-    return at[0] - start, time.perf_counter() - at[0]
+    return at[0] - start, now() - at[0]
 
   before = time.time() - started
   prefill, _ = read()
   return {"first": before + prefill, "reads": [read() for _ in range(reads)]}
 
 
-def in_own_process(side: str, *arguments) -> dict:
-  """What `<side>_side` returns in a new process."""
-  call = f"{side}_side(*{arguments!r}, started=float(sys.argv[1]))"
+def in_own_process(name: str, *arguments) -> dict:
+  """What the function of that name returns in a new process."""
+  call = f"{name}(*{arguments!r}, started=float(sys.argv[1]))"
   code = f"import json, sys; from experiments import decoding; print(json.dumps(decoding.{call}))"
   run = subprocess.run(
     [sys.executable, "-c", code, str(time.time())], capture_output=True, text=True, check=False
   )
   if run.returncode:
-    raise RuntimeError(f"{side}: {run.stderr.strip()[-2000:]}")
+    raise RuntimeError(f"{name}: {run.stderr.strip()[-2000:]}")
   return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure(directory: str, dtype: str, batch: int, f) -> dict[str, float]:
+def measure(directory: str, dtype: str, batch: int, platform: str, f) -> dict[str, float]:
   """The numbers of one line of the table."""
+  task = (directory, dtype, batch, f.prompt, f.new, f.reads)
+  more = {"jaxllm": (), "transformers": (platform, f.cache_implementation)}
   sides = {"jaxllm": [], "transformers": []}
   for _ in range(f.rounds):
     for side, found in sides.items():
-      found.append(in_own_process(side, directory, dtype, batch, f.prompt, f.new, f.reads))
+      found.append(in_own_process(f"{side}_side", *task, *more[side]))
   numbers = {}
   for side, found in sides.items():
     reads = [read for one in found for read in one["reads"]]
@@ -171,6 +231,8 @@ def measure(directory: str, dtype: str, batch: int, f) -> dict[str, float]:
     numbers[f"{side} prefill tok/s"] = batch * f.prompt / prefill
   for name in ("decode", "prefill"):
     numbers[f"{name} ratio"] = numbers[f"jaxllm {name} tok/s"] / numbers[f"transformers {name} tok/s"]
+  floor = statistics.median(one["floor"] for one in sides["jaxllm"])
+  numbers["share of memory bandwidth"] = floor * numbers["jaxllm decode tok/s"] / batch
   # the first process may have compiled; the others found its programs
   return numbers | {"first token s": min(one["first"] for one in sides["jaxllm"][1:] or sides["jaxllm"])}
 
@@ -192,6 +254,8 @@ def line(dtype: str, batch: int, found: dict[str, float]) -> str:
   for name in ("decode", "prefill"):
     cells += [f"{found[f'{side} {name} tok/s']:.1f}" for side in ("jaxllm", "transformers")]
     cells.append(f"{found[f'{name} ratio']:.2f}")
+    if name == "decode":
+      cells.append(f"{found['share of memory bandwidth']:.0%}")
   return f"| {' | '.join([*cells, format(found['first token s'], '.2f')])} |"
 
 
@@ -199,10 +263,11 @@ def main(f) -> int:
   """Measure, print the table and, with --out, write its numbers; 1 where a bar is missed."""
   import jax
 
+  where = in_own_process("device")
   if f.smoke:
     f.size, f.dtypes, f.batches, f.prompt, f.new, f.rounds, f.reads = "tiny", "float32", "2", 8, 4, 1, 1
   print(
-    f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}; "
+    f"{platform.machine()}, {where['kind']}, jax {jax.__version__}, Python {platform.python_version()}; "
     f"prompts of {f.prompt} tokens, {f.new} new ones\n"
   )
   print(f"| {' | '.join(HEADER)} |\n|---{'|---:' * (len(HEADER) - 1)}|", flush=True)
@@ -212,11 +277,13 @@ def main(f) -> int:
     try:
       if f.model is None:
         loading.in_own_process(f"make({directory!r}, {f.size!r}, {dtype!r})")
-      large = loading.parameters(directory) >= LARGE
+      judged = where["platform"] == "cpu" and loading.parameters(directory) >= LARGE
       for batch in map(int, f.batches.split(",")):
-        found = measure(directory, dtype, batch, f)
+        found = measure(directory, dtype, batch, where["platform"], f)
         print(line(dtype, batch, found), flush=True)
-        problems += [f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if large]
+        problems += [
+          f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if judged
+        ]
         cell = {"model": f.model or f.size, "dtype": dtype, "batch": batch}
         rows += [rows_lib.ok(cell | {"metric": name}, value) for name, value in found.items()]
     finally:

@@ -29,7 +29,15 @@ from jaxllm.study import choices, run_app
 from jaxllm.study import rows as rows_lib
 from jaxllm.study.files import write_results
 
-SIZES = {  # settings of LlamaConfig; 1b has the shape of TinyLlama; the heads of 213m are tied
+SIZES = {  # settings of LlamaConfig; 8b has the shape of Llama 3 and 1b that of TinyLlama; the heads of 213m are tied
+  "8b": dict(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+  ),
   "1b": dict(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32
   ),
@@ -73,7 +81,7 @@ flags.DEFINE_enum(
   "size",
   "1b",
   list(SIZES),
-  "of the random Llama: 1.1 billion parameters, 213 million, 26 million, or 150 thousand",
+  "of the random Llama: 8 billion parameters, 1.1 billion, 213 million, 26 million, or 150 thousand",
   flag_values=FLAGS,
 )
 flags.DEFINE_string(
@@ -121,7 +129,8 @@ def make(directory: str, size: str, dtype: str) -> None:
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+      model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size="2GB")
     return
   import ml_dtypes

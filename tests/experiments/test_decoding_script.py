@@ -15,6 +15,7 @@ FOUND = {
   "jaxllm decode tok/s": 30.0,
   "transformers decode tok/s": 20.0,
   "decode ratio": 1.5,
+  "share of memory bandwidth": 0.625,
   "jaxllm prefill tok/s": 80.0,
   "transformers prefill tok/s": 100.0,
   "prefill ratio": 0.8,
@@ -34,27 +35,29 @@ def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
     "first token after 4.1 s, expected at most 4.0"
   ]
   assert (
-    decoding.line("float32", 8, FOUND) == "| float32 | 8 | 30.0 | 20.0 | 1.50 | 80.0 | 100.0 | 0.80 | 4.00 |"
+    decoding.line("float32", 8, FOUND)
+    == "| float32 | 8 | 30.0 | 20.0 | 1.50 | 62% | 80.0 | 100.0 | 0.80 | 4.00 |"
   )
 
 
 def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch):
   class f:
-    rounds, reads, prompt, new = 2, 2, 16, 5
+    rounds, reads, prompt, new, cache_implementation = 2, 2, 16, 5, "dynamic"
 
   reads = iter(
     [
-      {"first": 9.0, "reads": [[1.0, 2.0], [1.0, 2.0]]},
+      {"first": 9.0, "reads": [[1.0, 2.0], [1.0, 2.0]], "floor": 0.125},
       {"first": 7.0, "reads": [[2.0, 4.0], [2.0, 4.0]]},
-      {"first": 3.0, "reads": [[1.0, 2.0], [9.0, 8.0]]},
+      {"first": 3.0, "reads": [[1.0, 2.0], [9.0, 8.0]], "floor": 0.125},
       {"first": 6.0, "reads": [[2.0, 4.0], [9.0, 8.0]]},
     ]
   )
   monkeypatch.setattr(decoding, "in_own_process", lambda *_: next(reads))
-  found = decoding.measure("", "float32", 3, f)
+  found = decoding.measure("", "float32", 3, "cpu", f)
   assert found["jaxllm decode tok/s"] == 3 * 4 / 2.0 and found["transformers decode tok/s"] == 3 * 4 / 4.0
   assert found["jaxllm prefill tok/s"] == 3 * 16 / 1.0 and found["prefill ratio"] == 2.0
   assert found["first token s"] == 3.0
+  assert found["share of memory bandwidth"] == 0.125 / (2.0 / 4)
 
 
 @pytest.mark.parametrize(
