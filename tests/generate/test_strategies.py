@@ -322,7 +322,7 @@ def defined_contrastive(model, params, prompt, alpha, k, steps):
   return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("alpha", [0.6, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 1.0))])
 def test_contrastive_text_is_that_of_its_definition(pair, prompts, alpha):
   _, model, params = pair
   out = contrastive.generate(model, params, prompts, alpha=alpha, top_k=5, max_new_tokens=8, stop_ids=())

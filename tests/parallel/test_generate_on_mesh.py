@@ -19,7 +19,7 @@ from jaxllm.sampling import Chain, RepetitionPenalty, Temperature, TopP
 
 LENGTHS = (5, 11, 14, 9)
 METHODS = [name for name in MODELS if "," not in name]
-DEFAULT = {"rope": [pytest.mark.core], "experts": []}
+DEFAULT = {"rope": [pytest.mark.core]}
 SMALL = dataclasses.replace(MODELS["rope"], num_layers=2, layers=MODELS["rope"].layers[:2])
 """Two layers, the second with a window, for what is not about the layers."""
 
