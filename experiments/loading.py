@@ -29,14 +29,15 @@ from jaxllm.study import choices, run_app
 from jaxllm.study import rows as rows_lib
 from jaxllm.study.files import write_results
 
-SIZES = {  # settings of LlamaConfig; 8b has the shape of Llama 3 and 1b that of TinyLlama; the heads of 213m are tied
-  "8b": dict(
+SIZES = {  # settings of LlamaConfig; 3b has the shape of Llama 3.2, 1b that of TinyLlama; heads of 3b and 213m are tied
+  "3b": dict(
     vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
     num_key_value_heads=8,
+    tie_word_embeddings=True,
   ),
   "1b": dict(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32
@@ -81,7 +82,7 @@ flags.DEFINE_enum(
   "size",
   "1b",
   list(SIZES),
-  "of the random Llama: 8 billion parameters, 1.1 billion, 213 million, 26 million, or 150 thousand",
+  "of the random Llama: 3.2 billion parameters, 1.1 billion, 213 million, 26 million, or 150 thousand",
   flag_values=FLAGS,
 )
 flags.DEFINE_string(

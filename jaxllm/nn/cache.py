@@ -87,8 +87,6 @@ class LayerCache:
       jax.tree.map(lambda x: constrain(x, "BKSH"), self.store.write(slots, self.place.at, new))
       for slots, new in ((self.k, k_BTKH), (self.v, v_BTKH))
     )
-    # fused with what reads them, the slots would be written anew in place of the few that change
-    k, v = jax.lax.optimization_barrier((k, v))
     return dataclasses.replace(self, k=k, v=v)
 
   def read(self, dtype: Any) -> tuple[jax.Array, jax.Array]:

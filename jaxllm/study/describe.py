@@ -41,7 +41,7 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
   if scales:
     lines.append(f"scales and caps: {', '.join(scales)}")
   angles = getattr(cfg, "rope_precision", "exact")
-  lines.append(f"precision: {cfg.dtype} compute; angles {angles}")
+  lines.append(f"precision: {cfg.dtype} compute; {products(cfg.dtype)}angles {angles}")
   if served := getattr(cfg, "context_length", None):
     lines.append(f"context: {served} tokens, by its settings")
   if length is not None:
@@ -49,6 +49,22 @@ def model_lines(cfg: ModelConfig, length: int | None = None) -> list[str]:
 
     lines.append(f"attention of {length} tokens: {core_report(cfg, length, seq_len=length)}")
   return lines
+
+
+def products(dtype: str) -> str:
+  """What the products of a model of this type are computed in, where that is less than the type: "products in ...; ", or ""."""
+  import jax
+
+  asked, fast = (
+    jax.config.jax_default_matmul_precision,
+    {"gpu": "TF32, where the GPU has it", "tpu": "bfloat16"},
+  )
+  backend = jax.default_backend()
+  if dtype != "float32" or backend not in fast or asked in ("highest", "float32"):
+    return ""
+  if asked not in (None, "default"):
+    return f"products in {asked} (jax_default_matmul_precision); "
+  return f"products in {fast[backend]} (JAX_DEFAULT_MATMUL_PRECISION=highest for float32); "
 
 
 def expert_lines(cfg: ModelConfig) -> list[str]:
