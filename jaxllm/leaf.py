@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import jax
 
@@ -62,8 +64,69 @@ class Matrix:
     return term if self.stored == "io" else term[:-2] + term[:-3:-1]
 
 
+class Scheme(Protocol):
+  """How the parts of a `QTensor` hold its weight: a hashable value, as compiled programs are made for it."""
+
+  def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
+    """[..., in, out] of the weight."""
+
+  def dequantize(self, parts: Mapping[str, jax.Array]) -> jax.Array:
+    """The weight, float32 [..., in, out]."""
+
+  def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
+    """x w, float32 [C, F], of rows [C, D] and a weight [D, F]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class QTensor:
+  """A weight that is logically w [..., in, out] and held by a quantization scheme (`jaxllm.quant`) as its parts.
+
+  parts: arrays of as many axes as the weight, as [..., out, in], each dimension one that divides the weight's: "value" has its
+  numbers, or several of them in a byte, and others have one for each block ("scale", "zero").
+  """
+
+  parts: dict[str, jax.Array]
+  scheme: Scheme = dataclasses.field(metadata=dict(static=True))
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """[..., in, out]."""
+    return self.scheme.shape(self.parts)
+
+  @property
+  def ndim(self) -> int:
+    """The number of axes."""
+    return len(self.shape)
+
+  @property
+  def dtype(self) -> Any:
+    """The type of the numbers as they are held."""
+    return self.parts["value"].dtype
+
+  @property
+  def size(self) -> int:
+    """The number of elements of the weight."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """The bytes that all parts take."""
+    return sum(part.nbytes for part in self.parts.values())
+
+  def astype(self, dtype: Any) -> QTensor:
+    """Itself: what it is multiplied with says in which type."""
+    return self
+
+  def __getitem__(self, index: Any) -> QTensor:
+    """The weights of leading axes (stacked layers, experts)."""
+    return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
+
+
 def dense(x: Any) -> Any:
-  """The logical array [..., in, out] of any leaf: of a NumPy `Matrix` a view."""
+  """The logical array [..., in, out] of any leaf: of a NumPy `Matrix` a view, of a `QTensor` float32."""
+  if isinstance(x, QTensor):
+    return x.scheme.dequantize(x.parts)
   if not isinstance(x, Matrix):
     return x
   return x.value if x.stored == "io" else x.value.swapaxes(-1, -2)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.leaf import Matrix
+from jaxllm.leaf import Matrix, QTensor
 from jaxllm.ops.call import current_device
 
 BLOCK = {"cpu": 32}
@@ -59,11 +59,12 @@ spread.defvjp(lambda x, order, inverse, times: (x[order // times], inverse), _sp
 
 
 def grouped_dot(
-  x_RD: jax.Array, w_GDF: jax.Array | Matrix, sizes_G: jax.Array, out_dtype=jnp.float32
+  x_RD: jax.Array, w_GDF: jax.Array | Matrix | QTensor, sizes_G: jax.Array, out_dtype=jnp.float32
 ) -> jax.Array:
   """y[r] = x[r] w[g], g the group of row r: [R, F], of rows that are sorted by group, sizes_G of each; all R rows are in one.
 
-  w is cast to the type of x, products are accumulated in float32.  A `leaf.Matrix` [G, F, D] is multiplied as it is stored.
+  w is cast to the type of x, products are accumulated in float32.  A `leaf.Matrix` [G, F, D] is multiplied as it is stored, a
+  `leaf.QTensor` by its scheme.
   Memory beside operands and result is one matrix, whatever the sizes are.
 
   On a TPU it is `lax.ragged_dot_general`, a kernel there.  XLA expands that on a CPU to all rows with all G matrices (measured
@@ -72,6 +73,10 @@ def grouped_dot(
   matrix that has rows is taken once, and multiplied with a block of them at a time: 58 to 83 ms for 8 groups, 63 to 130 for 32.
   Source: the block-sparse products of Gale et al. (2022), MegaBlocks, section 4.
   """
+  if isinstance(w_GDF, QTensor):
+    one_of = lambda g: functools.partial(w_GDF.scheme.product, parts=w_GDF[g].parts)
+    block = BLOCK.get(current_device().platform, 128)
+    return _loops(jnp.asarray(x_RD), sizes_G, block, w_GDF.shape[2], one_of).astype(out_dtype)
   value, stored = (w_GDF.value, w_GDF.stored) if isinstance(w_GDF, Matrix) else (w_GDF, "io")
   x_RD, value, sizes_G = map(jnp.asarray, (x_RD, value, sizes_G))
   platform = current_device().platform
@@ -92,26 +97,34 @@ def _native(x_RD: jax.Array, value: jax.Array, sizes_G: jax.Array, stored: str) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _blocks(x_RD: jax.Array, value: jax.Array, sizes_G: jax.Array, stored: str, block: int) -> jax.Array:
-  """The product in loops over groups and blocks of their rows, float32.
+  """The product in loops over groups and blocks of their rows, float32."""
+  equation = "RD,DF->RF" if stored == "io" else "RD,FD->RF"
+
+  def one_of(g):
+    w = value[g].astype(x_RD.dtype)  # once a group
+    return lambda x: jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+
+  return _loops(x_RD, sizes_G, block, value.shape[2 if stored == "io" else 1], one_of)
+
+
+def _loops(x_RD: jax.Array, sizes_G: jax.Array, block: int, features: int, one_of) -> jax.Array:
+  """one_of(g)(x) of the rows of each group g, a block of them at a time, float32.
 
   The last block of a group reaches into the rows of the next, which then writes over what it wrote there.
   """
   rows, block, starts_G = len(x_RD), max(1, min(block, len(x_RD))), jnp.cumsum(sizes_G) - sizes_G
   padded = jnp.pad(x_RD, ((0, block), (0, 0)))
-  equation = "RD,DF->RF" if stored == "io" else "RD,FD->RF"
 
   def one_group(g, out):
-    w = value[g].astype(x_RD.dtype)  # once a group
+    product = one_of(g)
 
     def one_block(i, out):
       at = starts_G[g] + i * block
-      x = lax.dynamic_slice_in_dim(padded, at, block)
-      y = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+      y = product(lax.dynamic_slice_in_dim(padded, at, block))
       return lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
     return lax.fori_loop(0, -(-sizes_G[g] // block), one_block, out)
 
-  features = value.shape[2 if stored == "io" else 1]
   return _each_group(sizes_G, one_group, jnp.zeros((rows + block, features), jnp.float32))[:rows]
 
 

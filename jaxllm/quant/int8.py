@@ -1,0 +1,73 @@
+"""Weights as integers of 8 bits, multiplied in the type of what they meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.errors import check_choice
+
+LARGEST = 127
+"""-128 is left out: it has no counterpart, |-128| is not an int8, and a symmetric range keeps 0 at 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """w ~ scale n, n = round(w / scale) in [-127, 127], scale = max |w| / 127 of a column (or of the whole matrix).
+
+  Not symmetric: w ~ scale (n - zero), scale = (max w - min w) / 254 over a range that is made to hold 0, zero = -127 -
+  round(min w / scale): 0 is exact, and a column of one sign takes the whole range.  Every weight is off by scale / 2 at most.
+  per: "column" (one scale for each of w's out) or "tensor".  The products x n are exact in bfloat16 and float32 as far as n
+  is; the scale, outside of them, is applied once an output: no float copy of w has to be made.
+  Raises ConfigError for another `per`.
+  Source: Dettmers et al. (2022), LLM.int8(), section 2.1; Jacob et al. (2018), section 2.1 (the zero point).
+  """
+
+  per: str = "column"
+  symmetric: bool = True
+
+  def __post_init__(self):
+    check_choice(self, "per", ("column", "tensor"))
+    check_choice(self, "symmetric", (True, False))
+
+  def quantize(self, w: jax.Array) -> dict[str, jax.Array]:
+    """The parts of w [..., in, out]."""
+    w_FD = jnp.swapaxes(w, -1, -2).astype(jnp.float32)
+    over = dict(axis=-1 if self.per == "column" else (-1, -2), keepdims=True)
+    if self.symmetric:
+      scale = jnp.max(jnp.abs(w_FD), **over) / LARGEST
+      zero = 0
+    else:
+      low, high = jnp.minimum(jnp.min(w_FD, **over), 0), jnp.maximum(jnp.max(w_FD, **over), 0)
+      scale = (high - low) / (2 * LARGEST)
+    scale = jnp.where(scale > 0, scale, 1)  # nothing but zeros
+    parts = {"scale": scale}
+    if not self.symmetric:
+      zero = -LARGEST - jnp.round(low / scale)
+      parts["zero"] = zero.astype(jnp.int8)
+    n = jnp.clip(jnp.round(w_FD / scale) + zero, -LARGEST, LARGEST)
+    return {"value": n.astype(jnp.int8)} | parts
+
+  def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
+    """[..., in, out] of the weight."""
+    *leading, F, D = parts["value"].shape
+    return (*leading, D, F)
+
+  def dequantize(self, parts: Mapping[str, jax.Array]) -> jax.Array:
+    """The weight, float32 [..., in, out]."""
+    n = parts["value"].astype(jnp.float32)
+    if not self.symmetric:
+      n -= parts["zero"].astype(jnp.float32)
+    return jnp.swapaxes(n * parts["scale"], -1, -2)
+
+  def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
+    """(x n - zero sum x) scale, float32 [C, F]."""
+    n_FD = parts["value"].astype(x_CD.dtype)
+    y_CF = jnp.einsum("CD,FD->CF", x_CD, n_FD, preferred_element_type=jnp.float32)
+    if not self.symmetric:
+      sum_C1 = jnp.sum(x_CD.astype(jnp.float32), axis=1, keepdims=True)
+      y_CF -= sum_C1 * parts["zero"].astype(jnp.float32).swapaxes(0, 1)
+    return y_CF * parts["scale"].swapaxes(0, 1)

@@ -1,0 +1,86 @@
+"""Which weights of a tree a scheme holds, and what that costs and saves."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm import tree
+from jaxllm.errors import ConfigError, QuantError
+from jaxllm.leaf import QTensor, dense
+
+DEFAULT = (
+  (r"(layers|blocks)/\d+/attn/[qkvo]/w", True),
+  (r"(layers|blocks)/\d+/mlp/(experts/)?(gate|up|down)/w", True),
+)
+"""What is quantized unless rules say otherwise: the matrices of layers, but not embeddings, head, routers and norms."""
+
+
+def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
+  """The tree with a `leaf.QTensor` in place of each weight that the rules choose.
+
+  rules: (regular expression of a whole path, True: `scheme` holds the weight, False: it stays as it is, or a scheme of its
+  own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
+  Raises ConfigError for a value that is none of these, and for a rule that matches no parameter; QuantError for a
+  weight that is quantized already, is no matrix, or has NaN or infinity.
+  """
+  flat = tree.flatten(params)
+  for pattern, value in rules:
+    if not (value is True or value is False or hasattr(value, "quantize")):
+      raise ConfigError(
+        f"rules: found {value!r} for {pattern!r}, expected True, False or a scheme (quant.SCHEMES)"
+      )
+    if not any(re.fullmatch(pattern, path) for path in flat):
+      raise ConfigError(f"rules: {pattern!r} matches no parameter; they are {', '.join(list(flat)[:6])}, ...")
+  chosen = {}
+  for path in flat:
+    value = tree.first_match([*rules, *DEFAULT, (".+", False)], path)
+    if value is not False:
+      chosen[path] = scheme if value is True else value
+  if not chosen:
+    raise ConfigError("rules: no parameter is to be quantized; leave apply out, or give a rule with True")
+  return tree.unflatten({p: _held(p, x, chosen[p]) if p in chosen else x for p, x in flat.items()})
+
+
+def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
+  if isinstance(leaf, QTensor):
+    raise QuantError(f"{path}: found a weight of {leaf.scheme}, expected one that is not quantized yet")
+  if leaf.ndim < 2:
+    raise QuantError(
+      f"{path}: found the shape {tuple(leaf.shape)}, expected a matrix; leave it out by a rule"
+    )
+  parts, finite = _quantize(leaf, scheme)
+  if not bool(finite):
+    raise QuantError(
+      f"{path}: found NaN or infinity, expected finite weights; the checkpoint is damaged, or leave it out by a rule"
+    )
+  return QTensor(parts, scheme)
+
+
+@functools.partial(jax.jit, static_argnames="scheme")
+def _quantize(leaf: Any, scheme: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+  w = dense(leaf)
+  return scheme.quantize(w), jnp.all(jnp.isfinite(w))
+
+
+def report(params: Any, before: Any = None) -> list[dict[str, Any]]:
+  """A row a quantized weight: its path, scheme, bits an element with scales counted, bytes, and with the tree as it was
+  `before` its relative error, ||w - w'|| / ||w||.
+  """
+  flat, old = tree.flatten(params), None if before is None else tree.flatten(before)
+  rows = []
+  for path, leaf in flat.items():
+    if not isinstance(leaf, QTensor):
+      continue
+    row = {"path": path, "scheme": leaf.scheme, "bits": 8 * leaf.nbytes / leaf.size, "bytes": leaf.nbytes}
+    if old is not None:
+      w = np.asarray(dense(old[path]), np.float64)
+      row["error"] = float(np.linalg.norm(np.asarray(dense(leaf)) - w) / max(np.linalg.norm(w), 1e-300))
+    rows.append(row)
+  return rows

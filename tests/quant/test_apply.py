@@ -1,0 +1,119 @@
+"""quant.apply: which weights are held, what is refused, and models that run on such trees as on any other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import MODELS
+from model_cases import params as params_of
+
+from jaxllm import quant, tree
+from jaxllm.errors import ConfigError, QuantError
+from jaxllm.generate.loop import generate
+from jaxllm.leaf import Matrix, QTensor
+from jaxllm.nn import Transformer
+
+INT8 = quant.SCHEMES["int8"]()
+PROMPTS = [[5, 9, 2, 7, 1], [3, 3, 8]]
+
+
+@pytest.fixture(scope="module")
+def model():
+  cfg = MODELS["rope"]
+  return cfg, params_of(cfg)
+
+
+def held(params):
+  return {path for path, leaf in tree.flatten(params).items() if isinstance(leaf, QTensor)}
+
+
+def dequantized(params):
+  return jax.tree.map(quant.dequantize, params, is_leaf=lambda x: isinstance(x, QTensor))
+
+
+@pytest.mark.core
+def test_matrices_of_layers_are_held_and_nothing_else(model):
+  _, params = model
+  found = quant.apply(params, INT8)
+  flat = tree.flatten(params)
+  assert held(found) == {path for path in flat if path.endswith("/w")} and held(params) == set()
+  assert tree.diff(params, found, dtypes=False) == []
+  assert all(tree.flatten(found)[path] is flat[path] for path in flat if path not in held(found))
+
+
+def test_rules_come_before_the_default_and_may_name_schemes(model):
+  _, params = model
+  other = quant.SCHEMES["int8_tensor"]()
+  rules = [(r"layers/0/.+", False), (r"layers/1/attn/q/w", other), ("head", True)]
+  flat = tree.flatten(quant.apply(params, INT8, rules))
+  assert not isinstance(flat["layers/0/attn/q/w"], QTensor) and isinstance(flat["head"], QTensor)
+  assert flat["layers/1/attn/q/w"].scheme == other and flat["layers/1/attn/k/w"].scheme == INT8
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["int8", "int8_tensor", "int8_asym"])
+def test_logits_and_text_are_those_of_the_weights_that_are_held(model, name):
+  cfg, params = model
+  found = quant.apply(params, quant.SCHEMES[name](), rules=[("head", True)])
+  plain, apply = dequantized(found), jax.jit(Transformer(cfg).apply)
+  ids = np.array([PROMPTS[0]])
+  expected, logits = apply({"params": plain}, ids)[0], apply({"params": found}, ids)[0]
+  assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+  assert np.abs(logits - apply({"params": params}, ids)[0]).max() > 1e-4 * np.abs(expected).max()
+  text = lambda params: generate(Transformer(cfg), params, PROMPTS, max_new_tokens=12, stop_ids=()).tokens
+  assert text(found) == text(plain)
+
+
+def test_a_matrix_as_files_have_it_is_held_as_the_same_numbers(model):
+  _, params = model
+  stored = tree.unflatten(
+    {
+      path: Matrix(jnp.swapaxes(leaf, -1, -2)) if path.endswith("/w") else leaf
+      for path, leaf in tree.flatten(params).items()
+    }
+  )
+  jax.tree.map(np.testing.assert_array_equal, quant.apply(params, INT8), quant.apply(stored, INT8))
+
+
+def test_a_mixture_of_experts_runs_on_held_weights():
+  cfg = MODELS["experts"]
+  params = params_of(cfg)
+  found = quant.apply(params, INT8)
+  assert any("experts" in path for path in held(found)) and not any("router" in path for path in held(found))
+  ids = np.array([PROMPTS[0]])
+  expected = Transformer(cfg).apply({"params": dequantized(found)}, ids)[0]
+  logits = Transformer(cfg).apply({"params": found}, ids)[0]
+  assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_report_counts_scales_and_tells_errors(model):
+  _, params = model
+  rows = quant.report(quant.apply(params, INT8), params)
+  w = tree.flatten(params)[rows[0]["path"]]
+  assert len(rows) == len(held(quant.apply(params, INT8)))
+  assert rows[0]["bits"] == 8 + 32 / w.shape[0] and rows[0]["bytes"] == w.size + 4 * w.shape[1]
+  assert all(0.001 < row["error"] < 0.02 for row in rows)
+
+
+@pytest.mark.parametrize(
+  ("rules", "error", "message"),
+  [
+    ([("layers/9/.+", False)], ConfigError, "'layers/9/.\\+' matches no parameter"),
+    ([("head", "int8")], ConfigError, "found 'int8' for 'head', expected True, False or a scheme"),
+    ([(".+", False)], ConfigError, "no parameter is to be quantized"),
+    ([("final_norm/scale", True)], QuantError, "final_norm/scale: found the shape .*, expected a matrix"),
+  ],
+)
+def test_rules_that_do_not_fit_are_refused(model, rules, error, message):
+  with pytest.raises(error, match=message):
+    quant.apply(model[1], INT8, rules)
+
+
+def test_weights_that_are_no_numbers_or_held_already_are_refused(model):
+  _, params = model
+  with pytest.raises(QuantError, match=r"layers/0/attn/.*: found a weight of Int8.*expected one that is not"):
+    quant.apply(quant.apply(params, INT8), INT8)
+  flat = tree.flatten(params)
+  flat["layers/1/mlp/up/w"] = np.where(np.eye(24, 40) > 0, np.nan, flat["layers/1/mlp/up/w"])
+  with pytest.raises(QuantError, match="layers/1/mlp/up/w: found NaN or infinity"):
+    quant.apply(tree.unflatten(flat), INT8)
