@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm import tree
-from jaxllm.leaf import Matrix
+from jaxllm.leaf import Matrix, QTensor
 
 HEADER = ("parameter", "shape", "dtype", "stored", "spec", "bytes a device")
 
@@ -27,11 +27,10 @@ def report(params: Any) -> str:
   counted: dict[tuple, int] = {}
   for path, leaf in tree.flatten(params).items():
     where, number = _template(path)
-    value = leaf.value if isinstance(leaf, Matrix) else leaf
-    stored = ("out,in" if leaf.stored == "oi" else "in,out") if isinstance(leaf, Matrix) else ""
+    stored = {"oi": "out,in", "io": "in,out"}.get(_stored(leaf), "")
     row = (where, _shape(leaf.shape), np.dtype(leaf.dtype).name, stored, _spec(leaf))
     groups.setdefault(row, []).extend(() if number is None else (number,))
-    counted[row] = counted.get(row, 0) + device_bytes(value)
+    counted[row] = counted.get(row, 0) + sum(map(device_bytes, jax.tree.leaves(leaf)))
   rows = [
     (row[0].replace("*", _runs(numbers)), *row[1:], f"{counted[row]:,}") for row, numbers in groups.items()
   ]
@@ -75,19 +74,26 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _spec(leaf: Any) -> str:
   """The axes of each logical dimension: "fsdp, tensor", with "." for a dimension that is whole."""
-  value = leaf.value if isinstance(leaf, Matrix) else leaf
+  value = (
+    leaf.value if isinstance(leaf, Matrix) else leaf.parts["value"] if isinstance(leaf, QTensor) else leaf
+  )
   sharding = getattr(value, "sharding", None)
   if not isinstance(sharding, NamedSharding):
     return "-"
   spec: PartitionSpec = sharding.spec
   entries = list(spec) + [None] * (len(value.shape) - len(spec))
-  if isinstance(leaf, Matrix) and leaf.stored == "oi":
+  if _stored(leaf) == "oi":
     entries[-2:] = entries[:-3:-1]
   if not any(entries):
     return "whole"
   return ", ".join(
     "." if entry is None else entry if isinstance(entry, str) else "+".join(entry) for entry in entries
   )
+
+
+def _stored(leaf: Any) -> str | None:
+  """The order of a matrix's dimensions in memory."""
+  return "oi" if isinstance(leaf, QTensor) else leaf.stored if isinstance(leaf, Matrix) else None
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

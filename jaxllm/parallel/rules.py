@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
-from jaxllm.leaf import Matrix
+from jaxllm.leaf import Matrix, QTensor
 from jaxllm.parallel.mesh import spell
 
 Spec = tuple[str | tuple[str, ...] | None, ...]
@@ -129,12 +129,16 @@ def place(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules, cfg: ModelC
 def layout(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> dict[str, Any]:
   """The tree of params (arrays or abstract values) with a jax.ShapeDtypeStruct for each: its padded shape, and its sharding.
 
-  Both are of the array as it is stored: a `leaf.Matrix` holds those of its value.  Errors are those of `place`.
+  Both are of the array as it is stored: a `leaf.Matrix` holds those of its value, and a `leaf.QTensor` those of its parts, of
+  which "value" lies as the weight would, and others too where their own dimensions divide.  Errors are those of `place`, and
+  ConfigError for numbers of a `QTensor` in blocks or bytes that the mesh would cut.
   """
 
   def laid_out(path: str, leaf: Any) -> Any:
     at = place(path, leaf.shape, mesh, rules, cfg)
     shape, spec = at.shape, at.spec
+    if isinstance(leaf, QTensor):
+      return _quantized(path, leaf, at, mesh)
     if isinstance(leaf, Matrix):
       entries = tuple(spec) + (None,) * (len(shape) - len(spec))
       shape, spec = _stored(leaf, shape), _spec(_stored(leaf, entries))
@@ -166,6 +170,8 @@ def unpad(params: Any, cfg: ModelConfig) -> dict[str, Any]:
       return leaf
     if isinstance(leaf, Matrix):
       return dataclasses.replace(leaf, value=leaf.value[tuple(map(slice, _stored(leaf, shape)))])
+    if isinstance(leaf, QTensor):
+      return dataclasses.replace(leaf, parts=jax.tree.map(_cut, leaf.parts, _part_shapes(leaf, shape)))
     return leaf[tuple(map(slice, shape))]
 
   return tree.unflatten({path: cut(path, leaf) for path, leaf in tree.flatten(params).items()})
@@ -173,13 +179,8 @@ def unpad(params: Any, cfg: ModelConfig) -> dict[str, Any]:
 
 def bytes_per_device(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None) -> int:
   """sum over parameters of itemsize * prod(padded shape) / prod(sizes of the mesh axes in its spec): what each device holds."""
-  total = 0
-  for path, leaf in tree.flatten(params).items():
-    at = place(path, leaf.shape, mesh, rules, cfg)
-    axes = [axis for entry in at.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-    total += np.dtype(leaf.dtype).itemsize * math.prod(at.shape) // shards
-  return total
+  structs = jax.tree.leaves(layout(params, mesh, rules, cfg))
+  return sum(np.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in structs)
 
 
 def _put(x: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
@@ -227,6 +228,45 @@ def _unpadded(path: str, shape: Sequence[int], cfg: ModelConfig | None) -> list[
 def _stored(leaf: Matrix, dims: tuple) -> tuple:
   """The dimensions of the value that holds a matrix, from those of the matrix."""
   return dims if leaf.stored == "io" else (*dims[:-2], dims[-1], dims[-2])
+
+
+def _quantized(path: str, leaf: QTensor, at: Place, mesh: Mesh) -> QTensor:
+  """Where the parts of a quantized weight lie, from where the weight would."""
+  entries = tuple(at.spec) + (None,) * (len(at.shape) - len(at.spec))
+  entries = (*entries[:-2], entries[-1], entries[-2])
+
+  def laid_out(name: str, part: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    spec = []
+    for size, entry in zip(shape, entries, strict=True):
+      axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+      shards = math.prod(mesh.shape[axis] for axis in axes)
+      if size % shards and name == "value":
+        raise ConfigError(
+          f"{path}: found {size} blocks or bytes of {leaf.scheme} in a dimension, expected a multiple of {shards}, the size of "
+          f"{', '.join(axes)} on the mesh; take a smaller axis, or leave the weight out of quant.apply by a rule"
+        )
+      spec.append(None if size % shards else entry)
+    return jax.ShapeDtypeStruct(shape, part.dtype, sharding=NamedSharding(mesh, _spec(spec)))
+
+  shapes = _part_shapes(leaf, at.shape)
+  parts = {name: laid_out(name, part, shapes[name]) for name, part in leaf.parts.items()}
+  return dataclasses.replace(leaf, parts=parts)
+
+
+def _part_shapes(leaf: QTensor, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+  """The shapes of the parts of a quantized weight that is padded or cut to a shape [..., in, out]."""
+  swap = lambda dims: (*dims[:-2], dims[-1], dims[-2])
+  sizes = list(zip(swap(leaf.shape), swap(shape), strict=True))
+  return {
+    name: tuple(
+      have if have == 1 else have * size // old for have, (old, size) in zip(part.shape, sizes, strict=True)
+    )
+    for name, part in leaf.parts.items()
+  }
+
+
+def _cut(x: Any, shape: tuple[int, ...]) -> Any:
+  return x[tuple(map(slice, shape))]
 
 
 def _spec(entries: Sequence[Any]) -> PartitionSpec:
