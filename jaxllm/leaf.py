@@ -65,7 +65,12 @@ class Matrix:
 
 
 class Scheme(Protocol):
-  """How the parts of a `QTensor` hold its weight: a hashable value, as compiled programs are made for it."""
+  """How the parts of a `QTensor` hold its weight: a hashable value, as compiled programs are made for it.
+
+  converts: whether `product` turns the weight's numbers into the type of x, so that a CPU had better do it in pieces.
+  """
+
+  converts: bool
 
   def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
     """[..., in, out] of the weight."""

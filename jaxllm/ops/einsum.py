@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.leaf import Matrix, QTensor
+from jaxllm.ops.quantized import product
 
 
 def einsum(equation: str, *operands: jax.Array | Matrix | QTensor, out_dtype=jnp.float32) -> jax.Array:
@@ -19,7 +20,7 @@ def einsum(equation: str, *operands: jax.Array | Matrix | QTensor, out_dtype=jnp
   if any(isinstance(x, QTensor) for x in operands):
     x, w = operands
     assert _is_by_matrix(equation) and w.ndim == 2, (equation, w.shape)
-    out_CF = w.scheme.product(x.reshape(-1, x.shape[-1]), w.parts)
+    out_CF = product(x.reshape(-1, x.shape[-1]), w)
     return out_CF.reshape(*x.shape[:-1], w.shape[1]).astype(out_dtype)
   if _is_slow_row(equation, operands):
     x, w = operands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ class Int8:
 
   per: str = "column"
   symmetric: bool = True
+  converts: ClassVar[bool] = True
 
   def __post_init__(self):
     check_choice(self, "per", ("column", "tensor"))
@@ -66,7 +68,8 @@ class Int8:
   def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
     """(x n - zero sum x) scale, float32 [C, F]."""
     n_FD = parts["value"].astype(x_CD.dtype)
-    y_CF = jnp.einsum("CD,FD->CF", x_CD, n_FD, preferred_element_type=jnp.float32)
+    # a transposed second operand: of one row, XLA then converts the numbers as it multiplies them on a CPU, too
+    y_CF = jnp.dot(x_CD, n_FD.T, preferred_element_type=jnp.float32)
     if not self.symmetric:
       sum_C1 = jnp.sum(x_CD.astype(jnp.float32), axis=1, keepdims=True)
       y_CF -= sum_C1 * parts["zero"].astype(jnp.float32).swapaxes(0, 1)
