@@ -66,8 +66,9 @@ def continued(
   keys: jax.Array,
   stops: StopStrings,
   on_tokens: Callable[[int, list[int]], Any] | None = None,
+  count: int | None = None,
 ) -> tuple[Generated, Figures]:
-  """New ids of some rows, one call of `generate`, with its figures."""
+  """New ids of some rows, one call of `generate`, with figures of the first `count` rows (None: all)."""
   from jaxllm.generate.loop import generate
 
   times: list[float] = []
@@ -97,9 +98,10 @@ def continued(
     end = time.perf_counter()
   first = times[0] if times else end
   compiling = covered(spans, begin, first), covered(spans, first, end)
-  later = sum(max(0, len(ids) - 1) for ids in out.tokens)
-  count = sum(map(len, out.tokens))
-  return out, Figures(first - begin, end - first, compiling, sum(map(len, rows)), count - later, later)
+  counted, read = out.tokens[:count], rows[:count]
+  later = sum(max(0, len(ids) - 1) for ids in counted)
+  new = sum(map(len, counted))
+  return out, Figures(first - begin, end - first, compiling, sum(map(len, read)), new - later, later)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,14 @@ def talk(
   said, turn = [], 0
   if system is not None:
     said.append({"role": "system", "content": system})
-  while (line := _line()) is not None:
+  while True:
+    try:
+      line = _line()
+    except DataError as e:
+      note(f"error: {e}")
+      continue
+    if line is None:
+      return 0
     messages = [*said, {"role": "user", "content": line}]
     ids = answer = None
     try:
@@ -66,7 +73,6 @@ def talk(
       write(answer.finish() + "\n")
       said = [*messages, {"role": "assistant", "content": answer.text}]
     turn += 1
-  return 0
 
 
 def _line() -> str | None:

@@ -4,11 +4,14 @@ The text goes to standard output and nothing else does; notes go to standard err
 the length it was trained at, and --compare shows what several of them make of the same prompt.
 """
 
+import sys
+
 from absl import flags
 
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.study import choices, methods, prompts, run_app, samplers
 from jaxllm.study.app import IO_ERROR
+from jaxllm.study.stop import STOPPED
 
 FLAGS = flags.FlagValues()
 LENGTH = "max_new_tokens"
@@ -18,7 +21,9 @@ def _define() -> None:
   def flag(kind, name, default, about, *more, **kwargs):
     getattr(flags, f"DEFINE_{kind}")(name, default, *more, help=about, flag_values=FLAGS, **kwargs)
 
-  flag("string", "model", None, "the checkpoint: a directory or a repository of Hugging Face's")
+  flag(
+    "string", "model", None, "the checkpoint: a directory or a repository of Hugging Face's", short_name="m"
+  )
   flag(
     "string",
     "run",
@@ -40,13 +45,23 @@ def _define() -> None:
     "prompts are what a user says, in the checkpoint's chat template; with --interactive a dialogue",
   )
   flag("string", "system", None, "with --chat: the system message before them")
-  flag("integer", LENGTH, 256, "tokens to add, at most (of a model of --run: bytes)", short_name="n")
+  flag(
+    "integer",
+    LENGTH,
+    256,
+    "tokens to add, at most (of a model of --run: bytes); also -n, --tokens and --n_predict",
+    short_name="n",
+  )
   flag("multi_string", "stop", [], "end a text before this string; may be given several times")
   flag("bool", "ignore_eos", False, "go on after the tokens that end a text")
-  flag("integer", "seed", 0, "the seed of the draw, and with --run of the model")
+  flag("integer", "seed", 0, "the seed of the draws, from 0 to 2^32 - 1")
+  flag("integer", "model_seed", 0, "with --run: which of the models of a scheme")
   flag("bool", "stream", None, "write text as it comes; default where standard output is a terminal")
   flag(
-    "bool", "display_prompt", None, "write the prompt before its continuation; default unless it is a chat"
+    "bool",
+    "display_prompt",
+    None,
+    "write the prompt, of a chat in its template, before its continuation; default unless it is a chat",
   )
   flag(
     "bool", "json", False, "a JSON object a line and text, with ids, the reason it ended, speed and settings"
@@ -61,7 +76,7 @@ def _define() -> None:
     "enum",
     "method",
     None,
-    "position method; default none, with --run rerope",
+    "position method; default none, with --run rerope where the model can have it",
     enum_values=list(methods.METHODS),
   )
   flag(
@@ -93,6 +108,7 @@ def _define() -> None:
 
 _define()
 
+SETTINGS = (*samplers.FLAGS, *samplers.ALIASES, LENGTH, "tokens", "n_predict", "stop", "seed")
 OF_MODEL = ("chat", "system", "train_length", "dtype", "mesh", "rules", "verify")
 
 
@@ -105,6 +121,8 @@ def check(f) -> None:
   for name in (LENGTH, "batch_size", "factor", "train_length"):
     if f[name].value is not None:
       choices.positive(name, f[name].value)
+  if not 0 <= f.seed < 2**32:
+    raise ConfigError(f"--seed={f.seed}: found {f.seed}, expected a whole number from 0 to {2**32 - 1}")
   if f.logprobs is not None and f.logprobs < 0:
     raise ConfigError(f"--logprobs={f.logprobs}: found {f.logprobs}, expected 0 or more")
   if "" in f.stop:
@@ -124,7 +142,7 @@ def check(f) -> None:
 
 def _contradiction(f, given: set[str]) -> str | None:
   """Two flags of which one is too many, or one that needs another, in words."""
-  if f.model is not None and (both := {"run", "scheme"} & given):
+  if f.model is not None and (both := {"run", "scheme", "model_seed"} & given):
     return f"--model={f.model} with --{min(both)}: both name a model; give one of --model and --run"
   if f.model is None and (own := sorted(given & set(OF_MODEL))):
     return (
@@ -160,13 +178,16 @@ def asked(f) -> tuple[str, ...]:
   """The position methods that the flags name."""
   if f.compare is not None:
     return choices.choice_list("compare", f.compare, tuple(methods.METHODS))
-  return (f.method or ("none" if f.model else "rerope"),)
+  if f.method is not None:
+    return (f.method,)
+  bare = f.model is not None or methods.not_applicable(methods.SCHEMES[f.scheme], "rerope")
+  return ("none" if bare else "rerope",)
 
 
 def read(f) -> list[prompts.Prompt]:
   """The prompts, as messages where they are chats."""
   if f.prompts_file is not None:
-    found = prompts.read_prompts(f.prompts_file)
+    found = prompts.read_prompts(f.prompts_file, SETTINGS)
   else:
     found = [prompts.read_prompt("def main(" if f.prompt is None else f.prompt)]
   if f.model is None and any(one.messages for one in found):
@@ -185,6 +206,9 @@ def main(f) -> int:
     return texts.write_all(f, asking, asked(f))
   except BrokenPipeError:  # the reader has seen enough
     return IO_ERROR
+  except KeyboardInterrupt:
+    print("\nstopped early; the same command begins anew", file=sys.stderr, flush=True)
+    return STOPPED
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from experiments.continuing import Drawing, continued
 from experiments.dialogue import talk
 from experiments.showing import Asked, note, record, summary, write
 from experiments.source import On, Source, put_on, put_on_all
-from jaxllm.errors import ConfigError, DataError, TokenizerError
+from jaxllm.errors import ConfigError, DataError, JaxllmError, TokenizerError
 from jaxllm.generate.text import StopStrings, Stream
 from jaxllm.study import samplers
 from jaxllm.study.prompts import Prompt
@@ -26,7 +26,7 @@ CHUNK = 32
 
 def write_all(f: Any, prompts: Sequence[Prompt], names: Sequence[str]) -> int:
   """Everything that the flags ask for: texts, JSON lines or a dialogue; 0."""
-  source = Source.of_checkpoint(f) if f.model else Source.of_run(Path(f.run), f.scheme, f.seed)
+  source = Source.of_checkpoint(f) if f.model else Source.of_run(Path(f.run), f.scheme, f.model_seed)
   if f.chat and source.tokenizer.template is None:
     raise TokenizerError(
       f"{source.tokenizer.source}: no chat template; leave --chat out, or take a model tuned for chats"
@@ -35,7 +35,7 @@ def write_all(f: Any, prompts: Sequence[Prompt], names: Sequence[str]) -> int:
     not f.json and f.batch_size == 1 and (sys.stdout.isatty() if f.stream is None else f.stream)
   )
   drawing = Drawing(
-    samplers.sampler(f),
+    samplers.sampler(f, samplers.breakers(f, source.decode, source.cfg.vocab_size)),
     f.max_new_tokens,
     () if f.ignore_eos else source.stop_ids(f.stop),
     1 if streams else CHUNK,
@@ -55,25 +55,40 @@ def write_all(f: Any, prompts: Sequence[Prompt], names: Sequence[str]) -> int:
     ons = [put_on(source, names[0], factor, length, f"--method={names[0]}", f.method is not None)[0]]
   else:
     ons = put_on_all(source, names, f.factor, length)
+  if not f.interactive and source.trained is not None and length > source.trained:
+    for on in ons:
+      if on.name == "none":
+        note(
+          f"note: up to {length} tokens, {length / source.trained:.3g} times the trained length of {source.trained}, as "
+          "loaded (--method puts a position method on)"
+        )
   params, key = source.params(), jax.random.key(f.seed)
   if f.interactive:
     return talk(source, params, ons[0], drawing, key, f.stop, f.chat, f.system)
-  show = functools.partial(_batch, f, source, params, drawing, key, streams)
-  for start in range(0, len(asked), f.batch_size):
+  size = min(f.batch_size, len(asked))
+  show = functools.partial(_batch, f, source, params, drawing, key, streams, size)
+  for start in range(0, len(asked), size):
     for on in ons:
-      show(on, asked[start : start + f.batch_size], several=len(asked) > 1 or len(ons) > 1)
+      show(on, asked[start : start + size], several=len(asked) > 1 or len(ons) > 1)
   return 0
 
 
 def _encoded(source: Source, number: int, prompt: Prompt) -> Asked:
-  if prompt.messages is not None:
-    text = source.tokenizer.chat_text(prompt.messages)
-    ids = source.tokenizer.encode(text, special_tokens=False)
-  else:
-    text = prompt.text
-    ids = source.tokenizer.encode(text)
+  try:
+    if prompt.messages is not None:
+      if source.tokenizer.template is None:
+        raise TokenizerError(
+          "a chat, and the model has no chat template; give a prompt, or take a model tuned for chats"
+        )
+      text = source.tokenizer.chat_text(prompt.messages)
+      ids = source.tokenizer.encode(text, special_tokens=False)
+    else:
+      text = prompt.text
+      ids = source.tokenizer.encode(text)
+  except JaxllmError as e:
+    raise type(e)(f"{prompt.source}: {e}") from None
   if not ids:
-    raise DataError(f"prompt {number + 1}: {text!r} has no tokens, expected at least one")
+    raise DataError(f"{prompt.source}: {text!r} has no tokens, expected at least one")
   return Asked(number, prompt, text, ids)
 
 
@@ -84,20 +99,20 @@ def _batch(
   drawing: Drawing,
   key: jax.Array,
   streams: bool,
+  size: int,
   on: On,
   asked: Sequence[Asked],
   several: bool,
 ) -> None:
   """Continue some prompts at once, and write what comes of them."""
   # the last batch is as large as the others, so that there is one program
-  rows = [*asked, *[asked[-1]] * (f.batch_size - len(asked))]
+  rows = [*asked, *[asked[-1]] * (size - len(asked))]
   stop = StopStrings(f.stop, source.decode, broken=source.broken, prompts=[one.ids for one in rows])
   texts = [Stream(source.decode, source.broken, one.ids, stop) for one in rows]
   numbers = np.array([one.number for one in rows])
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
-  begin = lambda one: (
-    one.prompt.text if one.prompt.messages is None and f.display_prompt in (None, True) else ""
-  )
+  displayed = lambda one: one.prompt.messages is None if f.display_prompt is None else f.display_prompt
+  begin = lambda one: one.text if displayed(one) else ""
   heading = lambda one: note(f"== prompt {one.number + 1}, {on} ==") if several and not f.json else None
 
   def told(row: int, ids: list[int]) -> None:
@@ -108,7 +123,9 @@ def _batch(
   if streams:
     heading(asked[0])
     write(begin(asked[0]))
-  out, figures = continued(source, params, on, drawing, [one.ids for one in rows], keys, stop, told)
+  out, figures = continued(
+    source, params, on, drawing, [one.ids for one in rows], keys, stop, told, count=len(asked)
+  )
   for row, one in enumerate(asked):
     rest = texts[row].finish()
     if f.json:
@@ -119,13 +136,15 @@ def _batch(
     else:
       heading(one)
       write(begin(one) + texts[row].text + "\n")
-    if not f.json:
+    if not f.json and size == 1:
       note(summary(figures, out.reasons[row]))
+  if not f.json and size > 1:
+    note(summary(figures, ", ".join(out.reasons[: len(asked)])))
 
 
 def _settings(f: Any, source: Source, drawing: Drawing) -> dict[str, Any]:
   """What made the text, beside its prompt, method and factor."""
-  model = {"model": f.model} if f.model else {"run": f.run, "scheme": f.scheme}
+  model = {"model": f.model} if f.model else {"run": f.run, "scheme": f.scheme, "model_seed": f.model_seed}
   return {
     **model,
     "trained_length": source.trained,
@@ -138,5 +157,6 @@ def _settings(f: Any, source: Source, drawing: Drawing) -> dict[str, Any]:
     "stop_ids": list(drawing.stop_ids),
     "batch_size": f.batch_size,
     **{name: f[name].value for name in samplers.FLAGS},
+    "dry_sequence_breaker": list(f.dry_sequence_breaker),
     "sampler_order": f.sampler_order,
   }

@@ -81,6 +81,8 @@ def _say(text: str, code: int) -> int:
 
 
 def _io_error(e: OSError) -> int:
+  if e.errno == errno.EPIPE:  # the reader has seen enough
+    return IO_ERROR
   advice = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some space there",
@@ -100,7 +102,7 @@ def _io_error(e: OSError) -> int:
 def _parse(argv: list[str], values: flags.FlagValues) -> None:
   """Parses into `values`; raises a ConfigError of one line: the flag, the value and what is allowed."""
   try:
-    rest = values(argv)[1:]
+    rest = values([argv[0], *(_underscored(argument, values) for argument in argv[1:])])[1:]
   except flags.UnrecognizedFlagError as e:
     near = choices.nearest(e.flagname, list(values), prefix="--")
     raise ConfigError(f"there is no flag --{e.flagname}{near} (--help lists the flags)") from None
@@ -108,6 +110,19 @@ def _parse(argv: list[str], values: flags.FlagValues) -> None:
     raise ConfigError(_flag_error(str(e), values)) from None
   if rest:
     raise ConfigError(f"{rest[0]!r} is not a flag; flags are written --name=value (--help lists them)")
+
+
+def _underscored(argument: str, values: flags.FlagValues) -> str:
+  """--top-k as --top_k, where there is such a flag."""
+  name, *value = argument.split("=", 1)
+  known = name.lstrip("-").replace("-", "_")
+  if (
+    not name.startswith("--")
+    or "-" not in name.lstrip("-")
+    or not {known, known.removeprefix("no")} & {*values}
+  ):
+    return argument
+  return "=".join([f"--{known}", *value])
 
 
 def _flag_error(message: str, values: flags.FlagValues) -> str:

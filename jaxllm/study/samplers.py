@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -39,7 +40,7 @@ SHARE, COUNT, FINITE = Allowed(0, 1), Allowed(0, math.inf), Allowed(-math.inf, m
 LAST = Allowed(-1, math.inf)
 FLAGS: dict[str, tuple[float, Allowed, str]] = {  # default, allowed, help
   "temperature": (0.7, COUNT, "0 is greedy"),
-  "top_k": (0, COUNT, "keep the k most likely {}; 0 keeps all"),
+  "top_k": (0, LAST, "keep the k most likely {}; 0 or -1 keeps all"),
   "top_p": (0.95, SHARE, "keep the smallest set of {} with this probability; 1 keeps all"),
   "min_p": (0.0, SHARE, "keep the {} at least this many times as likely as the likeliest; 0 keeps all"),
   "typical_p": (1.0, SHARE, "keep the {} nearest the entropy, to this probability; 1 keeps all"),
@@ -70,11 +71,33 @@ FLAGS: dict[str, tuple[float, Allowed, str]] = {  # default, allowed, help
 }
 
 
+ALIASES = {"temp": "temperature", "repeat_penalty": "repetition_penalty", "typical": "typical_p"}
+"""Names of llama.cpp for flags that transformers names otherwise."""
+
+TRUNCATE = (
+  *("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_n_sigma", "xtc_probability"),
+  "no_repeat_ngram_size",
+)
+"""What llama.cpp leaves out with mirostat: flags, and the samplers that they are."""
+
+LEFT_OUT = ("top_k", "top_p", "min_p", "typical", "epsilon", "eta", "top_n_sigma", "xtc", "no_repeat_ngram")
+
+BREAKERS = ("\n", ":", '"', "*")
+
+
 def define(unit: str = "tokens", values: flags.FlagValues = flags.FLAGS) -> None:
   """Define the flags of FLAGS, and --sampler_order, in `values`; `unit`: what a token is called in their help."""
   for name, (default, _, text) in FLAGS.items():
     kind = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
     kind(name, default, text.format(unit), flag_values=values)
+  for other, name in ALIASES.items():
+    flags.DEFINE_alias(other, name, flag_values=values)
+  flags.DEFINE_multi_string(
+    "dry_sequence_breaker",
+    BREAKERS,
+    f"a text across whose {unit} DRY sees no repetition; may be given several times; none: there is no such text",
+    flag_values=values,
+  )
   flags.DEFINE_enum(
     "sampler_order", ORDERS[0], ORDERS, "the project in whose order they are applied", flag_values=values
   )
@@ -85,14 +108,38 @@ def check(f: Any) -> None:
   for name, (_, allowed, _) in FLAGS.items():
     if f[name].value not in allowed:
       raise ConfigError(f"--{name}={f[name].value}: expected {allowed}")
+  given = [name for name in TRUNCATE if f[name].present]
+  if _mirostat_alone(f) and given:
+    raise ConfigError(
+      f"--{given[0]} with --mirostat_tau={f.mirostat_tau} and --sampler_order=llama.cpp: mirostat does without it there; leave "
+      "one of them out"
+    )
+  if "" in f.dry_sequence_breaker:
+    raise ConfigError("--dry_sequence_breaker=: empty, which is in every text; none leaves all out")
 
 
-def sampler(f: Any) -> Any:
-  """The chain that the flags ask for: those that are on, in the order of --sampler_order."""
+def _mirostat_alone(f: Any) -> bool:
+  return f.sampler_order == "llama.cpp" and f.mirostat_tau > 0
+
+
+def breakers(f: Any, decode: Callable[[list[int]], str], vocab_size: int) -> Any:
+  """Which ids have a text of --dry_sequence_breaker in theirs, bool [V] (None: no id, or DRY is off)."""
+  import numpy as np
+
+  texts = [text for text in f.dry_sequence_breaker if text != "none"]
+  if not f.dry_multiplier or not texts:
+    return None
+  return np.array([any(text in decode([one]) for text in texts) for one in range(vocab_size)])
+
+
+def sampler(f: Any, breakers: Any = None) -> Any:
+  """The chain that the flags ask for: those that are on, in the order of --sampler_order; breakers: what DRY breaks at."""
   from jaxllm.sampling import SAMPLERS, in_order
 
   last_n = {"last_n": f.repeat_last_n}
   dry = {"base": f.dry_base, "allowed_length": f.dry_allowed_length, "last_n": f.dry_penalty_last_n}
+  dry |= {"breakers": breakers}
+  alone = _mirostat_alone(f)
   chosen = [  # name, whether it is on, fields
     ("repetition_penalty", f.repetition_penalty != 1, {"penalty": f.repetition_penalty} | last_n),
     ("presence_penalty", f.presence_penalty, {"penalty": f.presence_penalty} | last_n),
@@ -101,7 +148,7 @@ def sampler(f: Any) -> Any:
     ("no_repeat_ngram", f.no_repeat_ngram_size, {"n": f.no_repeat_ngram_size}),
     ("temperature", True, {"temperature": f.temperature}),
     ("top_n_sigma", f.top_n_sigma, {"n": f.top_n_sigma}),
-    ("top_k", f.top_k, {"k": f.top_k}),
+    ("top_k", f.top_k > 0, {"k": f.top_k}),
     ("top_p", f.top_p < 1, {"p": f.top_p}),
     ("min_p", f.min_p, {"min_p": f.min_p}),
     ("typical", f.typical_p < 1, {"p": f.typical_p}),
@@ -110,4 +157,5 @@ def sampler(f: Any) -> Any:
     ("xtc", f.xtc_probability, {"probability": f.xtc_probability, "threshold": f.xtc_threshold}),
     ("mirostat", f.mirostat_tau, {"tau": f.mirostat_tau, "eta": f.mirostat_eta}),
   ]
-  return in_order([SAMPLERS[name](**fields) for name, on, fields in chosen if on], f.sampler_order)
+  left = (one for one in chosen if not (alone and one[0] in LEFT_OUT))
+  return in_order([SAMPLERS[name](**fields) for name, on, fields in left if on], f.sampler_order)

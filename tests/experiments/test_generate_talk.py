@@ -110,7 +110,7 @@ def test_a_line_that_cannot_be_answered_is_told_and_left_out(talk, tmp_path):
   loaded_case.save(tmp_path / "gpt2", cfg)
   _, asked = talk(b"12345678901\nabc\n", model=tmp_path / "gpt2")
   assert asked == ["12345678901", "abc"] and talk.err.startswith("error: ") and "max_length = 16" in talk.err
-  talk(b"ab\xff\n", code=65, model=tmp_path / "gpt2")
+  talk(b"ab\xff\nab\n", model=tmp_path / "gpt2")
   assert "not UTF-8 at byte 2" in talk.err
 
 

@@ -85,7 +85,7 @@ REFUSED = [
   (flag, value)
   for flag, values in {
     "temperature": ("-1", "nan", "inf"),
-    "top_k": ("-1",),
+    "top_k": ("-2",),
     "top_p": ("1.1", "-0.1", "nan"),
     "min_p": ("2",),
     "typical_p": ("1.5",),
