@@ -7,7 +7,6 @@ not say: an accelerator that JAX does not use, a model that does not fit.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -24,6 +23,7 @@ from jaxllm.study import choices, run_app
 
 if TYPE_CHECKING:
   from jaxllm.hf.loading import Opened
+  from jaxllm.ops.memory import Memory
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -64,15 +64,6 @@ PLUGINS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes that a device may hold, how many such devices there are, and what they are."""
-
-  bytes: int
-  devices: int
-  what: str
-
-
 def accelerators(root: Path = Path("/")) -> dict[str, int]:
   """{kind: how many} of the accelerators that the operating system shows, whether JAX uses them or not (Linux)."""
   found: dict[str, int] = {}
@@ -110,6 +101,8 @@ def machine_lines() -> tuple[list[str], list[str]]:
   """(what there is, what is wrong)."""
   import jax
 
+  from jaxllm.ops.memory import memory_of
+
   devices, backend = jax.devices(), jax.default_backend()
   kinds = {kind: sum(d.device_kind == kind for d in devices) for kind in (d.device_kind for d in devices)}
   lines = [f"devices: {', '.join(f'{n} x {kind}' for kind, n in kinds.items())} ({backend})"]
@@ -125,19 +118,6 @@ def machine_lines() -> tuple[list[str], list[str]]:
   return lines, wrong
 
 
-def memory_of(devices) -> Memory | None:
-  """What one of the devices can hold: what its allocator says, or the machine's memory for CPUs, which share it."""
-  if devices[0].platform != "cpu":
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    return (
-      None
-      if limit is None
-      else Memory(limit, len(devices), f"each of {len(devices)} {devices[0].device_kind}")
-    )
-  found = re.search(r"^MemTotal:\s+(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
-  return None if found is None else Memory(1024 * int(found[1]), 1, "this machine")
-
-
 def model_lines(
   model: str, context: int | None, verify: bool = True, weights: bool = False
 ) -> Iterator[tuple[str, str | None]]:
@@ -148,6 +128,7 @@ def model_lines(
   import jax
 
   from jaxllm.hf import families, files, hub, loading, match
+  from jaxllm.ops.memory import memory_of
   from jaxllm.study import describe
 
   directory = hub.find(model, weights=weights)
@@ -193,6 +174,7 @@ def _unfetched_lines(directory: Path, context: int | None, verify: bool) -> Iter
   import numpy as np
 
   from jaxllm.hf import families, loading, match
+  from jaxllm.ops.memory import memory_of
   from jaxllm.study import describe
 
   family, cfg, source = loading.load_config(directory)

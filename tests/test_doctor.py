@@ -19,6 +19,7 @@ from jaxllm.generate.loop import PART
 from jaxllm.hf import sums
 from jaxllm.nn import Transformer, init_cache
 from jaxllm.norm import RMSNorm
+from jaxllm.ops.memory import Memory
 from jaxllm.position import Rope
 from jaxllm.study import describe
 from jaxllm.wiring import Sandwich
@@ -94,7 +95,7 @@ def test_a_layer_with_a_window_is_counted_as_its_window():
 def test_what_does_not_fit_is_wrong():
   weights, cache = 1000, doctor.cache_bytes(CFG, 50)
   need = weights + cache
-  memory = lambda size, devices=1: doctor.Memory(size, devices, "each")
+  memory = lambda size, devices=1: Memory(size, devices, "each")
   assert doctor.fit(CFG, weights, 50, memory(need))[1] is None
   assert "does not fit:" in doctor.fit(CFG, weights, 50, memory(need - 1))[1]
   assert "--mesh=fsdp=4" in doctor.fit(CFG, weights, 50, memory(need - 1, 4))[1]

@@ -94,7 +94,7 @@ def generate(
   Source: Sutskever et al. (2014), section 3.2; Wu et al. (2016), section 7 (length); Vijayakumar et al. (2018), section 4
   (groups); transformers' `num_beams` for when it ends.
   """
-  cfg = model.cfg
+  cfg = request.checked_model(model, params)
   counts = dict(
     num_beams=num_beams, num_groups=num_groups, num_return=num_return, max_new_tokens=max_new_tokens
   )
@@ -111,6 +111,7 @@ def generate(
       raise ConfigError(f"{name}: found {value!r}, expected a finite number")
   part = request.count("part", part)
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part)
+  request.check_memory(cfg, num_beams * len(prompts), capacity, part)
   kept = max(2, 1 + int(given.stop.sum())) * (num_beams // num_groups)
   tables = jax.device_put(cfg.rope_tables(max_len=capacity))
   settings = loop.Settings(model, capacity, part)

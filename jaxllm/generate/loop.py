@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, SamplingError
 from jaxllm.generate import request
 from jaxllm.generate.output import ENDED, Drawn, Generated, OnTokens, Rows, Stop
 from jaxllm.nn import STORES, Cache, Context, Transformer, init_cache
+from jaxllm.nn.cache import grow
 from jaxllm.nn.store import Full, Quantized
 from jaxllm.position import PositionTables
 from jaxllm.sampling import NOTHING, Greedy, Sampler, check_logits
@@ -22,6 +24,9 @@ from jaxllm.sampling.base import log_probs
 
 PART = 512
 """Longer prompts are read so many tokens at a time, and layers with a window hold so many more than it."""
+
+ROOM = 512
+"""New tokens that the cache has room for at first: a step's attention reads all of its slots, used or not."""
 
 
 @jax.tree_util.register_dataclass
@@ -97,13 +102,17 @@ def generate(
   followed by the new tokens, before the sampler; s = 1 is the prompt alone.
 
   Compiled once a batch size, bucket of prompt lengths (`request.bucket`) and cache capacity (SLOTS apart);
-  sampler parameters, stop ids, tables and max_new_tokens are data.  Raises DataError for an empty prompt,
-  TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite, or
-  of which the sampler leaves nothing, ConfigError for the other arguments, and where a learned table has fewer
-  positions than the longest prompt with its new tokens.
+  sampler parameters, stop ids, tables and max_new_tokens are data.  The cache begins with room for ROOM new tokens,
+  and doubles when they are drawn (one more program): a text that ends early costs what it is long, whatever
+  max_new_tokens allows.
+
+  Raises DataError for an empty prompt, TokenizerError for an id outside the vocabulary, SamplingError for logits with
+  NaN, +inf or nothing finite, or of which the sampler leaves nothing, ConfigError for the other arguments, where a
+  learned table has fewer positions than the longest prompt with its new tokens, and where a cache for all of them is
+  more than the devices' memory.
   Source of the guidance: Sanchez et al. (2023), "Stay on topic with classifier-free guidance", section 2.2.
   """
-  cfg = model.cfg
+  cfg = request.checked_model(model, params)
   max_new_tokens, chunk = request.count("max_new_tokens", max_new_tokens), request.count("chunk", chunk)
   part, logprobs = request.count("part", part), request.top("logprobs", logprobs, cfg.vocab_size)
   store, copies = request.store(store), request.count("copies", copies)
@@ -117,6 +126,8 @@ def generate(
         "negative_prompts: cannot be given with copies, positions or a prefix; leave those out"
       )
   given, capacity = request.prepared(cfg, both, max_new_tokens, stop_ids, part)
+  call = part if positions is None else None  # else what a window leaves out is not what the order says
+  request.check_memory(cfg, len(both) * copies, capacity, call, store)
   B = len(prompts) * copies
   key = request.checked_key(key, sampler, B)
   own = request.Own.of(positions, prefix, given.length, given.tokens.shape[1], part)
@@ -125,9 +136,11 @@ def generate(
   tables = cfg.rope_tables(max_len=max(capacity, last)) if rope is None else request.fixed(rope)
   tables, stop_V, own, guide = jax.device_put((tables, given.stop, own, guide))
 
-  settings = Settings(model, capacity, part, store, logprobs, copies)
+  slots = min(capacity, request.room(given.tokens.shape[1] + min(ROOM, max_new_tokens)))
+  settings = Settings(model, capacity, part, store, logprobs, copies, slots)
+  longest = int(given.length.max())
   rows = Rows(B, stop, on_tokens, logprobs)
-  given, limit = given._replace(stop=stop_V), np.int32(max_new_tokens)
+  given = given._replace(stop=stop_V)
   state, drawn = prefill(settings, params, tables, sampler, given, own, guide, key)
   while True:
     if rows.add(drawn):  # for the device, a row that `stop` has ended is done
@@ -135,6 +148,10 @@ def generate(
       state = dataclasses.replace(state, done=done_B)
     if state.over or int(state.step) >= max_new_tokens:
       break
+    if slots < capacity and int(state.step) >= slots - longest:
+      slots = min(2 * slots, capacity)
+      state = dataclasses.replace(state, cache=grown(state.cache, cfg, slots, call))
+    limit = np.int32(max_new_tokens if slots == capacity else min(max_new_tokens, slots - longest))
     state, drawn = decode(settings, params, tables, sampler, stop_V, guide, limit, state, chunk)
 
   done_B, bad_B = jax.device_get((state.done, state.bad))
@@ -149,7 +166,10 @@ def generate(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the two programs are compiled for beside the shapes of their arguments."""
+  """What the two programs are compiled for beside the shapes of their arguments.
+
+  capacity: the tokens that a row may come to; slots: those of the cache that prompts are read into, where it grows later.
+  """
 
   model: Transformer
   capacity: int
@@ -157,6 +177,7 @@ class Settings:
   store: Full | Quantized = STORES["full"]
   logprobs: int | None = None
   copies: int = 1
+  slots: int | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
@@ -188,6 +209,12 @@ def prefill(
   return state, jax.tree.map(lambda x: x[:, None], drawn)
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "capacity", "call"))
+def grown(cache: Cache, cfg: ModelConfig, capacity: int, call: int | None) -> Cache:
+  """`nn.cache.grow`, compiled."""
+  return grow(cfg, cache, capacity, call=call)
+
+
 def read_prompts(
   settings: Settings,
   params: Any,
@@ -198,9 +225,8 @@ def read_prompts(
   """(logits [B, V] of each row's last token, the cache) of prompts, read in parts where they are long."""
   (B, T), length_B = prompts.tokens.shape, prompts.length
   cfg, part = settings.model.cfg, min(settings.part, T)
-  # with positions of their own, what a window leaves out is not what the order says
   call = part if own.pos is None else None
-  cache = init_cache(cfg, B, settings.capacity, call=call, store=settings.store)
+  cache = init_cache(cfg, B, settings.slots or settings.capacity, call=call, store=settings.store)
 
   def read(start, cache):
     valid = start + jnp.arange(part)[None] < length_B[:, None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,10 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
-from jaxllm.nn.store import STORES, Full, Quantized
+from jaxllm.nn.cache import init_cache
+from jaxllm.nn.store import FULL, STORES, Full, Quantized
+from jaxllm.nn.transformer import Transformer
+from jaxllm.ops.memory import memory_of
 from jaxllm.position import PositionTables, next_glm_positions
 from jaxllm.sampling import Greedy, Sampler
 
@@ -24,6 +28,23 @@ ANY = 1 << 30
 
 MOST = 2**31 - 1
 """The most tokens of a row, as positions are int32."""
+
+
+def checked_model(model: Any, params: Any) -> ModelConfig:
+  """The config of a model whose parameters these may be; raises ConfigError for what is no model and for another tree."""
+  if not isinstance(model, Transformer):
+    raise ConfigError(f"model: found {type(model).__name__}, expected nn.Transformer(cfg)")
+  names = list(params) if isinstance(params, Mapping) else None
+  if names is None or "embed" not in names:
+    found = type(params).__name__ if names is None else f"a tree of {', '.join(map(str, names[:4]))}"
+    hint = '; give its "params"' if names is not None and "params" in names else ""
+    raise ConfigError(f"params: found {found}, expected the model's parameters (embed, layers, ...){hint}")
+  layers = params.get("layers", {})
+  if len(layers) != model.cfg.num_layers:
+    raise ConfigError(
+      f"params: found {len(layers)} layers, expected {model.cfg.num_layers}, those of the model's config"
+    )
+  return model.cfg
 
 
 def count(name: str, value: Any) -> int:
@@ -199,6 +220,20 @@ def prepared(
     raise ConfigError(f"max_new_tokens: found {max_new_tokens}, expected fewer: positions are below 2^31")
   stop_V = stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
   return Prompts(tokens_BT, length_B, stop_V), capacity
+
+
+def check_memory(
+  cfg: ModelConfig, rows: int, capacity: int, call: int | None, store: Full | Quantized = FULL
+) -> None:
+  """Raise ConfigError for a cache that is more than all devices hold, before anything is compiled for it."""
+  cache = jax.eval_shape(functools.partial(init_cache, cfg, rows, capacity, call=call, store=store))
+  needed = sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(cache))
+  there = memory_of(jax.devices())
+  if there is not None and needed > there.bytes * there.devices:
+    raise ConfigError(
+      f"max_new_tokens: found a cache of {needed / 2**30:,.1f} GiB, for {rows} rows of {capacity} tokens, expected at most the "
+      f"{there.bytes * there.devices / 2**30:,.1f} GiB of the devices; ask for fewer tokens or rows, or for a cache of integers"
+    )
 
 
 def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:

@@ -82,14 +82,17 @@ def generate(
   tokens, and TokenizerError for a draft model with another vocabulary.
   Source: Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2.
   """
-  cfg = model.cfg
+  cfg = request.checked_model(model, params)
   max_new_tokens, part = request.count("max_new_tokens", max_new_tokens), request.count("part", part)
   gamma = request.count("gamma", gamma)
   if gamma >= part:
     raise ConfigError(f"gamma: found {gamma}, expected at most part - 1 = {part - 1}, as a round is one call")
   if not isinstance(draft, Draft):
-    raise ConfigError(f"draft: found {draft!r}, expected DraftModel(model, params) or PromptLookup(ngram)")
+    raise ConfigError(
+      f"draft: found {type(draft).__name__}, expected DraftModel(model, params) or PromptLookup(ngram)"
+    )
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part, gamma)
+  request.check_memory(cfg, len(prompts), capacity, part)
   # windowed layers have room for a call as long as that of the prompts
   longer = max(0, gamma + 1 - given.tokens.shape[1])
   given = given._replace(tokens=np.pad(given.tokens, ((0, 0), (0, longer))))

@@ -192,3 +192,29 @@ def init_cache(
     capacity,
     store,
   )
+
+
+def grow(cfg: ModelConfig, cache: Cache, capacity: int, *, call: int | None = None) -> Cache:
+  """A cache with the same tokens and room for `capacity` of them; call: as `init_cache` was given it.
+
+  A layer that comes to its window keeps that and a call's tokens: until then it had a slot for every token, as a ring has.
+  """
+  cfg.check_length(capacity, "cache capacity")
+  of_layers = [slots_of(cfg.layer(i), capacity, call) for i in range(cfg.num_layers)]
+  slots = tuple(dict.fromkeys(of_layers))
+
+  def grown(layers: tuple[Any, ...]) -> tuple[Any, ...]:
+    pairs = zip(layers, of_layers, strict=True)
+    return tuple(jax.tree.map(lambda x: constrain(x, "BKSH"), cache.store.grown(x, s.size)) for x, s in pairs)
+
+  old = [cache.pos[cache.layers[of_layers.index(s)]] for s in slots]
+  pos = (jnp.pad(x, [(0, 0), (0, s.size - x.shape[1])]) for x, s in zip(old, slots, strict=True))
+  return dataclasses.replace(
+    cache,
+    k=grown(cache.k),
+    v=grown(cache.v),
+    pos=tuple(constrain(x, "BS") for x in pos),
+    slots=slots,
+    layers=tuple(slots.index(s) for s in of_layers),
+    capacity=capacity,
+  )

@@ -18,6 +18,11 @@ def write(slots_BKS: jax.Array, at_BT: jax.Array, new_BKT: jax.Array) -> jax.Arr
   return jax.vmap(row)(slots_BKS, at_BT, new_BKT.astype(slots_BKS.dtype))
 
 
+def longer(slots_BKS: jax.Array, size: int) -> jax.Array:
+  """slots [B, K, S, ...] with zeros after them, [B, K, size, ...]."""
+  return jnp.pad(slots_BKS, [(0, size - n if axis == 2 else 0) for axis, n in enumerate(slots_BKS.shape)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Full:
   """Keys and values as they are, in the compute type."""
@@ -33,6 +38,10 @@ class Full:
   def read(self, slots_BKSH: jax.Array, dtype: Any) -> jax.Array:
     """All slots, [B, K, S, H] of `dtype`."""
     return slots_BKSH.astype(dtype)
+
+  def grown(self, slots_BKSH: jax.Array, size: int) -> jax.Array:
+    """`size` slots, of which the last ones hold nothing."""
+    return longer(slots_BKSH, size)
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +102,11 @@ class Quantized:
     n = self._unpacked(slots.n, slots.first.shape[-1])
     x = (slots.low + slots.step * n.astype(jnp.float32)).astype(dtype)
     return jnp.concatenate([slots.first.astype(dtype), x[:, :, slots.first.shape[2] :]], axis=2)
+
+  def grown(self, slots: Integers, size: int) -> Integers:
+    """`size` slots, of which the last ones hold nothing."""
+    first = longer(slots.first, min(self.sinks, size))
+    return Integers(*(longer(x, size) for x in (slots.n, slots.step, slots.low)), first)
 
   def _packed(self, n: jax.Array) -> jax.Array:
     if self.bits == 8:

@@ -163,6 +163,59 @@ def test_prompts_of_a_file_are_each_as_alone(ask, tmp_path):
   assert [row["ids"] for row in together] == [row["ids"] for row in apart]  # draws of a row are its own
 
 
+def test_figures_of_a_batch_are_of_its_real_rows(ask, tmp_path):
+  plain = tmp_path / "prompts.txt"
+  plain.write_text("the quick\nlazy dog\nthe quick\n")
+  ask(f"--prompts_file={plain}", "--batch_size=2", prompt=None)
+  notes = [line for line in ask.err.splitlines() if line.startswith("[")]
+  assert ["24 new" in note for note in notes] == [True, False] and "12 new" in notes[1]
+  assert notes[0].startswith("[length, length: ") and notes[1].startswith("[length: ")
+  ask(f"--prompts_file={plain}", "--batch_size=20000", prompt=None)
+  assert "36 new" in ask.err
+
+
+def test_a_mark_of_byte_order_is_no_text(ask, tmp_path):
+  plain = tmp_path / "prompts.txt"
+  plain.write_bytes(b"\xef\xbb\xbfthe quick")
+  assert ask(f"--prompts_file={plain}", prompt=None) == ask()
+
+
+def test_the_prompt_of_a_chat_is_shown_where_it_is_asked_for(ask):
+  bare = ask("--chat")
+  assert ask("--chat", "--display_prompt") == f"[user] the quick\n[assistant]{bare}"
+
+
+def test_names_of_llama_cpp_are_the_same_flags(ask):
+  hot = ask("--temperature=1.5", "--repetition_penalty=1.5", "--top_k=5", "--typical_p=0.9")
+  assert hot == ask("--temp=1.5", "--repeat-penalty=1.5", "--top-k=5", "--typical=0.9") != ask()
+
+
+def test_a_text_beyond_the_trained_length_is_noted(ask):
+  ask("-n=60")
+  assert "times the trained length of 16, as loaded (--method puts" in ask.err
+  ask("-n=60", "--method=yarn")
+  assert "trained length" not in ask.err
+
+
+def test_dry_breaks_at_the_texts_of_its_flag(ask, model):
+  cfg, _ = hf.load(model)
+  from jaxllm.study import samplers
+
+  class f:
+    dry_multiplier, dry_sequence_breaker = 1.0, ["\n", ":"]
+
+  decode = hf.load_tokenizer(model, cfg).decode
+  found = samplers.breakers(f, decode, cfg.vocab_size)
+  assert found.any() and all(found[i] == any(x in decode([i]) for x in "\n:") for i in range(cfg.vocab_size))
+  f.dry_sequence_breaker = ["none"]
+  assert samplers.breakers(f, decode, cfg.vocab_size) is None
+  first, other = (
+    ask("--json", "--dry_multiplier=9", *more) for more in ((), ("--dry_sequence_breaker=none",))
+  )
+  assert rows(first)[0]["settings"]["dry_sequence_breaker"] == ["\n", ":", '"', "*"]
+  assert rows(other)[0]["settings"]["dry_sequence_breaker"] == ["none"]
+
+
 def test_chats_are_in_the_template(ask, tmp_path):
   (row,) = rows(ask("--chat", "--system=be kind", "--json", prompt="hello"))
   assert row["prompt"] == "[system] be kind\n[user] hello\n[assistant]"

@@ -227,7 +227,7 @@ def test_the_samplers_own_chance_is_drawn_once_a_token(shallow):
   [
     (dict(gamma=0), ConfigError, r"gamma: found 0, expected an integer of at least 1"),
     (dict(gamma=512), ConfigError, r"gamma: found 512, expected at most part - 1 = 511"),
-    (dict(draft=None), ConfigError, r"draft: found None, expected DraftModel\(model, params\) or"),
+    (dict(draft=None), ConfigError, r"draft: found NoneType, expected DraftModel\(model, params\) or"),
     (dict(prompts=[[1], []]), DataError, r"prompts\[1\]: found an empty prompt"),
     (dict(sampler=Temperature(1.0)), ConfigError, r"key: found None"),
     (dict(max_new_tokens=0), ConfigError, r"max_new_tokens: found 0"),

@@ -1,0 +1,100 @@
+"""A cache that grows with the text: the same text as in one of its full size, and memory that is not there is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from model_cases import MODELS
+from model_cases import params as params_of
+
+from jaxllm.config import Layer
+from jaxllm.errors import ConfigError
+from jaxllm.generate import contrastive, loop
+from jaxllm.generate.loop import generate
+from jaxllm.nn import STORES, Transformer, init_cache
+from jaxllm.nn.cache import grow
+from jaxllm.ops.memory import Memory
+from jaxllm.position import POSITIONS
+from jaxllm.sampling import RepetitionPenalty
+from jaxllm.sampling.chain import Chain
+from jaxllm.sampling.temperature import Temperature
+
+LAYERS = (Layer(POSITIONS["rope"]()), Layer(POSITIONS["rope"](), window=150))
+ROPE = dataclasses.replace(MODELS["rope"], num_layers=2, layers=LAYERS)
+PROMPTS = [[5, 9, 2, 7, 1], [3, 3, 8]]
+
+
+def text(monkeypatch, room, cfg=ROPE, **arguments):
+  monkeypatch.setattr(loop, "ROOM", room)
+  usual = dict(max_new_tokens=300, stop_ids=(), part=16, logprobs=1)
+  return generate(Transformer(cfg), params_of(cfg), PROMPTS, **usual | arguments)
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    pytest.param({}, marks=pytest.mark.core),
+    {"chunk": 7, "store": STORES["int8"]},
+    {"sampler": Chain((RepetitionPenalty(1.2), Temperature(1.5))), "key": jax.random.key(3)},
+    {"negative_prompts": [[1, 2], [4] * 9]},
+  ],
+  ids=["greedy", "int8", "penalty", "guidance"],
+)
+def test_the_text_is_that_of_a_cache_of_full_size(monkeypatch, arguments):
+  """From 128 to 256 and 384 slots; the windowed layer comes to its ring of 166 on the way."""
+  sizes = []
+  grown = loop.grown
+  monkeypatch.setattr(
+    loop, "grown", lambda cache, cfg, slots, call: sizes.append(slots) or grown(cache, cfg, slots, call)
+  )
+  found = text(monkeypatch, 20, **arguments)
+  assert sizes == [256, 384]
+  whole = text(monkeypatch, 300, **arguments)
+  assert sizes == [256, 384] and found.tokens == whole.tokens and len(set(whole.tokens[0])) > 5
+  np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=2e-4)
+
+
+def test_a_text_that_ends_early_never_grows(monkeypatch):
+  monkeypatch.setattr(loop, "grown", None)
+  found = text(monkeypatch, 20, max_new_tokens=100_000, stop=lambda row, ids: 40 if len(ids) >= 40 else None)
+  assert [len(ids) for ids in found.tokens] == [40, 40]
+
+
+def test_what_a_layer_holds_after_growing_is_what_a_larger_cache_would():
+  cache = init_cache(ROPE, 2, 128, call=16)
+  larger = grow(ROPE, cache, 1024, call=16)
+  fresh = init_cache(ROPE, 2, 1024, call=16)
+  shapes = lambda cache: jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+  assert shapes(larger) == shapes(fresh) and larger.slots == fresh.slots and larger.layers == fresh.layers
+  assert len(cache.slots) == 1 and len(larger.slots) == 2  # a layer with a window parts from the others
+
+
+def test_a_cache_that_no_device_holds_is_refused_before_anything_is_compiled(monkeypatch):
+  cfg, params = ROPE, params_of(ROPE)
+  with pytest.raises(
+    ConfigError, match=r"max_new_tokens: found a cache of .* GiB, for 2 rows of 2000000128 tokens"
+  ):
+    generate(Transformer(cfg), params, PROMPTS, max_new_tokens=2_000_000_000)
+  monkeypatch.setattr("jaxllm.generate.request.memory_of", lambda devices: Memory(10_000, 2, "each"))
+  with pytest.raises(ConfigError, match=r"for 2 rows of 128 tokens, expected at most the 0.0 GiB"):
+    generate(Transformer(cfg), params, PROMPTS, max_new_tokens=5)
+  with pytest.raises(ConfigError, match=r"for 8 rows of 128 tokens"):
+    contrastive.generate(Transformer(cfg), params, PROMPTS, max_new_tokens=5, top_k=4)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (lambda model, params: (model.cfg, params), "model: found ModelConfig, expected nn.Transformer"),
+    (
+      lambda model, params: (model, {"params": params}),
+      'params: found a tree of params, .* give its "params"',
+    ),
+    (lambda model, params: (model, [params]), "params: found list, expected the model's parameters"),
+    (lambda model, params: (model, params | {"layers": {"0": 1}}), "params: found 1 layers, expected 2"),
+  ],
+)
+def test_what_is_no_model_or_not_its_parameters_is_refused(given, message):
+  with pytest.raises(ConfigError, match=message):
+    generate(*given(Transformer(ROPE), params_of(ROPE)), PROMPTS, max_new_tokens=5)
