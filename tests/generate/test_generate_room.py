@@ -8,6 +8,7 @@ import pytest
 from model_cases import MODELS
 from model_cases import params as params_of
 
+from jaxllm import parallel
 from jaxllm.config import Layer
 from jaxllm.errors import ConfigError
 from jaxllm.generate import contrastive, loop
@@ -36,8 +37,11 @@ def text(monkeypatch, room, cfg=ROPE, **arguments):
   [
     pytest.param({}, marks=pytest.mark.core),
     {"chunk": 7, "store": STORES["int8"]},
-    {"sampler": Chain((RepetitionPenalty(1.2), Temperature(1.5))), "key": jax.random.key(3)},
-    {"negative_prompts": [[1, 2], [4] * 9]},
+    pytest.param(
+      {"sampler": Chain((RepetitionPenalty(1.2), Temperature(1.5))), "key": jax.random.key(3)},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param({"negative_prompts": [[1, 2], [4] * 9]}, marks=pytest.mark.slow),
   ],
   ids=["greedy", "int8", "penalty", "guidance"],
 )
@@ -53,6 +57,17 @@ def test_the_text_is_that_of_a_cache_of_full_size(monkeypatch, arguments):
   whole = text(monkeypatch, 300, **arguments)
   assert sizes == [256, 384] and found.tokens == whole.tokens and len(set(whole.tokens[0])) > 5
   np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_it_grows_to_the_same_text(monkeypatch):
+  mesh = parallel.make_mesh("data=2,tensor=2", jax.devices()[:4])
+  monkeypatch.setattr(loop, "ROOM", 20)
+  call = lambda params: generate(Transformer(ROPE), params, PROMPTS, max_new_tokens=300, stop_ids=(), part=16)
+  alone = call(params_of(ROPE))
+  with jax.set_mesh(mesh):
+    found = call(parallel.shard(params_of(ROPE), mesh, parallel.RULES["tensor"], ROPE))
+  assert found.tokens == alone.tokens
 
 
 def test_a_text_that_ends_early_never_grows(monkeypatch):

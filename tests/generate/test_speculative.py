@@ -183,7 +183,9 @@ def check_distribution(*arguments):
   return share
 
 
-@pytest.mark.parametrize("name", ["near", pytest.param("wrong", marks=SLOW), "broken", "lookup"])
+@pytest.mark.parametrize(
+  "name", ["near", "lookup", *(pytest.param(name, marks=SLOW) for name in ("wrong", "broken"))]
+)
 def test_draws_have_the_models_distribution(shallow, truth, name):
   """Of the broken model no draft is kept: where it says NaN, there is no q that it was drawn from."""
   share = check_distribution(shallow, truth, name, 2500)
@@ -264,6 +266,7 @@ def test_a_draft_model_needs_positions_for_the_text_alone(shallow, part):
     speculate(model, params, prompts, draft, **usual | dict(max_new_tokens=8))
 
 
+@pytest.mark.slow
 def test_a_round_may_be_longer_than_a_short_prompt(shallow):
   """In a windowed layer, whose ring must hold the window before all of a round, and past the end of a learned table."""
   model, params = shallow

@@ -344,6 +344,7 @@ def test_contrastive_numbers_that_do_not_fit_are_refused(shallow, given):
     contrastive.generate(*shallow, [[1, 2]], **given)
 
 
+@pytest.mark.slow
 def test_searches_take_windowed_layers(deep, prompts):
   model, params = deep
   (layer,) = model.cfg.layers

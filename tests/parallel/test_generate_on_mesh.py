@@ -99,6 +99,7 @@ def test_searches_and_drafts():
   assert on_mesh(cfg, weights, "data=2,tensor=2", "tensor", call) == call(Transformer(cfg), weights)
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_gives_no_other_ids():
   """29 ids over four devices are 32 rows, of which three are no tokens."""
   cfg = dataclasses.replace(SMALL, tie_embeddings=True)

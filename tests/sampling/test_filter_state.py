@@ -107,6 +107,7 @@ def test_mirostat_is_its_recursion_in_float64():
 
 
 @core
+@pytest.mark.slow
 def test_mirostat_stays_where_it_is_in_a_row_with_nothing_left():
   logits_BV = jnp.array([[-jnp.inf] * 4, [0.0, 1.0, 2.0, 3.0]])
   sampler, state = Mirostat(2.0), jnp.array([3.0, 3.0])
