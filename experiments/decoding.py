@@ -33,7 +33,7 @@ BARS = {"float32": 1.5, "bfloat16": 1.2}
 PREFILL_BAR, FIRST_BAR = 0.8, 4.0
 LARGE = 100_000_000
 """Parameters from which the bars count: of less, it is not the model that takes the time."""
-COLUMNS = ("model", "dtype", "batch", "metric", "value", *rows_lib.OUTCOME[1:])
+COLUMNS = ("model", "quant", "dtype", "batch", "metric", "value", *rows_lib.OUTCOME[1:])
 HEADER = (
   "dtype",
   "batch",
@@ -56,6 +56,13 @@ flags.DEFINE_integer("prompt", 128, "tokens of a prompt", flag_values=FLAGS)
 flags.DEFINE_integer("new", 64, "tokens to generate", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 2, "processes of each side", flag_values=FLAGS)
 flags.DEFINE_integer("reads", 3, "readings of a process", flag_values=FLAGS)
+flags.DEFINE_enum(
+  "quant",
+  "none",
+  ["none", "int8", "int8_tensor", "int8_asym"],
+  "how jaxllm holds its weights, read as float32 on a CPU; those of transformers are of --dtypes, and no bars count",
+  flag_values=FLAGS,
+)
 flags.DEFINE_enum(
   "cache_implementation",
   "dynamic",
@@ -121,16 +128,23 @@ def step_bytes(cfg, params) -> int:
 
 
 def jaxllm_side(
-  directory: str, dtype: str, batch: int, length: int, new: int, reads: int, started: float
+  directory: str, dtype: str, batch: int, length: int, new: int, reads: int, quant: str, started: float
 ) -> dict:
   """Seconds to the first token and for the others, of each read, and from `started` (of the process) to the very first; the
   least seconds that a step can take for its weights.
   """
+  import jax
+
   from jaxllm import hf
+  from jaxllm import quant as quants
   from jaxllm.generate.loop import generate
   from jaxllm.nn import Transformer
 
+  if quant != "none" and jax.default_backend() == "cpu":
+    dtype = "float32"
   cfg, params = hf.load(directory, dtype=dtype, verify=False)
+  if quant != "none":
+    params = quants.apply(params, quants.SCHEMES[quant]())
   model, texts = Transformer(cfg), prompts(cfg.vocab_size, batch, length)
 
   def read() -> tuple[float, float]:
@@ -218,7 +232,7 @@ def in_own_process(name: str, *arguments) -> dict:
 def measure(directory: str, dtype: str, batch: int, platform: str, f) -> dict[str, float]:
   """The numbers of one line of the table."""
   task = (directory, dtype, batch, f.prompt, f.new, f.reads)
-  more = {"jaxllm": (), "transformers": (platform, f.cache_implementation)}
+  more = {"jaxllm": (f.quant,), "transformers": (platform, f.cache_implementation)}
   sides = {"jaxllm": [], "transformers": []}
   for _ in range(f.rounds):
     for side, found in sides.items():
@@ -277,14 +291,14 @@ def main(f) -> int:
     try:
       if f.model is None:
         loading.in_own_process(f"make({directory!r}, {f.size!r}, {dtype!r})")
-      judged = where["platform"] == "cpu" and loading.parameters(directory) >= LARGE
+      judged = where["platform"] == "cpu" and f.quant == "none" and loading.parameters(directory) >= LARGE
       for batch in map(int, f.batches.split(",")):
         found = measure(directory, dtype, batch, where["platform"], f)
         print(line(dtype, batch, found), flush=True)
         problems += [
           f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if judged
         ]
-        cell = {"model": f.model or f.size, "dtype": dtype, "batch": batch}
+        cell = {"model": f.model or f.size, "quant": f.quant, "dtype": dtype, "batch": batch}
         rows += [rows_lib.ok(cell | {"metric": name}, value) for name, value in found.items()]
     finally:
       if f.model is None:

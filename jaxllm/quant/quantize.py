@@ -21,6 +21,9 @@ DEFAULT = (
 )
 """What is quantized unless rules say otherwise: the matrices of layers, but not embeddings, head, routers and norms."""
 
+MATRICES = r".+/w|head|embed_in|embed_out"
+"""What can be quantized: a table of rows, as the embedding is one, is read otherwise."""
+
 
 def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
   """The tree with a `leaf.QTensor` in place of each weight that the rules choose.
@@ -51,9 +54,9 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
 def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
   if isinstance(leaf, QTensor):
     raise QuantError(f"{path}: found a weight of {leaf.scheme}, expected one that is not quantized yet")
-  if leaf.ndim < 2:
+  if not re.fullmatch(MATRICES, path) or leaf.ndim < 2:
     raise QuantError(
-      f"{path}: found the shape {tuple(leaf.shape)}, expected a matrix; leave it out by a rule"
+      f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}); leave it out by a rule"
     )
   parts, finite = _quantize(leaf, scheme)
   if not bool(finite):

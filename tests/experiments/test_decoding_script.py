@@ -42,7 +42,7 @@ def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
 
 def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch):
   class f:
-    rounds, reads, prompt, new, cache_implementation = 2, 2, 16, 5, "dynamic"
+    rounds, reads, prompt, new, cache_implementation, quant = 2, 2, 16, 5, "dynamic", "none"
 
   reads = iter(
     [

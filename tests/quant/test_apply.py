@@ -101,7 +101,8 @@ def test_the_report_counts_scales_and_tells_errors(model):
     ([("layers/9/.+", False)], ConfigError, "'layers/9/.\\+' matches no parameter"),
     ([("head", "int8")], ConfigError, "found 'int8' for 'head', expected True, False or a scheme"),
     ([(".+", False)], ConfigError, "no parameter is to be quantized"),
-    ([("final_norm/scale", True)], QuantError, "final_norm/scale: found the shape .*, expected a matrix"),
+    ([("final_norm/scale", True)], QuantError, "final_norm/scale: found .*, expected a matrix"),
+    ([("embed", True)], QuantError, "embed: found .*, expected a matrix that rows are multiplied with"),
   ],
 )
 def test_rules_that_do_not_fit_are_refused(model, rules, error, message):

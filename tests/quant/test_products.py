@@ -1,0 +1,76 @@
+"""Products with quantized weights on a CPU: in pieces, and nowhere is there a float copy of a weight."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_cases import MODELS
+from model_cases import params as params_of
+
+from jaxllm import quant
+from jaxllm.generate import loop
+from jaxllm.nn import Transformer
+from jaxllm.ops import quantized
+from jaxllm.ops.einsum import einsum
+
+WIDE = dataclasses.replace(
+  MODELS["rope"], embed_dim=64, mlp_dim=192, num_layers=1, layers=MODELS["rope"].layers[:1]
+)
+SHAPES = ("64,192", "192,64")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
+@pytest.mark.parametrize("columns", [31, 64, 1536])
+@pytest.mark.parametrize("name", ["int8", "int8_tensor", "int8_asym"])
+def test_pieces_are_the_whole_product(name, columns, rows):
+  """Of one row, of rows one at a time, of tiles of columns, and of a width that has no divisor for tiles."""
+  rng, scheme = np.random.default_rng(0), quant.SCHEMES[name]()
+  w = rng.standard_normal((48, columns)).astype(np.float32) + 0.1
+  q = quant.QTensor(scheme.quantize(jnp.asarray(w)), scheme)
+  x = rng.standard_normal((rows, 48)).astype(np.float32)
+  expected = x.astype(np.float64) @ np.asarray(quant.dequantize(q), np.float64)
+  found = jax.jit(quantized.product)(x, q)
+  assert found.shape == (rows, columns) and found.dtype == jnp.float32
+  assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+  half = jax.jit(functools.partial(einsum, "BTD,DF->BTF", out_dtype=jnp.bfloat16))(x[:, None], q)
+  assert half.shape == (rows, 1, columns) and half.dtype == jnp.bfloat16
+
+
+def compiled(monkeypatch, params):
+  """The optimized programs of prompts and of decoding, as text."""
+  texts = []
+  for name in ("prefill", "decode"):
+    own = getattr(loop, name)
+
+    def spied(*args, own=own, **kwargs):
+      texts.append(own.lower(*args, **kwargs).compile().as_text())
+      return own(*args, **kwargs)
+
+    monkeypatch.setattr(loop, name, spied)
+  jax.clear_caches()
+  prompts = [[5, 9, 2] * 8]
+  loop.generate(Transformer(WIDE), params, prompts, max_new_tokens=2, stop_ids=(), chunk=1)
+  assert len(texts) == 2
+  return texts
+
+
+def copies(text):
+  """The float arrays of a weight's shape in a program."""
+  return [shape for shape in SHAPES if re.search(rf"(f32|bf16|f64)\[{shape}\]", text)]
+
+
+@pytest.mark.core
+def test_no_float_copy_of_a_weight_is_made_by_prompts_or_in_the_loop(monkeypatch):
+  params = params_of(WIDE)
+  assert all(
+    set(copies(text)) == set(SHAPES) for text in compiled(monkeypatch, params)
+  )  # the search finds floats
+  small = quant.apply(params, quant.SCHEMES["int8"]())
+  monkeypatch.undo()
+  monkeypatch.setattr(quantized, "TILE", 32)  # as these weights are no larger than a tile is
+  for text in compiled(monkeypatch, small):
+    assert "s8[192,64]" in text and "s8[64,192]" in text and copies(text) == []
