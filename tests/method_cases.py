@@ -42,9 +42,9 @@ METHODS = [  # name, fields, query scale; slow: those with a program of their ow
   ("rerope", {"window": 5}, None),
   pytest.param("leaky_rerope", {"window": 5, "leak": 4.0}, None, marks=slow),
   pytest.param("inv_leaky_rerope", {"window": 5, "factor": 2.0}, None, marks=slow),
-  ("self_extend", {"window": 5, "group": 3}, None),
+  pytest.param("self_extend", {"window": 5, "group": 3}, None, marks=slow),
   ("streaming", {"window": 5, "sinks": 2}, None),
-  ("rope_2d", {}, None),
+  pytest.param("rope_2d", {}, None, marks=slow),
 ]
 
 

@@ -122,3 +122,20 @@ def test_a_bad_value_is_refused_with_flag_value_and_what_is_allowed(parse, flag,
 def test_every_flag_is_refused_somewhere_and_a_default_nowhere(parse):
   assert {flag for flag, _ in REFUSED} == set(samplers.FLAGS)
   samplers.check(parse())
+
+
+def test_names_of_llama_cpp_are_the_same_flags(parse):
+  found = parse("--temp=1.5", "--repeat_penalty=1.5", "--typical=0.9", "--top_k=-1")
+  assert (found.temperature, found.repetition_penalty, found.typical_p) == (1.5, 1.5, 0.9)
+  samplers.check(found)
+  assert [type(one) for one in samplers.sampler(found).samplers if isinstance(one, TopK)] == []
+
+
+def test_mirostat_of_llama_cpp_has_no_other_truncation(parse):
+  kinds = lambda *arguments: [type(one) for one in samplers.sampler(parse(*arguments)).samplers]
+  assert kinds("--mirostat_tau=5", "--sampler_order=llama.cpp", "--repetition_penalty=1.1") == [
+    RepetitionPenalty,
+    Temperature,
+    Mirostat,
+  ]
+  assert kinds("--mirostat_tau=5") == [Temperature, TopP, Mirostat]
