@@ -69,10 +69,11 @@ class Source:
     """An id that is a part of a character, None where there is none."""
     return broken_id(self.decode, self.tokenizer.vocab_size)
 
-  def stop_ids(self, strings: Sequence[str]) -> tuple[int, ...]:
-    """What ends a text: the ids that the settings or the tokenizer name, and each stop string that is a special token."""
+  def stop_ids(self, strings: Sequence[str], eos: bool = True) -> tuple[int, ...]:
+    """What ends a text: each stop string that is a special token, and with eos what settings and tokenizer name."""
     named = (self.special_id(one) for one in strings)
-    ids = {*self.cfg.eos_ids, *self.tokenizer.eos_ids, *(one for one in named if one is not None)}
+    ends = {*self.cfg.eos_ids, *self.tokenizer.eos_ids} if eos else set()
+    ids = ends | {one for one in named if one is not None}
     return tuple(sorted(one for one in ids if one < self.cfg.vocab_size))
 
   def special_id(self, text: str) -> int | None:

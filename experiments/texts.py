@@ -37,7 +37,7 @@ def write_all(f: Any, prompts: Sequence[Prompt], names: Sequence[str]) -> int:
   drawing = Drawing(
     samplers.sampler(f, samplers.breakers(f, source.decode, source.cfg.vocab_size)),
     f.max_new_tokens,
-    () if f.ignore_eos else source.stop_ids(f.stop),
+    source.stop_ids(f.stop, eos=not f.ignore_eos),
     1 if streams else CHUNK,
     f.cache_type,
     f.logprobs,

@@ -103,8 +103,8 @@ def generate(
 
   Compiled once a batch size, bucket of prompt lengths (`request.bucket`) and cache capacity (SLOTS apart);
   sampler parameters, stop ids, tables and max_new_tokens are data.  The cache begins with room for ROOM new tokens,
-  and doubles when they are drawn (one more program): a text that ends early costs what it is long, whatever
-  max_new_tokens allows.
+  and doubles when they are drawn (one more program): a text that ends early costs what it is long, but for
+  the tables of samplers that remember and of dynamic NTK, which have room for max_new_tokens.
 
   Raises DataError for an empty prompt, TokenizerError for an id outside the vocabulary, SamplingError for logits with
   NaN, +inf or nothing finite, or of which the sampler leaves nothing, ConfigError for the other arguments, where a
@@ -126,7 +126,8 @@ def generate(
         "negative_prompts: cannot be given with copies, positions or a prefix; leave those out"
       )
   given, capacity = request.prepared(cfg, both, max_new_tokens, stop_ids, part)
-  call = part if positions is None else None  # else what a window leaves out is not what the order says
+  # as read_prompts makes it; with positions of their own, what a window leaves out is not what the order says
+  call = min(part, given.tokens.shape[1]) if positions is None else None
   request.check_memory(cfg, len(both) * copies, capacity, call, store)
   B = len(prompts) * copies
   key = request.checked_key(key, sampler, B)

@@ -26,6 +26,9 @@ SLOTS = 128
 ANY = 1 << 30
 """A part that holds any prompt."""
 
+THREEFRY = "threefry2x32"
+"""The kind of keys whose draws for a row depend on its own key alone: another kind's first words make one of it."""
+
 MOST = 2**31 - 1
 """The most tokens of a row, as positions are int32."""
 
@@ -178,9 +181,14 @@ def _each(name: str, values: Sequence[Any], length_B: np.ndarray) -> zip:
 
 def _positions(i: int, row: Any, n: int) -> np.ndarray:
   found = np.asarray(row)
-  if found.shape not in ((n,), (n, 2)) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
+  if (
+    found.shape not in ((n,), (n, 2))
+    or not np.issubdtype(found.dtype, np.integer)
+    or found.min() < 0
+    or found.max() > MOST // 2
+  ):
     raise ConfigError(
-      f"positions[{i}]: found {found.dtype} of shape {found.shape}, expected integers of at least 0 of shape ({n},) or "
+      f"positions[{i}]: found {found.dtype} of shape {found.shape}, expected integers from 0 to {MOST // 2} of shape ({n},) or "
       f"({n}, 2)"
     )
   return found.astype(np.int32)
@@ -263,12 +271,14 @@ def checked_key(key: jax.Array | None, sampler: Sampler, B: int) -> jax.Array | 
   is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
   if not is_key or key.shape not in ((), (B,)):
     raise ConfigError(f"key: found {key!r}, expected jax.random.key(seed), or a key for each of the {B} rows")
+  if str(jax.random.key_impl(key)) != THREEFRY:  # rbg draws for all rows at once, by the first one's key
+    key = jax.random.wrap_key_data(jax.random.key_data(key)[..., :2], impl=THREEFRY)
   return key
 
 
 def row_keys(key: jax.Array | None, B: int) -> jax.Array:
   """One key a row, [B]: those given, or fold_in(key, row); any where there is none, as they are never read."""
-  key = jax.random.key(0) if key is None else key
+  key = jax.random.key(0, impl=THREEFRY) if key is None else key
   return key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(B))
 
 

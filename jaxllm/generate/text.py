@@ -87,7 +87,8 @@ class StopStrings:
   """The `stop` of `loop.generate` for strings: a row ends at the first token with which its new text contains one of them.
 
   Also one that spans tokens, or ends within one: the ids keep the whole token, and `cut` takes the text before the string.
-  prompts: the ids before each row, which tell how its first token reads.  Raises ConfigError for what is no list of strings.
+  prompts: the ids before each row, which tell how its first token reads; copies: the rows of each prompt (`loop.generate`,
+  or n of `best_of`).  Raises ConfigError for what is no list of strings.
   """
 
   def __init__(
@@ -97,6 +98,7 @@ class StopStrings:
     *,
     broken: int | None = None,
     prompts: Sequence[Sequence[int]] = (),
+    copies: int = 1,
   ):
     if isinstance(strings, str) or not all(isinstance(one, str) for one in strings):
       raise ConfigError(f"stop strings: found {strings!r}, expected a list of strings")
@@ -104,6 +106,7 @@ class StopStrings:
       raise ConfigError("stop strings: found an empty one, which is in every text; leave it out")
     self.strings = tuple(strings)
     self._decode, self._broken, self._prompts = decode, broken, prompts
+    self._copies = copies
     self._longest = max(map(len, self.strings), default=0)
     self._rows: dict[int, Detokenizer] = {}
 
@@ -113,7 +116,12 @@ class StopStrings:
       return None
     text = self._rows.get(row)
     if text is None or text.ids != ids[: len(text.ids)]:  # another text
-      before = self._prompts[row] if self._prompts else ()
+      prompt = row // self._copies
+      if self._prompts and prompt >= len(self._prompts):
+        raise ConfigError(
+          f"stop strings: found row {row} and {len(self._prompts)} prompts, expected one a row; give copies, the rows of each"
+        )
+      before = self._prompts[prompt] if self._prompts else ()
       text = self._rows[row] = Detokenizer(self._decode, self._broken, before)
     for one in ids[len(text.ids) :]:
       begin = max(0, len(text.settled) - self._longest)

@@ -198,9 +198,15 @@ def grow(cfg: ModelConfig, cache: Cache, capacity: int, *, call: int | None = No
   """A cache with the same tokens and room for `capacity` of them; call: as `init_cache` was given it.
 
   A layer that comes to its window keeps that and a call's tokens: until then it had a slot for every token, as a ring has.
+  Raises ConfigError for another `call`, as a ring that has come round would be read as one of another size.
   """
   cfg.check_length(capacity, "cache capacity")
   of_layers = [slots_of(cfg.layer(i), capacity, call) for i in range(cfg.num_layers)]
+  for old, new in zip((cache.slots[kind] for kind in cache.layers), of_layers, strict=True):
+    if old.size > new.size or (old.call is not None and old != new):
+      raise ConfigError(
+        f"grow: found a layer of {old}, expected {new}; give the call that init_cache was given"
+      )
   slots = tuple(dict.fromkeys(of_layers))
 
   def grown(layers: tuple[Any, ...]) -> tuple[Any, ...]:

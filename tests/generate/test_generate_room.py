@@ -13,6 +13,7 @@ from jaxllm.config import Layer
 from jaxllm.errors import ConfigError
 from jaxllm.generate import contrastive, loop
 from jaxllm.generate.loop import generate
+from jaxllm.generate.text import StopStrings
 from jaxllm.nn import STORES, Transformer, init_cache
 from jaxllm.nn.cache import grow
 from jaxllm.ops.memory import Memory
@@ -57,6 +58,24 @@ def test_the_text_is_that_of_a_cache_of_full_size(monkeypatch, arguments):
   whole = text(monkeypatch, 300, **arguments)
   assert sizes == [256, 384] and found.tokens == whole.tokens and len(set(whole.tokens[0])) > 5
   np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["window", "streaming"])
+def test_a_ring_that_has_come_round_stays_one(monkeypatch, method):
+  """At the default part, which is more than the prompts have: rings of 48 in a cache that grows to 384 slots."""
+  ring = Layer(POSITIONS["rope"](), window=32)
+  if method == "streaming":
+    ring = Layer(POSITIONS["streaming"](window=28, sinks=4))
+  cfg = dataclasses.replace(ROPE, layers=(Layer(POSITIONS["rope"]()), ring))
+  sized = []
+  own = loop.grow
+  monkeypatch.setattr(loop, "grow", lambda *a, **k: sized.append(own(*a, **k)) or sized[-1])
+  found, whole = (text(monkeypatch, room, cfg, part=512) for room in (20, 300))
+  assert {slots.size for cache in sized for slots in cache.slots} == {256, 384, 48}
+  assert found.tokens == whole.tokens
+  np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=2e-4)
+  with pytest.raises(ConfigError, match=r"grow: found a layer of .*call=16.*, expected"):
+    grow(cfg, init_cache(cfg, 2, 128, call=16), 256, call=512)
 
 
 @pytest.mark.slow
@@ -113,3 +132,40 @@ def test_a_cache_that_no_device_holds_is_refused_before_anything_is_compiled(mon
 def test_what_is_no_model_or_not_its_parameters_is_refused(given, message):
   with pytest.raises(ConfigError, match=message):
     generate(*given(Transformer(ROPE), params_of(ROPE)), PROMPTS, max_new_tokens=5)
+
+
+def test_draws_of_a_row_are_its_own_with_keys_of_another_kind():
+  keys = jax.random.split(jax.random.key(3, impl="rbg"), 3)
+  call = lambda prompts, key: generate(
+    Transformer(ROPE),
+    params_of(ROPE),
+    prompts,
+    sampler=Temperature(1.5),
+    key=key,
+    max_new_tokens=8,
+    stop_ids=(),
+  )
+  together = call([PROMPTS[0]] * 3, keys).tokens
+  assert together == [call([PROMPTS[0]], keys[i : i + 1]).tokens[0] for i in range(3)]
+  assert len({tuple(row) for row in together}) == 3
+
+
+def test_stop_strings_know_the_prompts_of_copies():
+  decode = lambda ids: "".join(chr(65 + i) for i in ids)
+  call = lambda stop: generate(
+    Transformer(ROPE), params_of(ROPE), PROMPTS, max_new_tokens=4, stop_ids=(), copies=2, stop=stop
+  )
+  assert call(StopStrings(["zzz"], decode, prompts=PROMPTS, copies=2)).tokens == call(None).tokens
+  with pytest.raises(ConfigError, match="found row 2 and 2 prompts, expected one a row; give copies"):
+    call(StopStrings(["zzz"], decode, prompts=PROMPTS))
+
+
+def test_positions_that_leave_no_room_are_refused():
+  with pytest.raises(ConfigError, match=r"positions\[0\]: found int64 .* expected integers from 0 to"):
+    generate(
+      Transformer(ROPE),
+      params_of(ROPE),
+      [PROMPTS[1]],
+      max_new_tokens=4,
+      positions=[np.array([0, 1, 2**31 + 7])],
+    )
