@@ -205,7 +205,7 @@ def test_positions_and_prefix_of_a_caller(deep, two_dimensional):
     (dict(positions=[[0, 1]]), r"positions: found 1, expected 2, one a prompt"),
     (
       dict(positions=[[0, 1], [0]]),
-      r"positions\[1\]: found int64 of shape \(1,\), expected integers of at least 0",
+      r"positions\[1\]: found int64 of shape \(1,\), expected integers from 0",
     ),
     (dict(positions=[[0, 1], [0, -1, 2]]), r"positions\[1\]: found int64 of shape \(3,\)"),
     (dict(positions=[[0.0, 1.0], [0, 1, 2]]), r"positions\[0\]: found float64"),
