@@ -138,7 +138,8 @@ def make(directory: str, size: str, dtype: str) -> None:
   import numpy as np
 
   from jaxllm import hf, tree
-  from jaxllm.hf import families, match
+  from jaxllm.hf import families
+  from jaxllm.nn.shapes import expected_shapes
 
   plain = settings | {
     "model_type": "llama",
@@ -149,7 +150,7 @@ def make(directory: str, size: str, dtype: str) -> None:
   cfg, rng = families.read_config(plain)[1], np.random.default_rng(0)
   kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
   draw = lambda shape: (0.02 * rng.standard_normal(shape, np.float32)).astype(kind)
-  params = tree.unflatten({path: draw(shape) for path, shape in match.expected_shapes(cfg).items()})
+  params = tree.unflatten({path: draw(shape) for path, shape in expected_shapes(cfg).items()})
   hf.save(directory, cfg, params, family="llama", max_shard_bytes=2_000_000_000)
 
 

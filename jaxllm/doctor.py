@@ -173,12 +173,13 @@ def _unfetched_lines(directory: Path, context: int | None, verify: bool) -> Iter
   import jax
   import numpy as np
 
-  from jaxllm.hf import families, loading, match
+  from jaxllm.hf import families, loading
+  from jaxllm.nn.shapes import expected_shapes
   from jaxllm.ops.memory import memory_of
   from jaxllm.study import describe
 
   family, cfg, source = loading.load_config(directory)
-  count = sum(_product(shape) for shape in match.expected_shapes(cfg).values())
+  count = sum(_product(shape) for shape in expected_shapes(cfg).values())
   size = count * np.dtype(cfg.dtype).itemsize
   yield (
     f"checkpoint: {directory}, family {family.name}, {count:,} parameters, {gib(size)} if all are {cfg.dtype}: by "

@@ -89,8 +89,9 @@ def generate(
 
   Compiled once a batch size, bucket of prompt lengths, room for new tokens (request.SLOTS apart), early_stopping and numbers of
   beams, groups and, from two on, stop ids; the rest is data.  Raises ConfigError for numbers of beams, groups and results that
-  do not fit, an early_stopping that is none of these, and penalties that are no finite numbers; the other arguments and errors
-  are those of `loop.generate`.
+  do not fit, an early_stopping that is none of these, a diversity_penalty that is no number of size request.STEEPEST at most,
+  and a length_penalty that is none or takes scores of max_new_tokens out of float32; the other arguments and errors are those
+  of `loop.generate`.
   Source: Sutskever et al. (2014), section 3.2; Wu et al. (2016), section 7 (length); Vijayakumar et al. (2018), section 4
   (groups); transformers' `num_beams` for when it ends.
   """
@@ -106,12 +107,12 @@ def generate(
     raise ConfigError(f"num_return: found {num_return}, expected at most num_beams = {num_beams}")
   if not isinstance(early_stopping, bool) and str(early_stopping) != "never":
     raise ConfigError(f'early_stopping: found {early_stopping!r}, expected True, False or "never"')
-  for name, value in (("diversity_penalty", diversity_penalty), ("length_penalty", length_penalty)):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-      raise ConfigError(f"{name}: found {value!r}, expected a finite number")
+  length_penalty = request.length_penalty(length_penalty, max_new_tokens)
+  steepest = request.STEEPEST
+  diversity_penalty = request.number("diversity_penalty", diversity_penalty, -steepest, steepest)
   part = request.count("part", part)
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part)
-  request.check_memory(cfg, num_beams * len(prompts), capacity, part)
+  request.check_memory(cfg, num_beams * len(prompts), capacity, part, reach=capacity)
   kept = max(2, 1 + int(given.stop.sum())) * (num_beams // num_groups)
   tables = jax.device_put(cfg.rope_tables(max_len=capacity))
   settings = loop.Settings(model, capacity, part)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import numpy as np
 
 from jaxllm.errors import ConfigError
 from jaxllm.generate import loop, request
+from jaxllm.generate.output import Reason
 from jaxllm.nn import Transformer
 from jaxllm.sampling import Sampler
 
@@ -20,7 +20,7 @@ class Ranked:
   """For each prompt its texts, the best first: new ids, why each ended, and its score."""
 
   tokens: list[list[list[int]]]
-  reasons: list[list[Literal["stop", "length"]]]
+  reasons: list[list[Reason]]
   scores: list[list[float]]
 
 
@@ -39,16 +39,13 @@ def generate(
 
   p is the model's own distribution, before the sampler.  length_penalty: 0 is the sum, 1 the mean.  arguments: as
   `loop.generate` takes them, but for copies and logprobs, which are set here.  Raises ConfigError for an n that is no integer
-  of at least 1, a length_penalty that is no finite number, and those two.
+  of at least 1, a length_penalty that is no number or too large for texts of max_new_tokens, and those two.  A text without
+  tokens comes last.
   Source: Stiennon et al. (2020), section 3.3, with the likelihood as the score; OpenAI's `best_of`.
   """
-  if (
-    isinstance(length_penalty, bool)
-    or not isinstance(length_penalty, (int, float))
-    or not np.isfinite(length_penalty)
-  ):
-    raise ConfigError(f"length_penalty: found {length_penalty!r}, expected a finite number")
   n = request.count("n", n)
+  most = request.count("max_new_tokens", arguments.get("max_new_tokens", 128))
+  length_penalty = request.length_penalty(length_penalty, most)
   for name in ("copies", "logprobs"):
     if name in arguments:
       raise ConfigError(
@@ -59,7 +56,7 @@ def generate(
   for first in range(0, len(out.tokens), n):
     rows = range(first, first + n)
     score = lambda row: sum(out.logprobs[row]) / max(1, len(out.logprobs[row])) ** length_penalty
-    best = sorted(rows, key=score, reverse=True)
+    best = sorted(rows, key=lambda row: (len(out.tokens[row]) > 0, score(row)), reverse=True)
     ranked.tokens.append([out.tokens[row] for row in best])
     ranked.reasons.append([out.reasons[row] for row in best])
     ranked.scores.append([score(row) for row in best])

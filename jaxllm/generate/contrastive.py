@@ -54,12 +54,11 @@ def generate(
   """
   cfg = request.checked_model(model, params)
   max_new_tokens = request.count("max_new_tokens", max_new_tokens)
-  if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-    raise ConfigError(f"alpha: found {alpha!r}, expected a number from 0 to 1")
+  alpha = request.number("alpha", alpha, 0, 1)
   if request.count("top_k", top_k) > cfg.vocab_size:
     raise ConfigError(f"top_k: found {top_k}, expected at most the vocabulary, {cfg.vocab_size}")
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, request.ANY)
-  request.check_memory(cfg, top_k * len(prompts), capacity, None)
+  request.check_memory(cfg, top_k * len(prompts), capacity, None, reach=capacity)
   tables = jax.device_put(cfg.rope_tables(max_len=capacity))
   state = search(
     model,

@@ -73,12 +73,14 @@ class DraftModel:
 
   def start(self, prompts: request.Prompts, part: int, capacity: int, max_new_tokens: int) -> Any:
     """Its state after the prompts: the tables for so many positions, and a cache."""
-    cfg = self.model.cfg
+    cfg = request.checked_model(self.model, self.params)
     cfg.check_length(
       int(prompts.length.max()) + max_new_tokens, "draft model: longest prompt and max_new_tokens"
     )
     capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
-    tables = jax.device_put(cfg.rope_tables(max_len=capacity + part))
+    reach = capacity + part
+    request.check_memory(cfg, len(prompts.length), capacity, part, what="draft model", reach=reach)
+    tables = jax.device_put(cfg.rope_tables(max_len=reach))
     settings = loop.Settings(self.model, capacity, part)
     state, _ = loop.prefill(settings, self.params, tables, Greedy(), prompts, request.Own(), None, None)
     return tables, state.cache

@@ -26,7 +26,7 @@ PART = 512
 """Longer prompts are read so many tokens at a time, and layers with a window hold so many more than it."""
 
 ROOM = 512
-"""New tokens that the cache has room for at first: a step's attention reads all of its slots, used or not."""
+"""New tokens that a cache has room for at first: a step's attention reads all of its slots, used or not."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,7 @@ class State:
 
   memory: the sampler's state; key [B]: each row's own, from which a step folds its own; token [B]: the newest;
   place: its position, where the caller gave those of the prompts; done [B]: the row met a stop id; bad [B]: its
-  logits are no distribution, or the sampler left nothing.
+  logits are no distribution; empty [B]: the sampler left nothing, and the row ended there.
   """
 
   cache: Cache
@@ -47,6 +47,7 @@ class State:
   step: jax.Array
   done: jax.Array
   bad: jax.Array
+  empty: jax.Array
 
   @property
   def over(self) -> jax.Array:
@@ -102,14 +103,14 @@ def generate(
   followed by the new tokens, before the sampler; s = 1 is the prompt alone.
 
   Compiled once a batch size, bucket of prompt lengths (`request.bucket`) and cache capacity (SLOTS apart);
-  sampler parameters, stop ids, tables and max_new_tokens are data.  The cache begins with room for ROOM new tokens,
-  and doubles when they are drawn (one more program): a text that ends early costs what it is long, but for
-  the tables of samplers that remember and of dynamic NTK, which have room for max_new_tokens.
+  sampler parameters, stop ids, tables and max_new_tokens are data.  The cache, the sampler's memory and dynamic NTK's
+  tables begin with room for ROOM new tokens, and double when they are drawn (one more program): a text that ends early
+  costs what it is long.
 
-  Raises DataError for an empty prompt, TokenizerError for an id outside the vocabulary, SamplingError for logits with
-  NaN, +inf or nothing finite, or of which the sampler leaves nothing, ConfigError for the other arguments, where a
-  learned table has fewer positions than the longest prompt with its new tokens, and where a cache for all of them is
-  more than the devices' memory.
+  A row of which the sampler leaves nothing ends there, for the reason "exhausted".  Raises DataError for an empty prompt,
+  TokenizerError for an id outside the vocabulary, SamplingError for logits with NaN, +inf or nothing finite, ConfigError
+  for the other arguments, for params that are not this model's, where a learned table has fewer positions than the longest
+  prompt with its new tokens, and where a cache for all of them is more than the devices' memory.
   Source of the guidance: Sanchez et al. (2023), "Stay on topic with classifier-free guidance", section 2.2.
   """
   cfg = request.checked_model(model, params)
@@ -119,30 +120,33 @@ def generate(
   stop, on_tokens = request.callback("stop", stop), request.callback("on_tokens", on_tokens)
   both, guide = prompts, None
   if negative_prompts is not None:
+    prompts = request.id_rows("prompts", prompts, cfg.vocab_size)
     guide = request.guide(prompts, negative_prompts, guidance_scale)
-    both = [*prompts, *negative_prompts]
-    if copies != 1 or positions is not None or prefix is not None:
-      raise ConfigError(
-        "negative_prompts: cannot be given with copies, positions or a prefix; leave those out"
-      )
+    both = [*prompts, *request.id_rows("negative_prompts", negative_prompts, cfg.vocab_size)]
+    if positions is not None or prefix is not None:
+      raise ConfigError("negative_prompts: cannot be given with positions or a prefix; leave those out")
   given, capacity = request.prepared(cfg, both, max_new_tokens, stop_ids, part)
   # as read_prompts makes it; with positions of their own, what a window leaves out is not what the order says
   call = min(part, given.tokens.shape[1]) if positions is None else None
-  request.check_memory(cfg, len(both) * copies, capacity, call, store)
+  slots = min(capacity, request.room(given.tokens.shape[1] + min(ROOM, max_new_tokens)))
   B = len(prompts) * copies
   key = request.checked_key(key, sampler, B)
   own = request.Own.of(positions, prefix, given.length, given.tokens.shape[1], part)
-  last = max_new_tokens + (0 if own.pos is None else int(own.pos.max()) + 1)
-  cfg.check_length(last, "largest position and max_new_tokens")
-  tables = cfg.rope_tables(max_len=max(capacity, last)) if rope is None else request.fixed(rope)
-  tables, stop_V, own, guide = jax.device_put((tables, given.stop, own, guide))
+  first = 0 if own.pos is None else int(own.pos.max()) + 1
+  cfg.check_length(first + max_new_tokens, "largest position and max_new_tokens")
+  before = 0 if slots == capacity else max(slots, capacity // 2)
+  reach = 0 if rope is not None else first + capacity
+  request.check_memory(cfg, len(both) * copies, capacity, call, store, before=before, reach=reach)
+  fixed = None if rope is None else request.fixed(rope)
+  tables_for = lambda slots: jax.device_put(fixed or cfg.rope_tables(max_len=first + slots))
+  tables, stop_V, own, guide = tables_for(slots), *jax.device_put((given.stop, own, guide))
 
-  slots = min(capacity, request.room(given.tokens.shape[1] + min(ROOM, max_new_tokens)))
-  settings = Settings(model, capacity, part, store, logprobs, copies, slots)
+  settings = Settings(model, slots, part, store, logprobs, copies)
   longest = int(given.length.max())
   rows = Rows(B, stop, on_tokens, logprobs)
   given = given._replace(stop=stop_V)
   state, drawn = prefill(settings, params, tables, sampler, given, own, guide, key)
+  guide = None if guide is None else jnp.repeat(guide, copies)
   while True:
     if rows.add(drawn):  # for the device, a row that `stop` has ended is done
       done_B = jax.device_put(np.asarray(state.done) | rows.ended, state.done.sharding)
@@ -151,26 +155,25 @@ def generate(
       break
     if slots < capacity and int(state.step) >= slots - longest:
       slots = min(2 * slots, capacity)
-      state = dataclasses.replace(state, cache=grown(state.cache, cfg, slots, call))
+      state, tables = grown(state, sampler, cfg, slots, call), tables_for(slots)
     limit = np.int32(max_new_tokens if slots == capacity else min(max_new_tokens, slots - longest))
-    state, drawn = decode(settings, params, tables, sampler, stop_V, guide, limit, state, chunk)
+    state, drawn = decode(
+      settings, params, tables, sampler, stop_V, guide, limit, state, min(chunk, request.room(max_new_tokens))
+    )
 
-  done_B, bad_B = jax.device_get((state.done, state.bad))
+  done_B, bad_B, empty_B = jax.device_get((state.done, state.bad, state.empty))
   if bad_B.any():
     raise SamplingError(
       f"row {bad_B.argmax()}: found NaN, +inf or nothing finite in the logits of new token "
-      f"{int(state.step) - 1}, expected finite ones (or -inf for some), of which the sampler leaves one; check the "
-      f"parameters, the model's dtype = {cfg.dtype} and what the sampler excludes"
+      f"{int(state.step) - 1}, expected finite ones (or -inf for some); check the parameters and the model's dtype = "
+      f"{cfg.dtype}"
     )
-  return rows.result(done_B)
+  return rows.result(done_B, empty_B)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the two programs are compiled for beside the shapes of their arguments.
-
-  capacity: the tokens that a row may come to; slots: those of the cache that prompts are read into, where it grows later.
-  """
+  """What programs are compiled for beside the shapes of their arguments; capacity: of the cache that prompts are read into."""
 
   model: Transformer
   capacity: int
@@ -178,7 +181,6 @@ class Settings:
   store: Full | Quantized = STORES["full"]
   logprobs: int | None = None
   copies: int = 1
-  slots: int | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
@@ -205,15 +207,16 @@ def prefill(
   memory = sampler.init(tokens_BT[:B], length_B[:B], room)
   none_B, first_B = jnp.zeros((B,), bool), jnp.zeros((B,), jnp.int32)
   key_B = request.row_keys(key, B)
-  state = State(cache, memory, key_B, first_B, place, jnp.int32(0), done=none_B, bad=none_B)
+  state = State(cache, memory, key_B, first_B, place, jnp.int32(0), done=none_B, bad=none_B, empty=none_B)
   state, drawn = draw(sampler, prompts.stop, logits_BV, state, settings.logprobs)
   return state, jax.tree.map(lambda x: x[:, None], drawn)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "capacity", "call"))
-def grown(cache: Cache, cfg: ModelConfig, capacity: int, call: int | None) -> Cache:
-  """`nn.cache.grow`, compiled."""
-  return grow(cfg, cache, capacity, call=call)
+def grown(state: State, sampler: Sampler, cfg: ModelConfig, capacity: int, call: int | None) -> State:
+  """The state with room for `capacity` tokens a row."""
+  memory = sampler.grown(state.memory, capacity - state.cache.capacity)
+  return dataclasses.replace(state, cache=grow(cfg, state.cache, capacity, call=call), memory=memory)
 
 
 def read_prompts(
@@ -227,7 +230,7 @@ def read_prompts(
   (B, T), length_B = prompts.tokens.shape, prompts.length
   cfg, part = settings.model.cfg, min(settings.part, T)
   call = part if own.pos is None else None
-  cache = init_cache(cfg, B, settings.slots or settings.capacity, call=call, store=settings.store)
+  cache = init_cache(cfg, B, settings.capacity, call=call, store=settings.store)
 
   def read(start, cache):
     valid = start + jnp.arange(part)[None] < length_B[:, None]
@@ -253,11 +256,16 @@ def read_prompts(
 
 
 def guided(logits_BV: jax.Array, guide_B: jax.Array | None) -> jax.Array:
-  """The logits themselves, or u + guide (c - u) of the log-probabilities c of the first half of the rows and u of the other."""
+  """The logits themselves, or u + guide (c - u) of the log-probabilities c of the first half of the rows and u of the other.
+
+  Where either is -inf, c: what the model excludes stays excluded, and what only the negative prompt excludes is not steered.
+  """
   if guide_B is None:
     return logits_BV
   c_BV, u_BV = jnp.split(log_probs(logits_BV), 2)
-  return u_BV + guide_B[:, None] * (c_BV - u_BV)
+  both_BV = (c_BV > -jnp.inf) & (u_BV > -jnp.inf)
+  finite = lambda x_BV: jnp.where(both_BV, x_BV, 0.0)
+  return jnp.where(both_BV, finite(u_BV) + guide_B[:, None] * (finite(c_BV) - finite(u_BV)), c_BV)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "chunk"), donate_argnames=("state",))
@@ -299,9 +307,11 @@ def draw(
   """The next token of every row: (state, [B], ENDED where the row ended before)."""
   key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, state.step)
   token_B, memory = sampler(key_B, logits_BV, state.memory)
-  bad_B = ~state.done & (~check_logits(logits_BV) | (token_B == NOTHING))
-  token_B = jnp.maximum(token_B, 0)  # an ended row, whose filters may leave nothing, is still read
-  drawn = Drawn.of(jnp.where(state.done, ENDED, token_B), logits_BV, logprobs)
-  done_B = state.done | stop_V[token_B]
-  step = state.step + 1
-  return dataclasses.replace(state, memory=memory, token=token_B, step=step, done=done_B, bad=bad_B), drawn
+  bad_B = ~state.done & ~check_logits(logits_BV)
+  empty_B = state.empty | (~state.done & ~bad_B & (token_B == NOTHING))
+  done_B = state.done | empty_B
+  token_B = jnp.maximum(token_B, 0)  # an ended row is still read
+  drawn = Drawn.of(jnp.where(done_B, ENDED, token_B), logits_BV, logprobs)
+  moved = dict(memory=memory, token=token_B, step=state.step + 1)
+  done_B |= stop_V[token_B]
+  return dataclasses.replace(state, **moved, done=done_B, bad=bad_B, empty=empty_B), drawn

@@ -19,20 +19,24 @@ ENDED = -1
 Stop = Callable[[int, list[int]], int | None]
 """stop(row, its new ids so far) -> how many of them to keep, where the row ends there; None where it goes on."""
 
+Reason = Literal["stop", "length", "exhausted"]
+"""Why a row ended."""
+
 OnTokens = Callable[[int, list[int]], Any]
 """on_tokens(row, its new ids since the last call)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """New ids a row, with the stop id that ended it; and why it ended: a stop id or `stop`, or max_new_tokens.
+  """New ids a row, with the stop id that ended it; and why it ended: a stop id or `stop`, max_new_tokens ("length"), or a
+  sampler that left nothing to draw ("exhausted").
 
   logprobs: log softmax(logits)[id] of each new id, before any filter; likeliest: the k likeliest (id, log-probability) at
   each, the likeliest first.  None unless they were asked for.
   """
 
   tokens: list[list[int]]
-  reasons: list[Literal["stop", "length"]]
+  reasons: list[Reason]
   logprobs: list[list[float]] | None = None
   likeliest: list[list[list[tuple[int, float]]]] | None = None
 
@@ -111,7 +115,11 @@ class Rows:
     keep = None if self.stop is None else self.stop(row, list(self.tokens[row]))
     if keep is None:
       return False
-    if type(keep) is not int or not 0 <= keep <= len(self.tokens[row]):
+    if (
+      isinstance(keep, bool)
+      or not isinstance(keep, (int, np.integer))
+      or not 0 <= keep <= len(self.tokens[row])
+    ):
       raise ConfigError(
         f"stop: found {keep!r} for row {row}, expected None or how many of its {len(self.tokens[row])} ids to keep"
       )
@@ -119,9 +127,10 @@ class Rows:
       del kept[row][keep:]
     return True
 
-  def result(self, done_B: np.ndarray) -> Generated:
-    """All of it; done_B: which rows met a stop id."""
-    reasons: list[Literal["stop", "length"]] = ["stop" if end else "length" for end in done_B | self.ended]
+  def result(self, done_B: np.ndarray, empty_B: np.ndarray) -> Generated:
+    """All of it; done_B: which rows have ended before the last token, empty_B: those whose sampler left nothing."""
+    ends = zip((done_B | self.ended).tolist(), (empty_B & ~self.ended).tolist(), strict=True)
+    reasons: list[Reason] = ["exhausted" if empty else "stop" if end else "length" for end, empty in ends]
     return Generated(
       self.tokens,
       reasons,

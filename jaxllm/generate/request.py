@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,23 +12,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
 from jaxllm.nn.cache import init_cache
+from jaxllm.nn.shapes import expected_shapes
 from jaxllm.nn.store import FULL, STORES, Full, Quantized
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.memory import memory_of
 from jaxllm.position import PositionTables, next_glm_positions
-from jaxllm.sampling import Greedy, Sampler
+from jaxllm.sampling import Sampler
 
 SLOTS = 128
-"""Cache capacities are multiples of it, so that one program serves many lengths of prompt and output."""
+"""Capacities of caches are multiples of it and an eighth of the next power of two: one program serves many lengths."""
 
 ANY = 1 << 30
 """A part that holds any prompt."""
 
 THREEFRY = "threefry2x32"
 """The kind of keys whose draws for a row depend on its own key alone: another kind's first words make one of it."""
+
+LARGEST_POWER = 24
+"""Of ten, by which a score may be divided or multiplied for its length."""
+
+STEEPEST = 1e6
+"""The most that logits and sums may be weighed with, as what comes of it stays finite in float32."""
+
+VOCABULARY = {"embed": 0, "head": 1, "head_bias": 0}
+"""The axis of the vocabulary of the parameters that may have more rows than ids."""
+
+WHOLE = 512
+"""The longest prompt that is padded to a power of two; a longer one to an eighth of it."""
 
 MOST = 2**31 - 1
 """The most tokens of a row, as positions are int32."""
@@ -42,18 +57,52 @@ def checked_model(model: Any, params: Any) -> ModelConfig:
     found = type(params).__name__ if names is None else f"a tree of {', '.join(map(str, names[:4]))}"
     hint = '; give its "params"' if names is not None and "params" in names else ""
     raise ConfigError(f"params: found {found}, expected the model's parameters (embed, layers, ...){hint}")
-  layers = params.get("layers", {})
-  if len(layers) != model.cfg.num_layers:
-    raise ConfigError(
-      f"params: found {len(layers)} layers, expected {model.cfg.num_layers}, those of the model's config"
-    )
+  _check_shapes(model.cfg, params)
   return model.cfg
 
 
+def _check_shapes(cfg: ModelConfig, params: Mapping[str, Any]) -> None:
+  layers = params.get("layers", {})
+  if len(layers) != cfg.num_layers:
+    raise ConfigError(
+      f"params: found {len(layers)} layers, expected {cfg.num_layers}, those of the model's config"
+    )
+  expected, found = expected_shapes(cfg), tree.flatten(params)
+  if missing := expected.keys() - found.keys():
+    raise ConfigError(f"params: found no {min(missing)}, expected it, {list(expected[min(missing)])}")
+  for path, shape in expected.items():
+    has = tuple(found[path].shape)
+    padded = VOCABULARY.get(path)  # rows that a mesh adds
+    same = len(has) == len(shape) and all(
+      n >= m if axis == padded else n == m for axis, (n, m) in enumerate(zip(has, shape, strict=True))
+    )
+    if not same:
+      raise ConfigError(
+        f"params: found {path} of shape {list(has)}, expected {list(shape)}, that of the model's config"
+      )
+
+
+def number(name: str, value: Any, least: float = -np.inf, most: float = np.inf) -> float:
+  """`value` as a finite float from `least` to `most`; raises ConfigError."""
+  real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+  if not real or not np.isfinite(value) or not least <= value <= most:
+    bounds = f" from {least:g} to {most:g}" if np.isfinite(most - least) else ""
+    raise ConfigError(f"{name}: found {value!r}, expected a finite number{bounds}")
+  return float(value)
+
+
+def length_penalty(value: Any, max_new_tokens: int) -> float:
+  """A number whose power of the longest text leaves scores finite and apart in float32; raises ConfigError."""
+  most = LARGEST_POWER / math.log10(max(max_new_tokens, 10))
+  return number("length_penalty", value, -round(most, 1), round(most, 1))
+
+
 def count(name: str, value: Any) -> int:
-  """`value` as an int of at least 1; raises ConfigError."""
+  """`value` as an int from 1 to MOST; raises ConfigError."""
   if not _is_integer(value) or value < 1:
     raise ConfigError(f"{name}: found {value!r}, expected an integer of at least 1")
+  if value > MOST:
+    raise ConfigError(f"{name}: found {value}, expected at most {MOST}")
   return int(value)
 
 
@@ -82,14 +131,14 @@ def top(name: str, value: Any, vocab_size: int) -> int | None:
 
 
 def bucket(length: int, part: int) -> int:
-  """The smallest bucket for a prompt: powers of two from 16 up to `part`, then multiples of it about an eighth apart.
+  """The smallest bucket for a prompt: powers of two from 16 to WHOLE, then an eighth of the next one apart.
 
-  What is longer than `part` is read part by part, and parts that hold no token are not read.
+  What is longer than `part` is read part by part, and its bucket is a multiple of it; parts that hold no token are not read.
   """
   power = max(16, 1 << (length - 1).bit_length())
-  if power <= part:
+  if power <= min(part, WHOLE):
     return power
-  step = part * max(1, power // 8 // part)
+  step = power // 8 if length <= part else part * max(1, power // 8 // part)
   return -(-length // step) * step
 
 
@@ -102,17 +151,22 @@ def padded(
 
   Raises DataError for no prompts, an empty one, or one that is no list; TokenizerError for what is not an id.
   """
-  if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
-    raise DataError(f"prompts: found {prompts!r}, expected a list of lists of ids")
-  if len(prompts) == 0:
-    raise DataError("prompts: found none, expected a list of at least one list of ids")
-  rows = [_row(f"prompts[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
+  rows = id_rows("prompts", prompts, vocab_size)
   lengths = [len(row) for row in rows]
   T = bucket(max(lengths), part)
   if length_limit is not None and length_limit < T:
     T = max(min(T, length_limit), *lengths)
     T = T if part >= T else -(-T // part) * part
   return np.array([row + [0] * (T - len(row)) for row in rows], np.int32), np.array(lengths, np.int32)
+
+
+def id_rows(name: str, prompts: Any, vocab_size: int) -> list[list[int]]:
+  """Lists of ids; raises DataError for none, an empty one, or one that is no list; TokenizerError for what is not an id."""
+  if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
+    raise DataError(f"{name}: found {prompts!r}, expected a list of lists of ids")
+  if len(prompts) == 0:
+    raise DataError(f"{name}: found none, expected a list of at least one list of ids")
+  return [_row(f"{name}[{i}]", prompt, vocab_size) for i, prompt in enumerate(prompts)]
 
 
 @jax.tree_util.register_dataclass
@@ -144,14 +198,14 @@ class Own:
     """Of lists with an entry a prompt; raises ConfigError for what does not fit the prompts."""
     pos = following = leading = None
     if positions is not None:
-      rows = [_positions(i, *pair) for i, pair in enumerate(_each("positions", positions, length_B))]
+      rows = [_positions(i, *pair) for i, pair in enumerate(_each("positions", positions, length_B.tolist()))]
       if len({row.shape[1:] for row in rows}) > 1:
         raise ConfigError("positions: found [T] for some prompts and [T, 2] for others, expected one for all")
       pos = np.stack([np.pad(row, [(0, T - len(row)), *[(0, 0)] * (row.ndim - 1)]) for row in rows])
       two = [next_glm_positions(row, 2) for row in rows]
       following = Place(np.stack([a for a, _ in two]), np.stack([b - a for a, b in two]))
     if prefix is not None:
-      for i, (count, n) in enumerate(_each("prefix", prefix, length_B)):
+      for i, (count, n) in enumerate(_each("prefix", prefix, length_B.tolist())):
         if not _is_integer(count) or not 0 <= count <= min(n, part):
           raise ConfigError(
             f"prefix[{i}]: found {count!r}, expected an integer from 0 to {min(n, part)}, the tokens of the first part"
@@ -162,25 +216,25 @@ class Own:
 
 def guide(prompts: Sequence[Any], negative_prompts: Sequence[Any], scale: Any) -> np.ndarray:
   """The guidance of each prompt, float32 [B]; raises ConfigError for what is no number or does not fit the prompts."""
-  if len(negative_prompts) != len(prompts):
-    raise ConfigError(
-      f"negative_prompts: found {len(negative_prompts)}, expected {len(prompts)}, one a prompt"
-    )
-  found = np.asarray(scale)
+  _each("negative_prompts", negative_prompts, prompts)
+  found = _array(scale)
   numeric = np.issubdtype(found.dtype, np.integer) or np.issubdtype(found.dtype, np.floating)
-  if not numeric or found.shape not in ((), (len(prompts),)) or not np.isfinite(found).all():
-    raise ConfigError(f"guidance_scale: found {scale!r}, expected a finite number, or one a prompt")
+  if not numeric or found.shape not in ((), (len(prompts),)) or not (np.abs(found) <= STEEPEST).all():
+    raise ConfigError(
+      f"guidance_scale: found {scale!r}, expected a number of size {STEEPEST:g} at most, or one a prompt"
+    )
   return np.broadcast_to(found.astype(np.float32), (len(prompts),))
 
 
-def _each(name: str, values: Sequence[Any], length_B: np.ndarray) -> zip:
-  if len(values) != len(length_B):
-    raise ConfigError(f"{name}: found {len(values)}, expected {len(length_B)}, one a prompt")
-  return zip(values, length_B.tolist(), strict=True)
+def _each(name: str, values: Sequence[Any], prompts: Sequence[Any]) -> zip:
+  found = len(values) if hasattr(values, "__len__") else repr(values)
+  if found != len(prompts):
+    raise ConfigError(f"{name}: found {found}, expected {len(prompts)}, one a prompt")
+  return zip(values, prompts, strict=True)
 
 
 def _positions(i: int, row: Any, n: int) -> np.ndarray:
-  found = np.asarray(row)
+  found = _array(row)
   if (
     found.shape not in ((n,), (n, 2))
     or not np.issubdtype(found.dtype, np.integer)
@@ -222,25 +276,43 @@ def prepared(
   """
   tokens_BT, length_B = padded(prompts, cfg.vocab_size, cfg.length_limit, part)
   cfg.check_length(int(length_B.max()) + max_new_tokens, "longest prompt and max_new_tokens")
-  capacity = -(-(tokens_BT.shape[1] + max_new_tokens + ahead) // SLOTS) * SLOTS
-  capacity = capacity if cfg.length_limit is None else min(capacity, cfg.length_limit)
-  if capacity > MOST:
+  needed = tokens_BT.shape[1] + max_new_tokens + ahead
+  step = max(SLOTS, 1 << (needed - 1).bit_length() - 3)
+  if needed > MOST:
     raise ConfigError(f"max_new_tokens: found {max_new_tokens}, expected fewer: positions are below 2^31")
+  capacity = min(-(-needed // step) * step, MOST if cfg.length_limit is None else cfg.length_limit)
   stop_V = stop_mask(cfg.eos_ids if stop_ids is None else stop_ids, cfg.vocab_size)
   return Prompts(tokens_BT, length_B, stop_V), capacity
 
 
 def check_memory(
-  cfg: ModelConfig, rows: int, capacity: int, call: int | None, store: Full | Quantized = FULL
+  cfg: ModelConfig,
+  rows: int,
+  capacity: int,
+  call: int | None,
+  store: Full | Quantized = FULL,
+  *,
+  what: str = "max_new_tokens",
+  before: int = 0,
+  reach: int = 0,
 ) -> None:
-  """Raise ConfigError for a cache that is more than all devices hold, before anything is compiled for it."""
-  cache = jax.eval_shape(functools.partial(init_cache, cfg, rows, capacity, call=call, store=store))
-  needed = sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(cache))
+  """Raise ConfigError for what is more than all devices hold, before anything is compiled for it.
+
+  That is a cache of `capacity`, with the one of capacity `before` that it takes the place of, and tables for `reach` positions.
+  """
+
+  def bytes_of(capacity: int) -> int:
+    cache = jax.eval_shape(functools.partial(init_cache, cfg, rows, capacity, call=call, store=store))
+    return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(cache))
+
+  tables = sum(4 * cfg.rotary_dim(rope) * len(rope.seq_lens(reach)[1]) for rope in cfg.ropes) if reach else 0
+  needed = bytes_of(capacity) + (bytes_of(before) if before else 0) + tables
   there = memory_of(jax.devices())
   if there is not None and needed > there.bytes * there.devices:
     raise ConfigError(
-      f"max_new_tokens: found a cache of {needed / 2**30:,.1f} GiB, for {rows} rows of {capacity} tokens, expected at most the "
-      f"{there.bytes * there.devices / 2**30:,.1f} GiB of the devices; ask for fewer tokens or rows, or for a cache of integers"
+      f"{what}: found a cache and tables of positions of {needed / 2**30:,.1f} GiB, for {rows} rows of {capacity} tokens, "
+      f"expected at most the {there.bytes * there.devices / 2**30:,.1f} GiB of the devices; ask for fewer tokens or rows, or "
+      "for a cache of integers"
     )
 
 
@@ -258,13 +330,13 @@ def stop_mask(stop_ids: Iterable[int], vocab_size: int) -> np.ndarray:
 
 
 def checked_key(key: jax.Array | None, sampler: Sampler, B: int) -> jax.Array | None:
-  """The key, or one a row; None is good for Greedy only.
+  """The key, or one a row; None is good where nothing is drawn by chance, as by Greedy.
 
   Raises SamplingError for what is no sampler, ConfigError for what is no key.
   """
   if not isinstance(sampler, Sampler):
     raise SamplingError(f"sampler: found {sampler!r}, expected a value such as Greedy() or TopP(0.9)")
-  if key is None and isinstance(sampler, Greedy):
+  if key is None and not sampler.by_chance:
     return None
   if isinstance(key, jax.Array) and key.dtype == jnp.uint32:  # PRNGKey's form
     key = jax.random.wrap_key_data(key)
@@ -308,6 +380,13 @@ def _checked_id(where: str, token: Any, vocab_size: int) -> int:
   if not _is_integer(token) or not 0 <= token < vocab_size:
     raise TokenizerError(f"{where}: found {token!r}, expected an integer from 0 to {vocab_size - 1}")
   return int(token)
+
+
+def _array(value: Any) -> np.ndarray:
+  try:
+    return np.asarray(value)
+  except ValueError:  # rows of several lengths
+    return np.empty(0, object)
 
 
 def _is_integer(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jaxllm.errors import ConfigError, SamplingError, TokenizerError
 from jaxllm.generate import loop, request
 from jaxllm.generate.draft import Draft, draft_keys, drawn_from, probabilities
-from jaxllm.generate.output import ENDED, Drawn, OnTokens, Rows, Stop
+from jaxllm.generate.output import ENDED, Drawn, OnTokens, Reason, Rows, Stop
 from jaxllm.nn import Cache, Transformer
 from jaxllm.position import PositionTables
 from jaxllm.sampling import Greedy, Sampler, check_logits
@@ -28,7 +28,7 @@ class Speculated:
   """
 
   tokens: list[list[int]]
-  reasons: list[Literal["stop", "length"]]
+  reasons: list[Reason]
   rounds: list[int]
   accepted: list[int]
 
@@ -52,6 +52,7 @@ class State:
   count: jax.Array
   done: jax.Array
   bad: jax.Array
+  empty: jax.Array
 
 
 def generate(
@@ -77,9 +78,9 @@ def generate(
   Greedy() it is the text of `loop.generate`, and otherwise another draw of the same distribution.
 
   draft: a `draft.DraftModel` or `draft.PromptLookup`.  Rows keep as many tokens as they accept, independently.  The other
-  arguments are those of `loop.generate`, and so are the errors; further, ConfigError for a gamma that is no integer from 1 to
-  part - 1, a draft that is neither of these, and a draft model with fewer positions than the longest prompt with its new
-  tokens, and TokenizerError for a draft model with another vocabulary.
+  arguments are those of `loop.generate`, and so are the errors, also of a draft model; further, ConfigError for a gamma that is
+  no integer from 1 to part - 1, a draft that is neither of these, and a draft model with fewer positions than the longest
+  prompt with its new tokens, and TokenizerError for a draft model with another vocabulary.
   Source: Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2.
   """
   cfg = request.checked_model(model, params)
@@ -92,7 +93,7 @@ def generate(
       f"draft: found {type(draft).__name__}, expected DraftModel(model, params) or PromptLookup(ngram)"
     )
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part, gamma)
-  request.check_memory(cfg, len(prompts), capacity, part)
+  request.check_memory(cfg, len(prompts), capacity, part, reach=capacity + gamma)
   # windowed layers have room for a call as long as that of the prompts
   longer = max(0, gamma + 1 - given.tokens.shape[1])
   given = given._replace(tokens=np.pad(given.tokens, ((0, 0), (0, longer))))
@@ -119,12 +120,11 @@ def generate(
       row = int(bad_B.argmax())
       raise SamplingError(
         f"row {row}: found NaN, +inf or nothing finite in the logits within {gamma + 1} tokens of new token {count_B[row]}, "
-        f"expected finite ones, of which the sampler leaves one; check the parameters, the model's dtype = {cfg.dtype} and "
-        "what the sampler excludes"
+        f"expected finite ones; check the parameters and the model's dtype = {cfg.dtype}"
       )
     live_B = ~done_B & (count_B < max_new_tokens)
     if not live_B.any():
-      result = rows.result(done_B)
+      result = rows.result(done_B, np.asarray(state.empty))
       return Speculated(result.tokens, result.reasons, rounds.tolist(), accepted.tolist())
     state, drawn, kept_B = one_round(model, params, tables, draft, sampler, stop_V, limit, state, gamma)
     rounds += live_B
@@ -149,6 +149,7 @@ def start(first: loop.State, draft: Any, tokens_BT: jax.Array, length_B: jax.Arr
     ones,
     first.done,
     first.bad,
+    first.empty,
   )
 
 
@@ -191,8 +192,11 @@ def one_round(
   before_BG = jnp.cumsum(stops_BG, axis=1) - stops_BG > 0
   keep_BG = live_B[:, None] & (index_1G <= a_B[:, None]) & ~before_BG
   keep_BG &= state.count[:, None] + index_1G < max_new_tokens
+  good_BG = jax.vmap(check_logits)(logits_BGV)
+  nothing_BG = good_BG & ~jnp.any(p_GBV > -jnp.inf, axis=-1).T
+  empty_B = jnp.any(keep_BG & nothing_BG, axis=1)
+  keep_BG &= jnp.cumsum(nothing_BG, axis=1) == 0
   n_B = jnp.sum(keep_BG, axis=1)
-  good_BG = jax.vmap(check_logits)(logits_BGV) & jnp.any(p_GBV > -jnp.inf, axis=-1).T
   slot_BG = jnp.where(keep_BG, state.length[:, None] + index_1G, state.text.shape[1])
   write = jax.vmap(lambda text, at, new: text.at[at].set(new, mode="drop"))
   token_B = jnp.take_along_axis(new_BG, jnp.maximum(n_B - 1, 0)[:, None], axis=1)[:, 0]
@@ -206,8 +210,9 @@ def one_round(
     state.length + n_B,
     jnp.where(n_B > 0, token_B, state.token),
     state.count + n_B,
-    state.done | jnp.any(keep_BG & stops_BG, axis=1),
+    state.done | jnp.any(keep_BG & stops_BG, axis=1) | empty_B,
     jnp.any(keep_BG & ~good_BG, axis=1),
+    state.empty | empty_B,
   )
   return moved, Drawn(jnp.where(keep_BG, new_BG, ENDED)), jnp.minimum(n_B, a_B)
 

@@ -9,11 +9,8 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, JaxllmError
 from jaxllm.hf import sizes
@@ -21,7 +18,7 @@ from jaxllm.hf.family import Family, Key
 from jaxllm.hf.files import Checkpoint, shown
 from jaxllm.hf.header import Stored
 from jaxllm.hf.scan import INFINITIES
-from jaxllm.nn import Transformer
+from jaxllm.nn.shapes import expected_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 _ROWS = 256  # compared at once: little memory
@@ -34,20 +31,6 @@ class Source:
   path: str
   plain: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   read: Callable[[dict[str, Any]], ModelConfig] | None = None
-
-
-def expected_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """{path: logical shape} of the parameters of `Transformer(cfg)`, from `jax.eval_shape` of its initialisation.
-
-  Layers of one kind have equal parameters, so a model with one of each kind is enough, however deep it is.
-  """
-  kinds = tuple(dict.fromkeys(cfg.layers))
-  small = Transformer(dataclasses.replace(cfg, layers=kinds, num_layers=len(kinds)))
-  tokens_BT = jnp.zeros((1, 1), jnp.int32)
-  params = dict(jax.eval_shape(small.init, jax.random.key(0), tokens_BT)["params"])
-  layers = params.pop("layers")
-  params["layers"] = {str(i): layers[str(kinds.index(cfg.layer(i)))] for i in range(cfg.num_layers)}
-  return {path: tuple(leaf.shape) for path, leaf in tree.flatten(params).items()}
 
 
 def all_keys(family: Family, cfg: ModelConfig) -> list[Key]:

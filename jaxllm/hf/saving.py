@@ -25,9 +25,10 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError, TokenizerError
 from jaxllm.hf import families, files, header, scan, sums
 from jaxllm.hf.family import Family, Key
-from jaxllm.hf.match import all_constants, all_keys, expected_shapes, stored_shape
+from jaxllm.hf.match import all_constants, all_keys, stored_shape
 from jaxllm.hf.tokenizer import FILES, Tokenizer
 from jaxllm.leaf import Matrix, dense
+from jaxllm.nn.shapes import expected_shapes
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As large as the files of transformers were for years; every reader takes it."""

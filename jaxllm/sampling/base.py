@@ -24,9 +24,14 @@ class Sampler:
   """Draws from softmax(filter(logits)); a kind of sampler overrides `filter`, `init` and `update` if it
   remembers anything, and `toss` if its filter is a matter of chance.
 
-  The state is an argument and a result, of the same shapes.  Nothing here depends on the other rows of the
-  batch: a row's token is a function of its own key, logits, parameters and state.
+  The state is an argument and a result, of the same shapes unless it is `grown`.  Nothing here depends on the other rows
+  of the batch: a row's token is a function of its own key, logits, parameters and state.
   """
+
+  @property
+  def by_chance(self):
+    """Whether what is drawn depends on the keys."""
+    return True
 
   def init(self, tokens, lengths, room=ROOM):
     """The state before the first draw, from right-padded prompts tokens [B, T] and their lengths [B].
@@ -35,6 +40,10 @@ class Sampler:
     remembers tokens keeps the newest T + room of a row, prompt included, and forgets the oldest.
     """
     return ()
+
+  def grown(self, state, more):
+    """The state with place for `more` draws beyond those that `init` was told of."""
+    return state
 
   def toss(self, key_B, state):
     """The state for one draw, with whatever chance `filter` needs from one key a row."""

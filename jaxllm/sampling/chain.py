@@ -6,8 +6,8 @@ them to it, takes presence and frequency with the repetition penalty, DRY among 
 the rest.
 
 llama.cpp: bias; repetition, presence and frequency penalties, DRY; top-n-sigma, top-k, typical, top-p, min-p, XTC;
-temperature last, so that what is kept does not depend on it.  With mirostat: temperature, mirostat, and no other
-truncation.  What it does not have stands where transformers has it.
+temperature last, so that what is kept does not depend on it.  With mirostat: bias, temperature, mirostat, and nothing
+else.  What it does not have stands where transformers has it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,16 @@ class Chain(Sampler):
       raise SamplingError(f"Chain: samplers must be a tuple of samplers; found {self.samplers!r}")
     object.__setattr__(self, "samplers", tuple(self.samplers))
 
+  @property
+  def by_chance(self):
+    tossed = any(type(sampler).toss is not Sampler.toss for sampler in self.samplers)
+    return tossed or not self.samplers or self.samplers[-1].by_chance
+
   def init(self, tokens, lengths, room=ROOM):
     return tuple(sampler.init(tokens, lengths, room) for sampler in self.samplers)
+
+  def grown(self, state, more):
+    return tuple(sampler.grown(own, more) for sampler, own in zip(self.samplers, state, strict=True))
 
   def toss(self, key_B, state):
     # each member has keys of its own, or two that toss would agree

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxllm.sampling.base import Sampler, as_pytree, only_argmax
+from jaxllm.sampling.base import NOTHING, Sampler, as_pytree, only_argmax
 
 
 @as_pytree
@@ -17,9 +17,15 @@ class Greedy(Sampler):
   token = argmax_v z_v.  The keys are not read.  Source: transformers' `do_sample=False`.
   """
 
+  @property
+  def by_chance(self):
+    return False
+
   def filter(self, logits_BV, state):
     return only_argmax(logits_BV.astype(jnp.float32))
 
   def __call__(self, key_B, logits_BV, state):
-    tokens_B = jnp.argmax(logits_BV.astype(jnp.float32), axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV.astype(jnp.float32)
+    left_B = jnp.any(logits_BV > -jnp.inf, axis=-1)
+    tokens_B = jnp.where(left_B, jnp.argmax(logits_BV, axis=-1), NOTHING).astype(jnp.int32)
     return tokens_B, self.update(tokens_B, state, self.filter(logits_BV, state))

@@ -35,6 +35,10 @@ class History:
     tokens_BC = jnp.take_along_axis(tokens_BT, jnp.clip(index_BC, 0, T - 1), axis=1)
     return cls(jnp.where(index_BC >= 0, tokens_BC, EMPTY), jnp.zeros((B,), jnp.int32))
 
+  def grown(self, more):
+    """With place for `more` draws before the oldest slot is given up."""
+    return History(jnp.pad(self.tokens_BC, ((0, 0), (more, 0)), constant_values=EMPTY), self.drawn_B)
+
   def push(self, tokens_B):
     """With one token more a row; the oldest slot is given up."""
     tokens_BC = jnp.concatenate([self.tokens_BC[:, 1:], tokens_B[:, None]], axis=1)
@@ -57,6 +61,9 @@ class Remembers(Sampler):
 
   def init(self, tokens, lengths, room=ROOM):
     return History.start(tokens, lengths, room)
+
+  def grown(self, state, more):
+    return state.grown(more)
 
   def update(self, tokens_B, state, logits_BV):
     return state.push(tokens_B)

@@ -74,13 +74,13 @@ FLAGS: dict[str, tuple[float, Allowed, str]] = {  # default, allowed, help
 ALIASES = {"temp": "temperature", "repeat_penalty": "repetition_penalty", "typical": "typical_p"}
 """Names of llama.cpp for flags that transformers names otherwise."""
 
-TRUNCATE = (
-  *("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_n_sigma", "xtc_probability"),
-  "no_repeat_ngram_size",
-)
-"""What llama.cpp leaves out with mirostat: flags, and the samplers that they are."""
-
-LEFT_OUT = ("top_k", "top_p", "min_p", "typical", "epsilon", "eta", "top_n_sigma", "xtc", "no_repeat_ngram")
+LEFT_OUT = {
+  **{name: name for name in ("top_k", "top_p", "min_p", "top_n_sigma")},
+  **{name: name for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")},
+  **{"typical_p": "typical", "epsilon_cutoff": "epsilon", "eta_cutoff": "eta", "xtc_probability": "xtc"},
+  **{"no_repeat_ngram_size": "no_repeat_ngram", "dry_multiplier": "dry"},
+}
+"""What llama.cpp leaves out with mirostat, which has the temperature alone beside it: flags, and the samplers that they are."""
 
 BREAKERS = ("\n", ":", '"', "*")
 
@@ -108,7 +108,7 @@ def check(f: Any) -> None:
   for name, (_, allowed, _) in FLAGS.items():
     if f[name].value not in allowed:
       raise ConfigError(f"--{name}={f[name].value}: expected {allowed}")
-  given = [name for name in TRUNCATE if f[name].present]
+  given = [name for name in LEFT_OUT if f[name].present]
   if _mirostat_alone(f) and given:
     raise ConfigError(
       f"--{given[0]} with --mirostat_tau={f.mirostat_tau} and --sampler_order=llama.cpp: mirostat does without it there; leave "
@@ -129,7 +129,13 @@ def breakers(f: Any, decode: Callable[[list[int]], str], vocab_size: int) -> Any
   texts = [text for text in f.dry_sequence_breaker if text != "none"]
   if not f.dry_multiplier or not texts:
     return None
-  return np.array([any(text in decode([one]) for text in texts) for one in range(vocab_size)])
+  decoded = [decode([one]) for one in range(vocab_size)]
+  for text in texts if f["dry_sequence_breaker"].present else ():
+    if not any(text in one for one in decoded):
+      raise ConfigError(
+        f"--dry_sequence_breaker={text!r}: no token's text has it, so that it would break nothing; give a text within one token"
+      )
+  return np.array([any(text in one for text in texts) for one in decoded])
 
 
 def sampler(f: Any, breakers: Any = None) -> Any:
@@ -157,5 +163,5 @@ def sampler(f: Any, breakers: Any = None) -> Any:
     ("xtc", f.xtc_probability, {"probability": f.xtc_probability, "threshold": f.xtc_threshold}),
     ("mirostat", f.mirostat_tau, {"tau": f.mirostat_tau, "eta": f.mirostat_eta}),
   ]
-  left = (one for one in chosen if not (alone and one[0] in LEFT_OUT))
+  left = (one for one in chosen if not (alone and one[0] in LEFT_OUT.values()))
   return in_order([SAMPLERS[name](**fields) for name, on, fields in left if on], f.sampler_order)

@@ -9,10 +9,12 @@ import pytest
 from method_cases import joined
 
 from jaxllm.errors import ConfigError
+from jaxllm.generate import speculative
+from jaxllm.generate.draft import PromptLookup
 from jaxllm.generate.loop import generate
 from jaxllm.nn import STORES, Context, Transformer
 from jaxllm.position import Rope2d, glm_positions, next_glm_positions
-from jaxllm.sampling import Chain, Temperature, TopK
+from jaxllm.sampling import BannedTokens, Chain, Greedy, NoRepeatNgram, Temperature, TopK, Xtc
 
 core = pytest.mark.core
 NEW = 20
@@ -224,3 +226,23 @@ def test_positions_and_prefix_of_a_caller(deep, two_dimensional):
 def test_what_does_not_fit_the_prompts_is_refused(shallow, given, message):
   with pytest.raises(ConfigError, match=message):
     generate(*shallow, [[1, 2], [3, 4, 5]], max_new_tokens=3, **given)
+
+
+@core
+def test_a_row_of_which_the_sampler_leaves_nothing_ends_there_and_the_others_go_on(shallow, prompts):
+  """Row 1 may draw five ids, each once; speculative decoding ends it in the same place."""
+  model, params = shallow
+  banned = np.zeros((3, 64), bool)
+  banned[1, 5:] = True
+  sampler = Chain((BannedTokens(banned), NoRepeatNgram([0, 1, 0]), Greedy()))
+  seen = [row for row in set(prompts[1]) if row < 5]
+  out = generate(model, params, prompts, sampler=sampler, max_new_tokens=NEW, stop_ids=(), logprobs=0)
+  assert out.reasons == ["length", "exhausted", "length"]
+  assert sorted(out.tokens[1] + seen) == [0, 1, 2, 3, 4] and len(out.logprobs[1]) == len(out.tokens[1])
+  usual = dict(max_new_tokens=NEW, stop_ids=())
+  plain = generate(model, params, prompts, **usual)
+  assert [out.tokens[row] == plain.tokens[row] for row in range(3)] == [True, False, True]
+  found = speculative.generate(model, params, prompts, PromptLookup(), sampler=sampler, **usual)
+  assert (found.tokens, found.reasons) == (out.tokens, out.reasons)
+  with pytest.raises(ConfigError, match=r"key: found None, expected jax.random.key"):
+    generate(model, params, prompts, sampler=Chain((Xtc(0.5), Greedy())), **usual)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from compiled import compilations
 from model_cases import MODELS
 from model_cases import params as params_of
 
@@ -25,6 +26,7 @@ from jaxllm.sampling.temperature import Temperature
 LAYERS = (Layer(POSITIONS["rope"]()), Layer(POSITIONS["rope"](), window=150))
 ROPE = dataclasses.replace(MODELS["rope"], num_layers=2, layers=LAYERS)
 PROMPTS = [[5, 9, 2, 7, 1], [3, 3, 8]]
+DRAWN = Chain((RepetitionPenalty(1.2), Temperature(1.5)))
 
 
 def text(monkeypatch, room, cfg=ROPE, **arguments):
@@ -39,20 +41,19 @@ def text(monkeypatch, room, cfg=ROPE, **arguments):
     pytest.param({}, marks=pytest.mark.core),
     {"chunk": 7, "store": STORES["int8"]},
     pytest.param(
-      {"sampler": Chain((RepetitionPenalty(1.2), Temperature(1.5))), "key": jax.random.key(3)},
+      {"sampler": DRAWN, "key": jax.random.key(3)},
       marks=pytest.mark.slow,
     ),
-    pytest.param({"negative_prompts": [[1, 2], [4] * 9]}, marks=pytest.mark.slow),
+    pytest.param({"negative_prompts": [[1, 2], [4] * 9], "copies": 2}, marks=pytest.mark.slow),
+    {"cfg": dataclasses.replace(ROPE, layers=(Layer(POSITIONS["dynamic_ntk"](original_length=40)),))},
   ],
-  ids=["greedy", "int8", "penalty", "guidance"],
+  ids=["greedy", "int8", "penalty", "guidance", "dynamic_ntk"],
 )
 def test_the_text_is_that_of_a_cache_of_full_size(monkeypatch, arguments):
   """From 128 to 256 and 384 slots; the windowed layer comes to its ring of 166 on the way."""
   sizes = []
   grown = loop.grown
-  monkeypatch.setattr(
-    loop, "grown", lambda cache, cfg, slots, call: sizes.append(slots) or grown(cache, cfg, slots, call)
-  )
+  monkeypatch.setattr(loop, "grown", lambda *args: sizes.append(args[3]) or grown(*args))
   found = text(monkeypatch, 20, **arguments)
   assert sizes == [256, 384]
   whole = text(monkeypatch, 300, **arguments)
@@ -91,8 +92,12 @@ def test_on_a_mesh_it_grows_to_the_same_text(monkeypatch):
 
 def test_a_text_that_ends_early_never_grows(monkeypatch):
   monkeypatch.setattr(loop, "grown", None)
-  found = text(monkeypatch, 20, max_new_tokens=100_000, stop=lambda row, ids: 40 if len(ids) >= 40 else None)
+  usual = dict(stop=lambda row, ids: 40 if len(ids) >= 40 else None, sampler=DRAWN, key=jax.random.key(3))
+  found = text(monkeypatch, 20, **usual)
   assert [len(ids) for ids in found.tokens] == [40, 40]
+  with compilations() as seen:
+    assert text(monkeypatch, 20, max_new_tokens=100_000, **usual) == found
+  assert not seen  # what is asked for beyond the first room is no part of the programs
 
 
 def test_what_a_layer_holds_after_growing_is_what_a_larger_cache_would():
@@ -107,7 +112,7 @@ def test_what_a_layer_holds_after_growing_is_what_a_larger_cache_would():
 def test_a_cache_that_no_device_holds_is_refused_before_anything_is_compiled(monkeypatch):
   cfg, params = ROPE, params_of(ROPE)
   with pytest.raises(
-    ConfigError, match=r"max_new_tokens: found a cache of .* GiB, for 2 rows of 2000000128 tokens"
+    ConfigError, match=r"max_new_tokens: found a cache and tables .* GiB, for 2 rows of 2147483647 tokens"
   ):
     generate(Transformer(cfg), params, PROMPTS, max_new_tokens=2_000_000_000)
   monkeypatch.setattr("jaxllm.generate.request.memory_of", lambda devices: Memory(10_000, 2, "each"))
@@ -127,6 +132,14 @@ def test_a_cache_that_no_device_holds_is_refused_before_anything_is_compiled(mon
     ),
     (lambda model, params: (model, [params]), "params: found list, expected the model's parameters"),
     (lambda model, params: (model, params | {"layers": {"0": 1}}), "params: found 1 layers, expected 2"),
+    (
+      lambda model, params: (model, params | {"embed": params["embed"][:-1]}),
+      r"params: found embed of shape \[\d+, \d+\], expected \[",
+    ),
+    (
+      lambda model, params: (model, params | {"final_norm": {}}),
+      "params: found no final_norm/.*, expected it",
+    ),
   ],
 )
 def test_what_is_no_model_or_not_its_parameters_is_refused(given, message):

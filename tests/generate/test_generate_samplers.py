@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from compiled import compilations
 
-from jaxllm.errors import SamplingError
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.position import Learned
@@ -131,19 +130,6 @@ def test_penalties_and_dry_change_the_greedy_text_of_a_repeating_model(shallow, 
   assert greedy > 3
   for kind, strong in (("repetition", 5.0), ("presence", 20.0), ("frequency", 20.0), ("dry", 50.0)):
     assert repeated(**{kind: strong}) < greedy / 2, kind
-
-
-@core
-def test_where_the_sampler_leaves_nothing_the_row_and_token_are_named(shallow):
-  model, params = shallow
-  sampler = NoRepeatNgram([0, 1])  # the second row may use each token once
-  message = (
-    rf"^row 1: .* in the logits of new token {V - 3}, .* of which the sampler leaves one; .* excludes$"
-  )
-  with pytest.raises(SamplingError, match=message):
-    generate(model, params, [[1], [2, 3, 4]], sampler=sampler, key=KEY, max_new_tokens=100, stop_ids=())
-  out = generate(model, params, [[1], [2, 3, 4]], sampler=sampler, key=KEY, max_new_tokens=V - 3, stop_ids=())
-  assert sorted(out.tokens[1] + [2, 3, 4]) == list(range(V))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from jaxllm import hf
 from jaxllm.errors import ConfigError, SamplingError
-from jaxllm.generate import beam, best_of, contrastive
+from jaxllm.generate import beam, best_of, contrastive, loop
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.sampling import Temperature
@@ -216,7 +216,10 @@ def test_groups_are_those_of_their_definition(pair, stop):
       "early_stopping: found 1, expected True",
     ),  # equals True, and would be taken for False
     (dict(length_penalty=np.nan), "length_penalty: found nan"),
+    (dict(length_penalty=-1000), r"length_penalty: found -1000, expected a finite number from -11.4 to 11.4"),
+    (dict(length_penalty=5, max_new_tokens=10**6), "length_penalty: found 5, expected .* from -4 to 4"),
     (dict(diversity_penalty="1"), "diversity_penalty: found '1'"),
+    (dict(diversity_penalty=1e39), r"diversity_penalty: found 1e\+39, expected a finite number from -1e\+06"),
   ],
 )
 def test_beams_that_do_not_fit_are_refused(shallow, given, message):
@@ -265,13 +268,30 @@ def test_guided_text_is_that_of_transformers(pair, scale):
   assert (both.tokens == plain.tokens) == (scale == 1.0)
 
 
+def test_what_one_of_the_two_excludes_is_never_steered_to():
+  """u = -inf would be +inf of a token, and both -inf NaN."""
+  c, u = np.array([[0.0, -np.inf, -np.inf, 0.0]]), np.array([[0.0, 0.0, -np.inf, -np.inf]])
+  found = np.asarray(loop.guided(np.concatenate([c, u]), np.array([3.0])))[0]
+  assert (found == -np.inf).tolist() == [False, True, True, False] and found[3] == np.float32(np.log(0.5))
+  assert abs(found[0] - np.log(0.5)) < 1e-6
+
+
 @pytest.mark.parametrize(
   ("given", "message"),
   [
     (dict(negative_prompts=[]), "negative_prompts: found 0, expected 1"),
     (dict(negative_prompts=[[1]], guidance_scale=np.inf), "guidance_scale: found inf"),
     (dict(negative_prompts=[[1]], guidance_scale=[1.0, 2.0]), r"guidance_scale: found \[1.0, 2.0\]"),
-    (dict(negative_prompts=[[1]], copies=2), "negative_prompts: cannot be given with copies"),
+    (dict(negative_prompts=5), "negative_prompts: found 5, expected 1"),
+    (dict(negative_prompts=[[1]], positions=[[0, 1]]), "negative_prompts: cannot be given with positions"),
+    (dict(negative_prompts=[[1]], guidance_scale=[[1.0], [1.0, 2.0]]), "guidance_scale: found"),
+    (
+      dict(negative_prompts=[[1]], guidance_scale=1e39),
+      r"guidance_scale: found 1e\+39, expected a number of size 1e\+06",
+    ),
+    (dict(positions=5), "positions: found 5, expected 1"),
+    (dict(prefix=1), "prefix: found 1, expected 1, one a prompt"),
+    (dict(chunk=3_000_000_000), "chunk: found 3000000000, expected at most"),
     (dict(copies=0), "copies: found 0"),
   ],
 )
@@ -297,6 +317,7 @@ def test_copies_are_draws_of_one_prompt_and_the_best_of_them_is_the_likeliest(sh
       assert out.reasons[b] == ["length"] * 4
   for given, message in (
     (dict(length_penalty=np.nan), "length_penalty: found nan"),
+    (dict(length_penalty=1000), "length_penalty: found 1000, expected a finite number from"),
     (dict(n=0), "n: found 0, expected an integer of at least 1"),
     (dict(copies=3), "copies: found 3, expected none"),
     (dict(logprobs=None), "logprobs: found None, expected none"),

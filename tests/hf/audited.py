@@ -6,7 +6,6 @@ connected, or a file opened outside of the directories: what reads files here is
 opening (tokenizers gets bytes, and safetensors is not asked).
 """
 
-import functools
 import json
 import os
 import pickle  # noqa: F401 (before the hook sees imports, as the two below)
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from jaxllm import hf
 from jaxllm.errors import JaxllmError
-from jaxllm.hf import match
 
 FORBIDDEN = {
   *(
@@ -86,7 +84,6 @@ def outcome(call, directory):
 def main():
   """All directories, by `hf.load` and `hf.load_tokenizer`."""
   first, *directories = sys.argv[1:]
-  match.expected_shapes = functools.cache(match.expected_shapes)  # a model is traced once, however many load
   hf.load(first)
   hf.load_tokenizer(first)
   outcome(hf.load, "/none")

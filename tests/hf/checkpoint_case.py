@@ -11,10 +11,10 @@ from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.experts import Moe
-from jaxllm.hf import match
 from jaxllm.hf.family import Blocks, Family, Grouped, Interleaved, Key
 from jaxllm.hf.match import Source
 from jaxllm.leaf import dense
+from jaxllm.nn.shapes import expected_shapes
 
 PLAIN = dict(
   vocab_size=61,
@@ -148,7 +148,7 @@ def params(cfg, dtype=np.float32, seed=0):
   """Random parameters, NumPy, [in, out]."""
   rng = np.random.default_rng(seed)
   draw = lambda shape: (0.2 * rng.standard_normal(shape)).astype(dtype)
-  return tree.unflatten({path: draw(shape) for path, shape in match.expected_shapes(cfg).items()})
+  return tree.unflatten({path: draw(shape) for path, shape in expected_shapes(cfg).items()})
 
 
 def tensors(layout, cfg, weights):

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from jaxllm.hf import match
 from jaxllm.hf.families import FAMILIES, read_config
+from jaxllm.nn.shapes import expected_shapes
 from jaxllm.tree import unflatten
 
 T = 600
@@ -150,7 +151,7 @@ def build(plain, seed=0):
 
 def shapes(family, cfg):
   """(name, path of the first parameter, shape) of all tensors of the files."""
-  ours = match.expected_shapes(cfg)
+  ours = expected_shapes(cfg)
   for key in match.all_keys(family, cfg):
     parts = [np.zeros(ours[path], np.int8) for path in key.ours]
     parts = [key.to_stored(part if key.part is None else part[key.part]) for part in parts]

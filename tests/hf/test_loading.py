@@ -28,6 +28,7 @@ from jaxllm.hf import loading, match, scan
 from jaxllm.hf.files import Checkpoint
 from jaxllm.leaf import Matrix
 from jaxllm.nn import Transformer
+from jaxllm.nn.shapes import expected_shapes
 from jaxllm.position import POSITIONS, NoPE
 
 
@@ -280,7 +281,7 @@ def test_expected_shapes_are_those_of_the_model(kinds):
   layers = (Layer(), Layer(POSITIONS["learned"](max_length=9), window=3), Layer(NoPE()))[:kinds]
   cfg = dataclasses.replace(config(), num_layers=6, layers=layers, biases=("q", "head"))
   whole = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-  assert match.expected_shapes(cfg) == {path: leaf.shape for path, leaf in tree.flatten(whole).items()}
+  assert expected_shapes(cfg) == {path: leaf.shape for path, leaf in tree.flatten(whole).items()}
 
 
 def test_parameters_do_not_depend_on_the_files(tmp_path):

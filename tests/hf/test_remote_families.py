@@ -22,9 +22,9 @@ from safetensors.numpy import load_file
 from jaxllm import hf
 from jaxllm.activation import Glu, Mlp
 from jaxllm.errors import ConfigError
-from jaxllm.hf import match
 from jaxllm.hf.families import FAMILIES, ignored_settings, read_config, write_config
 from jaxllm.nn import Context, Transformer, init_cache
+from jaxllm.nn.shapes import expected_shapes
 
 LENGTH = 96
 BY_DEFAULT = ("baichuan, 13B form, normed head", "chatglm-6b")
@@ -297,7 +297,7 @@ def test_a_base_is_written_to_the_last_bit(base):
 
 
 def parameters(name):
-  shapes = match.expected_shapes(read_config(PUBLISHED[name][0])[1])
+  shapes = expected_shapes(read_config(PUBLISHED[name][0])[1])
   return sum(map(math.prod, shapes.values()))
 
 

@@ -131,11 +131,22 @@ def test_names_of_llama_cpp_are_the_same_flags(parse):
   assert [type(one) for one in samplers.sampler(found).samplers if isinstance(one, TopK)] == []
 
 
-def test_mirostat_of_llama_cpp_has_no_other_truncation(parse):
+def test_mirostat_of_llama_cpp_is_beside_the_temperature_alone(parse):
   kinds = lambda *arguments: [type(one) for one in samplers.sampler(parse(*arguments)).samplers]
-  assert kinds("--mirostat_tau=5", "--sampler_order=llama.cpp", "--repetition_penalty=1.1") == [
-    RepetitionPenalty,
-    Temperature,
-    Mirostat,
-  ]
-  assert kinds("--mirostat_tau=5") == [Temperature, TopP, Mirostat]
+  penalty = "--repetition_penalty=1.1"
+  assert kinds("--mirostat_tau=5", penalty) == [RepetitionPenalty, Temperature, TopP, Mirostat]
+  alone = ("--mirostat_tau=5", "--sampler_order=llama.cpp")
+  assert kinds(*alone) == [Temperature, Mirostat]
+  for flag in (penalty, "--dry_multiplier=1", "--top_k=5"):
+    with pytest.raises(
+      ConfigError, match=rf"^{flag.split('=')[0]} with --mirostat_tau=5.* leave one of them out"
+    ):
+      samplers.check(parse(*alone, flag))
+
+
+def test_a_breaker_that_is_in_no_token_is_refused(parse):
+  decode = lambda ids: "".join("ab:"[i] for i in ids)
+  assert samplers.breakers(parse("--dry_multiplier=1"), decode, 3).tolist() == [False, False, True]
+  found = parse("--dry_multiplier=1", "--dry_sequence_breaker=a", "--dry_sequence_breaker=ab")
+  with pytest.raises(ConfigError, match=r"^--dry_sequence_breaker='ab': no token's text has it"):
+    samplers.breakers(found, decode, 3)
