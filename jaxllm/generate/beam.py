@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, SamplingError
 from jaxllm.generate import loop, request
-from jaxllm.nn import Cache, Transformer
+from jaxllm.nn import STORES, Cache, Transformer
+from jaxllm.nn.store import Full, Quantized
 from jaxllm.position import PositionTables
 from jaxllm.sampling import check_logits
 from jaxllm.sampling.base import log_probs
@@ -74,6 +75,7 @@ def generate(
   max_new_tokens: int = 128,
   stop_ids: Iterable[int] | None = None,
   part: int = loop.PART,
+  store: Full | Quantized = STORES["full"],
 ) -> Beams:
   """The num_return best texts of each prompt by score = sum_t log p(token_t) / T^length_penalty, T new tokens.
 
@@ -110,12 +112,12 @@ def generate(
   length_penalty = request.length_penalty(length_penalty, max_new_tokens)
   steepest = request.STEEPEST
   diversity_penalty = request.number("diversity_penalty", diversity_penalty, -steepest, steepest)
-  part = request.count("part", part)
+  part, store = request.count("part", part), request.store(store)
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part)
-  request.check_memory(cfg, num_beams * len(prompts), capacity, part, reach=capacity)
+  request.check_memory(cfg, num_beams * len(prompts), capacity, part, store, reach=capacity)
   kept = max(2, 1 + int(given.stop.sum())) * (num_beams // num_groups)
   tables = jax.device_put(cfg.rope_tables(max_len=capacity))
-  settings = loop.Settings(model, capacity, part)
+  settings = loop.Settings(model, capacity, part, store)
   shape = (num_groups, num_beams // num_groups, min(kept, cfg.vocab_size * (num_beams // num_groups)))
   penalties = np.float32(length_penalty), np.float32(diversity_penalty)
   ended, bad_B = search(

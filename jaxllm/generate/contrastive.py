@@ -14,7 +14,8 @@ import numpy as np
 from jaxllm.errors import ConfigError, SamplingError
 from jaxllm.generate import request
 from jaxllm.generate.output import ENDED, Generated
-from jaxllm.nn import Cache, Context, Transformer, init_cache
+from jaxllm.nn import STORES, Cache, Context, Transformer, init_cache
+from jaxllm.nn.store import Full, Quantized
 from jaxllm.nn.transformer import head
 from jaxllm.position import PositionTables
 from jaxllm.sampling import check_logits
@@ -43,6 +44,7 @@ def generate(
   top_k: int = 4,
   max_new_tokens: int = 128,
   stop_ids: Iterable[int] | None = None,
+  store: Full | Quantized = STORES["full"],
 ) -> Generated:
   """token_t = argmax over the top_k likeliest v of (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), j < t.
 
@@ -54,11 +56,11 @@ def generate(
   """
   cfg = request.checked_model(model, params)
   max_new_tokens = request.count("max_new_tokens", max_new_tokens)
-  alpha = request.number("alpha", alpha, 0, 1)
+  alpha, store = request.number("alpha", alpha, 0, 1), request.store(store)
   if request.count("top_k", top_k) > cfg.vocab_size:
     raise ConfigError(f"top_k: found {top_k}, expected at most the vocabulary, {cfg.vocab_size}")
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, request.ANY)
-  request.check_memory(cfg, top_k * len(prompts), capacity, None, reach=capacity)
+  request.check_memory(cfg, top_k * len(prompts), capacity, None, store, reach=capacity)
   tables = jax.device_put(cfg.rope_tables(max_len=capacity))
   state = search(
     model,
@@ -70,6 +72,7 @@ def generate(
     int(top_k),
     request.room(max_new_tokens),
     capacity,
+    store,
   )
   new_BT, done_B, bad_B = jax.device_get((state.new, state.done, state.bad))
   if bad_B.any():
@@ -81,7 +84,7 @@ def generate(
   return Generated(tokens, ["stop" if done else "length" for done in done_B])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "top_k", "room", "capacity"))
+@functools.partial(jax.jit, static_argnames=("model", "top_k", "room", "capacity", "store"))
 def search(
   model: Transformer,
   params: Any,
@@ -92,13 +95,14 @@ def search(
   top_k: int,
   room: int,
   capacity: int,
+  store: Full | Quantized,
 ) -> State:
   """The state when every row has ended."""
   tokens_BT, length_B, stop_V = prompts
   B, T = tokens_BT.shape
   to_logits = head(model.cfg, params)
   valid_BT = jnp.arange(T)[None] < length_B[:, None]
-  cache = dataclasses.replace(init_cache(model.cfg, B, capacity), fresh=True)
+  cache = dataclasses.replace(init_cache(model.cfg, B, capacity, store=store), fresh=True)
   variables = {"params": params}
   hidden_BTD, cache = model.apply(variables, tokens_BT, Context(valid=valid_BT), cache, tables, logits=None)
   last_BD = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]

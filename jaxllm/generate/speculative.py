@@ -15,7 +15,8 @@ from jaxllm.errors import ConfigError, SamplingError, TokenizerError
 from jaxllm.generate import loop, request
 from jaxllm.generate.draft import Draft, draft_keys, drawn_from, probabilities
 from jaxllm.generate.output import ENDED, Drawn, OnTokens, Reason, Rows, Stop
-from jaxllm.nn import Cache, Transformer
+from jaxllm.nn import STORES, Cache, Transformer
+from jaxllm.nn.store import Full, Quantized
 from jaxllm.position import PositionTables
 from jaxllm.sampling import Greedy, Sampler, check_logits
 
@@ -67,6 +68,7 @@ def generate(
   max_new_tokens: int = 128,
   stop_ids: Iterable[int] | None = None,
   part: int = loop.PART,
+  store: Full | Quantized = STORES["full"],
   stop: Stop | None = None,
   on_tokens: OnTokens | None = None,
 ) -> Speculated:
@@ -85,7 +87,7 @@ def generate(
   """
   cfg = request.checked_model(model, params)
   max_new_tokens, part = request.count("max_new_tokens", max_new_tokens), request.count("part", part)
-  gamma = request.count("gamma", gamma)
+  gamma, store = request.count("gamma", gamma), request.store(store)
   if gamma >= part:
     raise ConfigError(f"gamma: found {gamma}, expected at most part - 1 = {part - 1}, as a round is one call")
   if not isinstance(draft, Draft):
@@ -93,7 +95,7 @@ def generate(
       f"draft: found {type(draft).__name__}, expected DraftModel(model, params) or PromptLookup(ngram)"
     )
   given, capacity = request.prepared(cfg, prompts, max_new_tokens, stop_ids, part, gamma)
-  request.check_memory(cfg, len(prompts), capacity, part, reach=capacity + gamma)
+  request.check_memory(cfg, len(prompts), capacity, part, store, reach=capacity + gamma)
   # windowed layers have room for a call as long as that of the prompts
   longer = max(0, gamma + 1 - given.tokens.shape[1])
   given = given._replace(tokens=np.pad(given.tokens, ((0, 0), (0, longer))))
@@ -105,7 +107,7 @@ def generate(
   key = request.checked_key(key, sampler, B)
   tables, stop_V = jax.device_put((cfg.rope_tables(max_len=capacity + gamma), given.stop))
 
-  settings = loop.Settings(model, capacity, part)
+  settings = loop.Settings(model, capacity, part, store)
   first, drawn = loop.prefill(settings, params, tables, sampler, given, request.Own(), None, key)
   drafter = draft.start(given, part, capacity, max_new_tokens)
   state = start(first, drafter, given.tokens, given.length, capacity)

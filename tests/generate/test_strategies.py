@@ -10,9 +10,10 @@ import pytest
 
 from jaxllm import hf
 from jaxllm.errors import ConfigError, SamplingError
-from jaxllm.generate import beam, best_of, contrastive, loop
+from jaxllm.generate import beam, best_of, contrastive, loop, speculative
+from jaxllm.generate.draft import PromptLookup
 from jaxllm.generate.loop import generate
-from jaxllm.nn import Transformer
+from jaxllm.nn import STORES, Transformer
 from jaxllm.sampling import Temperature
 
 core = pytest.mark.core
@@ -376,3 +377,16 @@ def test_searches_take_windowed_layers(deep, prompts):
   parts = beam.generate(model, params, prompts, num_beams=3, max_new_tokens=NEW, stop_ids=(), part=4)
   assert parts.tokens == whole.tokens
   np.testing.assert_allclose(parts.scores, whole.scores, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_strategy_reads_a_cache_of_integers(deep, prompts):
+  """One beam, no penalty and greedy drafts are the greedy text of the same cache, which is not that of another."""
+  model, params = deep
+  usual = dict(max_new_tokens=NEW, stop_ids=(), store=STORES["int4"])
+  expected = generate(model, params, prompts, **usual).tokens
+  assert expected != generate(model, params, prompts, **usual | {"store": STORES["full"]}).tokens
+  found = beam.generate(model, params, prompts, num_beams=1, **usual)
+  assert [texts[0] for texts in found.tokens] == expected
+  assert contrastive.generate(model, params, prompts, alpha=0.0, **usual).tokens == expected
+  assert speculative.generate(model, params, prompts, PromptLookup(), **usual).tokens == expected
