@@ -24,7 +24,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import loading
+from experiments import llama_cpp, loading
 from jaxllm.errors import ConfigError
 from jaxllm.study import choices, run_app
 from jaxllm.study import rows as rows_lib
@@ -46,6 +46,13 @@ HEADER = (
   "ratio",
   "first token s",
 )
+THIRD = {
+  "llama.cpp Q8_0 decode tok/s": "llama_cpp decode tok/s",
+  "ratio": "llama_cpp decode ratio",
+  "llama.cpp prefill tok/s": "llama_cpp prefill tok/s",
+  "ratio ": "llama_cpp prefill ratio",
+}
+"""Columns of --llama_cpp, and their numbers."""
 FLAGS = flags.FlagValues()
 
 flags.DEFINE_string("model", None, "directory of a checkpoint; default: a random Llama", flag_values=FLAGS)
@@ -70,6 +77,12 @@ flags.DEFINE_enum(
   "of transformers' generate; static compiles its forward pass where there is a GPU",
   flag_values=FLAGS,
 )
+flags.DEFINE_bool(
+  "llama_cpp",
+  False,
+  "of one row, also beside llama.cpp in Q8_0 (needs llama-cpp-python and gguf)",
+  flag_values=FLAGS,
+)
 flags.DEFINE_string("out", None, "directory for results.jsonl and results.csv", flag_values=FLAGS)
 flags.DEFINE_bool("smoke", False, "the tiny Llama in float32, one process a side", flag_values=FLAGS)
 
@@ -85,6 +98,10 @@ def check(f) -> None:
     raise ConfigError(f"--new={f.new}: expected at least 2, as the first token belongs to the prompt")
   if not all(one.strip().isdigit() and int(one) for one in f.batches.split(",")):
     raise ConfigError(f"--batches={f.batches}: expected numbers of rows, as in 1,8")
+  if f.llama_cpp and (lacks := llama_cpp.missing()):
+    raise ConfigError(
+      f"--llama_cpp: {' and '.join(lacks)} not installed; pip install {' '.join(lacks)}, which builds it"
+    )
   missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
   if missing:
     raise ConfigError(
@@ -217,6 +234,16 @@ def transformers_side(
   return {"first": before + prefill, "reads": [read() for _ in range(reads)]}
 
 
+def llama_cpp_side(
+  directory: str, dtype: str, batch: int, length: int, new: int, reads: int, gguf: str, started: float
+) -> dict:
+  """The same of llama.cpp in Q8_0, of one row, by the file `gguf`, which is made where it is not there."""
+  if not Path(gguf).exists():
+    llama_cpp.write(directory, gguf)
+  vocab_size = json.loads((Path(directory) / "config.json").read_text())["vocab_size"]
+  return llama_cpp.side(gguf, prompts(vocab_size, batch, length)[0], new, reads, started)
+
+
 def in_own_process(name: str, *arguments) -> dict:
   """What the function of that name returns in a new process."""
   call = f"{name}(*{arguments!r}, started=float(sys.argv[1]))"
@@ -229,11 +256,13 @@ def in_own_process(name: str, *arguments) -> dict:
   return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure(directory: str, dtype: str, batch: int, platform: str, f) -> dict[str, float]:
-  """The numbers of one line of the table."""
+def measure(directory: str, dtype: str, batch: int, platform: str, gguf: str | None, f) -> dict[str, float]:
+  """The numbers of one line of the table; gguf: the file for llama.cpp."""
   task = (directory, dtype, batch, f.prompt, f.new, f.reads)
   more = {"jaxllm": (f.quant,), "transformers": (platform, f.cache_implementation)}
   sides = {"jaxllm": [], "transformers": []}
+  if gguf is not None and batch == 1:
+    sides["llama_cpp"], more["llama_cpp"] = [], (gguf,)
   for _ in range(f.rounds):
     for side, found in sides.items():
       found.append(in_own_process(f"{side}_side", *task, *more[side]))
@@ -244,7 +273,9 @@ def measure(directory: str, dtype: str, batch: int, platform: str, f) -> dict[st
     numbers[f"{side} decode tok/s"] = batch * (f.new - 1) / decoding
     numbers[f"{side} prefill tok/s"] = batch * f.prompt / prefill
   for name in ("decode", "prefill"):
-    numbers[f"{name} ratio"] = numbers[f"jaxllm {name} tok/s"] / numbers[f"transformers {name} tok/s"]
+    for side in list(sides)[1:]:
+      ratio = f"{name} ratio" if side == "transformers" else f"{side} {name} ratio"
+      numbers[ratio] = numbers[f"jaxllm {name} tok/s"] / numbers[f"{side} {name} tok/s"]
   floor = statistics.median(one["floor"] for one in sides["jaxllm"])
   numbers["share of memory bandwidth"] = floor * numbers["jaxllm decode tok/s"] / batch
   # the first process may have compiled; the others found its programs
@@ -270,7 +301,10 @@ def line(dtype: str, batch: int, found: dict[str, float]) -> str:
     cells.append(f"{found[f'{name} ratio']:.2f}")
     if name == "decode":
       cells.append(f"{found['share of memory bandwidth']:.0%}")
-  return f"| {' | '.join([*cells, format(found['first token s'], '.2f')])} |"
+  cells.append(format(found["first token s"], ".2f"))
+  for name in THIRD.values():
+    cells += [f"{found[name]:.2f}"] if name in found else []
+  return f"| {' | '.join(cells)} |"
 
 
 def main(f) -> int:
@@ -284,16 +318,19 @@ def main(f) -> int:
     f"{platform.machine()}, {where['kind']}, jax {jax.__version__}, Python {platform.python_version()}; "
     f"prompts of {f.prompt} tokens, {f.new} new ones\n"
   )
-  print(f"| {' | '.join(HEADER)} |\n|---{'|---:' * (len(HEADER) - 1)}|", flush=True)
+  header = [*HEADER, *(THIRD if f.llama_cpp else ())]
+  print(f"| {' | '.join(header)} |\n|---{'|---:' * (len(header) - 1)}|", flush=True)
   rows, problems = [], []
   for dtype in choices.choice_list("dtypes", f.dtypes, BARS):
-    directory = f.model or tempfile.mkdtemp(prefix="jaxllm-decoding-")
+    scratch = tempfile.mkdtemp(prefix="jaxllm-decoding-")
+    directory = f.model or scratch
+    gguf = str(Path(scratch) / "q8_0.gguf") if f.llama_cpp else None
     try:
       if f.model is None:
         loading.in_own_process(f"make({directory!r}, {f.size!r}, {dtype!r})")
       judged = where["platform"] == "cpu" and f.quant == "none" and loading.parameters(directory) >= LARGE
       for batch in map(int, f.batches.split(",")):
-        found = measure(directory, dtype, batch, where["platform"], f)
+        found = measure(directory, dtype, batch, where["platform"], gguf, f)
         print(line(dtype, batch, found), flush=True)
         problems += [
           f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if judged
@@ -301,8 +338,7 @@ def main(f) -> int:
         cell = {"model": f.model or f.size, "quant": f.quant, "dtype": dtype, "batch": batch}
         rows += [rows_lib.ok(cell | {"metric": name}, value) for name, value in found.items()]
     finally:
-      if f.model is None:
-        shutil.rmtree(directory)
+      shutil.rmtree(scratch)
   return loading.end(f.out, rows, COLUMNS, problems)
 
 

@@ -53,11 +53,17 @@ def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch
     ]
   )
   monkeypatch.setattr(decoding, "in_own_process", lambda *_: next(reads))
-  found = decoding.measure("", "float32", 3, "cpu", f)
+  found = decoding.measure("", "float32", 3, "cpu", None, f)
   assert found["jaxllm decode tok/s"] == 3 * 4 / 2.0 and found["transformers decode tok/s"] == 3 * 4 / 4.0
   assert found["jaxllm prefill tok/s"] == 3 * 16 / 1.0 and found["prefill ratio"] == 2.0
   assert found["first token s"] == 3.0
   assert found["share of memory bandwidth"] == 0.125 / (2.0 / 4)
+
+
+def test_a_third_side_has_columns_of_its_own_where_it_was_read():
+  numbers = {"llama_cpp decode tok/s": 40.0, "llama_cpp decode ratio": 0.75}
+  numbers |= {"llama_cpp prefill tok/s": 160.0, "llama_cpp prefill ratio": 0.5}
+  assert decoding.line("float32", 1, FOUND | numbers).endswith("| 4.00 | 40.00 | 0.75 | 160.00 | 0.50 |")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sweep_case
 import tokenizers
+from absl import flags
 
 from experiments import continuing, generate
 from jaxllm import hf
@@ -197,14 +198,16 @@ def test_dry_breaks_at_the_texts_of_its_flag(ask, model):
   cfg, _ = hf.load(model)
   from jaxllm.study import samplers
 
-  class f:
-    dry_multiplier, dry_sequence_breaker = 1.0, ["\n", ":"]
+  def parsed(*breakers):
+    values = flags.FlagValues()
+    samplers.define(values=values)
+    values(["", "--dry_multiplier=1", *(f"--dry_sequence_breaker={text}" for text in breakers)])
+    return values
 
   decode = hf.load_tokenizer(model, cfg).decode
-  found = samplers.breakers(f, decode, cfg.vocab_size)
+  found = samplers.breakers(parsed("\n", ":"), decode, cfg.vocab_size)
   assert found.any() and all(found[i] == any(x in decode([i]) for x in "\n:") for i in range(cfg.vocab_size))
-  f.dry_sequence_breaker = ["none"]
-  assert samplers.breakers(f, decode, cfg.vocab_size) is None
+  assert samplers.breakers(parsed("none"), decode, cfg.vocab_size) is None
 
 
 def test_chats_are_in_the_template(ask, tmp_path):
