@@ -140,7 +140,7 @@ METHODS = {
 }
 
 
-DEFAULT = {"dynamic_ntk": [core], "streaming": []}
+DEFAULT = {"dynamic_ntk": [core]}
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,16 @@ def text(monkeypatch, room, cfg=ROPE, **arguments):
   "arguments",
   [
     pytest.param({}, marks=pytest.mark.core),
-    {"chunk": 7, "store": STORES["int8"]},
+    pytest.param({"chunk": 7, "store": STORES["int8"]}, marks=pytest.mark.slow),
     pytest.param(
       {"sampler": DRAWN, "key": jax.random.key(3)},
       marks=pytest.mark.slow,
     ),
     pytest.param({"negative_prompts": [[1, 2], [4] * 9], "copies": 2}, marks=pytest.mark.slow),
-    {"cfg": dataclasses.replace(ROPE, layers=(Layer(POSITIONS["dynamic_ntk"](original_length=40)),))},
+    pytest.param(
+      {"cfg": dataclasses.replace(ROPE, layers=(Layer(POSITIONS["dynamic_ntk"](original_length=40)),))},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=["greedy", "int8", "penalty", "guidance", "dynamic_ntk"],
 )
@@ -61,7 +64,7 @@ def test_the_text_is_that_of_a_cache_of_full_size(monkeypatch, arguments):
   np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["window", "streaming"])
+@pytest.mark.parametrize("method", ["window", pytest.param("streaming", marks=pytest.mark.slow)])
 def test_a_ring_that_has_come_round_stays_one(monkeypatch, method):
   """At the default part, which is more than the prompts have: rings of 48 in a cache that grows to 384 slots."""
   ring = Layer(POSITIONS["rope"](), window=32)

@@ -87,6 +87,7 @@ def test_draws_penalties_stops_and_integers():
   same_text("a mesh data=2,fsdp=2: draws, penalties, stops, int8", found.tokens, truth.tokens)
 
 
+@pytest.mark.slow
 def test_searches_and_drafts():
   cfg, weights = SMALL, params(SMALL)
 
