@@ -69,6 +69,13 @@ def test_without_a_chat_each_line_is_a_text_of_its_own(talk):
   assert asked == ["abc", "abc"] and out[: len(out) // 2] == out[len(out) // 2 :]  # greedy
 
 
+def test_the_same_line_is_answered_by_another_draw_each_time(talk):
+  """The first as if it were alone."""
+  draw = lambda said: talk(said, "--temperature=1", "--seed=3", "-n=12")[0]
+  twice, once = draw(b"abc\nabc\n"), draw(b"abc\n")
+  assert twice.startswith(once) and twice != once * 2
+
+
 def test_ctrl_c_ends_an_answer_and_what_was_shown_stays(talk, monkeypatch):
   own, turns = dialogue.continued, []
 

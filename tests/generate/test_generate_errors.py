@@ -148,6 +148,13 @@ def test_more_positions_than_a_learned_table_has_are_refused(shallow, right):
   message = r"longest prompt and max_new_tokens: found 17, expected at most max_length = 16"
   refused("a prompt of 3, 14 new tokens, a learned table of 16", ConfigError, message, lambda: text(14))
   assert [len(new) for new in text(13).tokens] == [13, 13]
+  at = lambda last: generate(
+    Transformer(cfg), params, [[1, 2]], max_new_tokens=4, stop_ids=(), positions=[[0, last]]
+  )
+  message = r"largest position and max_new_tokens: found 17, expected at most max_length = 16"
+  refused(
+    "a prompt whose last position is 12, 4 new tokens, 16 positions", ConfigError, message, lambda: at(12)
+  )
 
 
 def test_tables_whose_rows_may_end_before_the_cache_are_refused(shallow):

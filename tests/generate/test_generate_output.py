@@ -70,6 +70,24 @@ def test_stop_ends_a_row_where_it_says_whatever_the_chunk(shallow, prompts, chun
   assert told[1] == whole[1] and told[2] == []
 
 
+def test_a_row_that_met_a_stop_id_stays_ended_when_stop_ends_another(shallow, prompts):
+  """The last row in the first chunk, row 1 in the second, keeping all; row 0 goes on through a third."""
+  model, params = shallow
+  usual = dict(max_new_tokens=NEW, chunk=7)
+  whole = generate(model, params, prompts, stop_ids=(), **usual).tokens
+  own = next(token for token in whole[2][:7] if token not in whole[0] + whole[1])
+  out = generate(
+    model,
+    params,
+    prompts,
+    stop_ids=(own,),
+    stop=lambda row, ids: 9 if (row, len(ids)) == (1, 9) else None,
+    **usual,
+  )
+  assert out.tokens == [whole[0], whole[1][:9], whole[2][: whole[2].index(own) + 1]]
+  assert out.reasons == ["length", "stop", "stop"]
+
+
 def test_the_loop_ends_when_stop_has_ended_all_rows(shallow, prompts):
   model, params = shallow
   told = []

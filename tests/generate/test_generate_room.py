@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 from compiled import compilations
+from method_cases import METHODS, check_text, method_of
 from model_cases import MODELS
 from model_cases import params as params_of
 
 from jaxllm import parallel
 from jaxllm.config import Layer
 from jaxllm.errors import ConfigError
-from jaxllm.generate import contrastive, loop
+from jaxllm.generate import beam, best_of, contrastive, loop, request, speculative
+from jaxllm.generate.draft import PromptLookup
 from jaxllm.generate.loop import generate
 from jaxllm.generate.text import StopStrings
 from jaxllm.nn import STORES, Transformer, init_cache
@@ -82,6 +84,23 @@ def test_a_ring_that_has_come_round_stays_one(monkeypatch, method):
     grow(cfg, init_cache(cfg, 2, 128, call=16), 256, call=512)
 
 
+@pytest.mark.parametrize(
+  "name", ["alibi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rerope", "dynamic_ntk"))]
+)
+def test_positions_and_keys_without_any_grow_with_it(shallow, prompts, monkeypatch, name):
+  """From 32 to 48 slots, for methods whose bias or angles are made of the positions in the cache at every step."""
+  monkeypatch.setattr(request, "SLOTS", 16)
+  monkeypatch.setattr(loop, "ROOM", 8)
+  sizes, own = [], loop.grow
+  monkeypatch.setattr(loop, "grow", lambda *a, **k: sizes.append(a[2]) or own(*a, **k))
+  model, params = shallow
+  fields = next(
+    fields for case in METHODS for known, fields, _ in [getattr(case, "values", case)] if known == name
+  )
+  check_text(model.cfg, method_of(model.cfg, name, fields), params, prompts)
+  assert sizes == [48]
+
+
 @pytest.mark.slow
 def test_on_a_mesh_it_grows_to_the_same_text(monkeypatch):
   mesh = parallel.make_mesh("data=2,tensor=2", jax.devices()[:4])
@@ -121,8 +140,16 @@ def test_a_cache_that_no_device_holds_is_refused_before_anything_is_compiled(mon
   monkeypatch.setattr("jaxllm.generate.request.memory_of", lambda devices: Memory(10_000, 2, "each"))
   with pytest.raises(ConfigError, match=r"for 2 rows of 128 tokens, expected at most the 0.0 GiB"):
     generate(Transformer(cfg), params, PROMPTS, max_new_tokens=5)
-  with pytest.raises(ConfigError, match=r"for 8 rows of 128 tokens"):
-    contrastive.generate(Transformer(cfg), params, PROMPTS, max_new_tokens=5, top_k=4)
+  for rows, method, arguments in (
+    (8, contrastive.generate, dict(top_k=4)),
+    (6, generate, dict(copies=3)),
+    (8, generate, dict(negative_prompts=PROMPTS, copies=2)),
+    (10, best_of.generate, dict(n=5, sampler=Temperature(1.0), key=jax.random.key(0))),
+    (12, beam.generate, dict(num_beams=6)),
+    (2, speculative.generate, dict(draft=PromptLookup())),
+  ):
+    with pytest.raises(ConfigError, match=rf"for {rows} rows of 128 tokens"):
+      method(Transformer(cfg), params, PROMPTS, max_new_tokens=5, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import compilations
+from markov_case import markov
 
+from jaxllm.generate import loop, request
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.position import Learned
 from jaxllm.sampling import (
   BannedTokens,
+  Chain,
   Dry,
   ForcedTokens,
   FrequencyPenalty,
+  Greedy,
   LogitBias,
   MinNewTokens,
   Mirostat,
@@ -130,6 +134,33 @@ def test_penalties_and_dry_change_the_greedy_text_of_a_repeating_model(shallow, 
   assert greedy > 3
   for kind, strong in (("repetition", 5.0), ("presence", 20.0), ("frequency", 20.0), ("dry", 50.0)):
     assert repeated(**{kind: strong}) < greedy / 2, kind
+
+
+def test_with_guidance_a_sampler_remembers_the_prompt_and_its_text_alone(monkeypatch):
+  """The likeliest id that was not there, by definition: both prompts end alike, so guidance changes no logits.
+
+  The text is longer than the memory is at first.
+  """
+  monkeypatch.setattr(request, "SLOTS", 16)
+  monkeypatch.setattr(loop, "ROOM", 4)
+  logits_VV = np.random.default_rng(2).normal(size=(40, 40))
+  prompts, negative = [[1, 2, 3], [4, 5, 6, 7, 0]], [[8, 9, 10, 11, 3], [11, 0]]
+  out = generate(
+    *markov(logits_VV),
+    prompts,
+    negative_prompts=negative,
+    guidance_scale=1.7,
+    sampler=Chain((NoRepeatNgram(1), Greedy())),
+    max_new_tokens=30,
+    stop_ids=(),
+    copies=2,
+  )
+  for prompt, *texts in zip(prompts, out.tokens[::2], out.tokens[1::2], strict=True):
+    there = list(prompt)
+    for _ in range(30):
+      left = (int(token) for token in np.argsort(-logits_VV[there[-1]]) if token not in there)
+      there.append(next(left))
+    assert texts == [there[len(prompt) :]] * 2
 
 
 @pytest.mark.slow

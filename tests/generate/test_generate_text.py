@@ -200,6 +200,18 @@ def test_an_end_that_may_become_a_stop_string_waits():
   assert stream.finish() == "" and stream.text == "hi\nUsa" and stream.stopped == "\nUser:"
 
 
+@pytest.mark.parametrize("strings", [["\n\n"], ["a"], ["ab", "\n\nUser:"]])
+def test_all_of_a_stop_string_but_its_last_character_waits(strings):
+  decode = text_case.made("bytes")[0]
+  for string in strings:
+    for n in range(1, len(string)):
+      stream = Stream(decode, 128, b"", StopStrings(strings, decode))
+      assert stream.push(b"hi" + string[:n].encode()) == "hi"
+      assert stream.push(b"-") == string[:n] + "-"  # it became none
+      assert [stream.push([one]) for one in string.encode()] == [""] * len(string)
+      assert stream.finish() == "" and stream.stopped == string
+
+
 def test_rows_are_apart_and_a_new_text_begins_anew():
   decode = text_case.made("bytes")[0]
   stops = StopStrings(["ab"], decode)

@@ -100,20 +100,26 @@ def test_windowed_layers_and_long_prompts(deep, prompts):
 
 
 def test_stop_and_on_tokens_are_told_as_in_the_loop(shallow, prompts):
+  """Also beside a stop id, which has ended the last row for good before `stop` ends another."""
   model, params = shallow
   stop = lambda row, ids: 5 if row == 1 and len(ids) == 7 else None
-  told = [[] for _ in prompts]
-  usual = dict(max_new_tokens=NEW, stop_ids=(), stop=stop)
-  out = speculate(
-    model,
-    params,
-    prompts,
-    DraftModel(model, params),
-    on_tokens=lambda row, ids: told[row].extend(ids),
-    **usual,
-  )
-  assert out.tokens == generate(model, params, prompts, **usual).tokens
-  assert told[0] == out.tokens[0] and out.reasons == ["length", "stop", "length"]
+  usual = dict(max_new_tokens=NEW, stop=stop)
+  whole = generate(model, params, prompts, stop_ids=(), **usual).tokens
+  own = next(token for token in whole[2][:3] if token not in whole[0] + whole[1])
+  for stop_ids in ((), (own,)):
+    told = [[] for _ in prompts]
+    out = speculate(
+      model,
+      params,
+      prompts,
+      DraftModel(model, params),
+      on_tokens=lambda row, ids, told=told: told[row].extend(ids),
+      stop_ids=stop_ids,
+      **usual,
+    )
+    last = whole[2][: whole[2].index(own) + 1] if stop_ids else whole[2]
+    assert out.tokens == [*whole[:2], last] and told[0] == out.tokens[0] and told[2] == last
+    assert out.reasons == ["length", "stop", "stop" if stop_ids else "length"]
 
 
 def test_lookup_drafts_what_followed_the_longest_and_latest_match():
@@ -268,16 +274,16 @@ def test_a_draft_model_needs_positions_for_the_text_alone(shallow, part):
     speculate(model, params, prompts, draft, **usual | dict(max_new_tokens=8))
 
 
-@pytest.mark.slow
-def test_a_round_may_be_longer_than_a_short_prompt(shallow):
+@pytest.mark.parametrize("kind", ["windowed", pytest.param("learned", marks=SLOW)])
+def test_a_round_may_be_longer_than_a_short_prompt(shallow, kind):
   """In a windowed layer, whose ring must hold the window before all of a round, and past the end of a learned table."""
   model, params = shallow
   layers = (dataclasses.replace(model.cfg.layers[0], window=6),)
   windowed = Transformer(dataclasses.replace(model.cfg, layers=layers)), params
-  for (one, weights), new in ((windowed, 60), (with_positions(model, 12), 10)):
-    plain = generate(one, weights, [[1, 2]], max_new_tokens=new, stop_ids=())
-    out = speculate(one, weights, [[1, 2]], PromptLookup(), gamma=21, max_new_tokens=new, stop_ids=())
-    assert out.tokens == plain.tokens
+  (one, weights), new = {"windowed": (windowed, 60), "learned": (with_positions(model, 12), 10)}[kind]
+  plain = generate(one, weights, [[1, 2]], max_new_tokens=new, stop_ids=())
+  out = speculate(one, weights, [[1, 2]], PromptLookup(), gamma=21, max_new_tokens=new, stop_ids=())
+  assert out.tokens == plain.tokens
 
 
 def test_a_draft_of_another_vocabulary_and_an_ngram_of_none_are_refused(shallow):

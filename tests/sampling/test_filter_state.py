@@ -70,6 +70,12 @@ def test_a_history_with_room_never_forgets_the_prompt():
   np.testing.assert_array_equal(tight.tokens_BC[0], [1, 2, 3, 4])
 
 
+def test_a_history_that_grows_in_time_is_one_that_had_the_room_at_first():
+  chain = Chain((RepetitionPenalty(2.0), Temperature(1.0), RepetitionPenalty(1.5)))
+  roomy, small = (chain.init(*padded(PROMPTS), room) for room in (4, 0))
+  jax.tree.map(np.testing.assert_array_equal, chain.grown(small, 4), roomy)
+
+
 def steps(sampler, logits_TBV, seed=0):
   """(tokens [T, B], the state after the last): one draw a step of logits_TBV."""
   number, B = logits_TBV.shape[:2]
@@ -104,6 +110,14 @@ def test_mirostat_is_its_recursion_in_float64():
       surprise = -np.log2(probs[token] / probs[inside].sum())
       mu_B[row] -= eta[row] * (surprise - tau[row])
     np.testing.assert_allclose(mu_TB[step], mu_B, atol=2e-5)
+
+
+def test_mirostat_learns_from_what_was_drawn_alone():
+  """A row of which nothing was left keeps its mu; another moves it by eta (s - tau), here of one bit and of two."""
+  drawn_B, mu_B = jnp.array([-1, 0, 3, -1]), jnp.array([3.0, 3.0, 3.0, 1.0])
+  logits_BV = jnp.log(jnp.array([[0.5, 0.25, 0.0, 0.25]] * 3 + [[0.0] * 4]))
+  after_B = Mirostat(1.5, 0.4).update(drawn_B, mu_B, logits_BV)
+  np.testing.assert_allclose(after_B, [3.0, 3.2, 2.8, 1.0], rtol=1e-6)
 
 
 @core
@@ -152,6 +166,25 @@ def test_xtc_acts_as_often_as_it_should_and_is_tossed_by_the_rows_key_alone():
   assert abs(share - 0.625) < 5 * np.sqrt(0.625 * 0.375 / 20_000)
   alone = chain(key_B[7:9], logits_BV[:2], chain.init(None, np.ones(2)))[0]
   np.testing.assert_array_equal(alone, tokens_B[7:9])
+
+
+def test_a_row_of_xtc_is_cut_or_whole_by_a_coin_of_its_own():
+  rows = 2000
+  logits_BV = jnp.broadcast_to(jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1])), (rows, 4))
+  sampler = Xtc(0.5, 0.15)
+  toss = lambda seed: sampler.toss(jax.random.split(jax.random.key(seed), rows), jnp.ones(rows))
+  kept_BV = lambda coin_B, sampler=sampler: np.isfinite(sampler.filter(logits_BV, coin_B))
+  coins = [toss(0), toss(1)]
+  cut_2B = np.array([~kept_BV(coin_B)[:, 0] for coin_B in coins])
+  for coin_B, cut_B in zip(coins, cut_2B, strict=True):
+    np.testing.assert_array_equal(
+      kept_BV(coin_B), np.where(cut_B[:, None], [[False, False, True, True]], True)
+    )
+    rarer_B = ~kept_BV(coin_B, Xtc(0.2, 0.15))[:, 0]
+    assert abs(rarer_B.mean() - 0.2) < 5 * np.sqrt(0.16 / rows) and not (rarer_B & ~cut_B).any()
+  # two draws of a row are two coins: all four pairs come as often
+  pairs = np.bincount(2 * cut_2B[0] + cut_2B[1], minlength=4)
+  assert chi_square(2 * cut_2B[0] + cut_2B[1], np.full(4, 0.25))[0] < chi_square_limit(3), pairs
 
 
 @pytest.mark.slow
