@@ -390,3 +390,23 @@ def test_every_strategy_reads_a_cache_of_integers(deep, prompts):
   assert [texts[0] for texts in found.tokens] == expected
   assert contrastive.generate(model, params, prompts, alpha=0.0, **usual).tokens == expected
   assert speculative.generate(model, params, prompts, PromptLookup(), **usual).tokens == expected
+
+
+@pytest.mark.slow
+def test_copies_of_a_prompt_have_its_guidance(shallow, prompts):
+  model, params = shallow
+  twice = lambda rows: [row for row in rows for _ in range(2)]
+  negative, scales = [[7, 7], [1], [3, 2, 5]], [0.2, 4.0, 1.5]
+  call = lambda prompts, negative, scales, **more: generate(
+    model,
+    params,
+    prompts,
+    negative_prompts=negative,
+    guidance_scale=scales,
+    max_new_tokens=NEW,
+    stop_ids=(),
+    **more,
+  )
+  found = call(prompts, negative, scales, copies=2)
+  assert found == call(twice(prompts), twice(negative), twice(scales))
+  assert found.tokens[::2] != call(prompts, negative, 1.5).tokens
