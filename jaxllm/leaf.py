@@ -67,10 +67,11 @@ class Matrix:
 class Scheme(Protocol):
   """How the parts of a `QTensor` hold its weight: a hashable value, as compiled programs are made for it.
 
-  converts: whether `product` turns the weight's numbers into the type of x, so that a CPU had better do it in pieces.
+  converts: whether `product` turns the weight's numbers into the type of x, so that a CPU had better do it in pieces; "columns"
+  where these are of columns for any number of rows, as numbers that are packed cost more to turn than to multiply.
   """
 
-  converts: bool
+  converts: bool | Literal["columns"]
 
   def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
     """[..., in, out] of the weight."""

@@ -14,6 +14,9 @@ ROWS = 16
 TILE = 512
 """The most columns of a weight that a CPU converts at a time, for more rows."""
 
+PACKED = 128
+"""The most columns of a packed weight that it converts at a time, for up to ROWS rows."""
+
 
 def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   """x w, float32 [C, F], by the weight's scheme.
@@ -24,20 +27,27 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   comes from anew for every column unless a loop is between.  (On two cores, 32 weights of 1024 x 2816 and what is between
   them, one row: float32 12.7 ms, int8 2.9, and 4.6 in one piece.)  Rows are float32 there, whatever their type: CPUs convert
   integers to half types slowly.
+  A packed weight goes by columns for any rows.
   """
   columns = w.shape[1]
   if not w.scheme.converts or jax.default_backend() != "cpu" or any(n > 1 for n in compiler_axes().values()):
     return _piece(x_CD, w)
   x_CD = x_CD.astype(jnp.float32)
-  if 1 < len(x_CD) <= ROWS:
+  few, packed = len(x_CD) <= ROWS, w.scheme.converts == "columns"
+  if len(x_CD) > 1 and few and not packed:
     return jax.lax.map(lambda x_D: _piece(x_D[None], w)[0], x_CD)
-  most = columns // 2 if len(x_CD) == 1 else TILE
-  tile = max(n for n in range(1, min(most, columns) + 1) if columns % n == 0)
+  most = PACKED if packed and few else columns // 2 if len(x_CD) == 1 else TILE
+  sizes = [columns, *(part.shape[0] for part in w.parts.values() if part.shape[0] > 1)]
+  fits = lambda n: columns % n == 0 and all(size * n % columns == 0 for size in sizes)
+  tile = max((n for n in range(1, min(most, columns) + 1) if fits(n)), default=0)
   if tile < 32:  # a width without such a divisor
     return _piece(x_CD, w)
 
   def one_tile(i):
-    cut = lambda part: part if part.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(part, i * tile, tile)
+    def cut(part):
+      rows = part.shape[0] * tile // columns  # of a packed part fewer than columns
+      return part if part.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(part, i * rows, rows)
+
     return _piece(x_CD, QTensor(jax.tree.map(cut, w.parts), w.scheme))
 
   y_QCt = jax.lax.map(one_tile, jnp.arange(columns // tile))

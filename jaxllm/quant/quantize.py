@@ -31,7 +31,7 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
   rules: (regular expression of a whole path, True: `scheme` holds the weight, False: it stays as it is, or a scheme of its
   own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
   Raises ConfigError for a value that is none of these, and for a rule that matches no parameter; QuantError for a
-  weight that is quantized already, is no matrix, or has NaN or infinity.
+  weight that is quantized already, is no matrix, has NaN or infinity, or a shape that the scheme's groups do not divide.
   """
   flat = tree.flatten(params)
   for pattern, value in rules:
@@ -58,7 +58,10 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
     raise QuantError(
       f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}); leave it out by a rule"
     )
-  parts, finite = _quantize(leaf, scheme)
+  try:
+    parts, finite = _quantize(leaf, scheme)
+  except QuantError as e:
+    raise QuantError(f"{path}: {e}") from None
   if not bool(finite):
     raise QuantError(
       f"{path}: found NaN or infinity, expected finite weights; the checkpoint is damaged, or leave it out by a rule"
