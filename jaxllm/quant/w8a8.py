@@ -20,8 +20,8 @@ def check_sum(w: jax.Array, terms: int) -> None:
   """Raise QuantError where the sum of so many products may not fit."""
   if terms > MOST:
     raise QuantError(
-      f"found the shape {tuple(w.shape)}, a sum of {terms} products, expected at most {MOST}, which an int32 holds; leave it out "
-      "by a rule"
+      f"found the shape {tuple(w.shape)}, a sum of {terms} products, expected at most {MOST}, which an int32 holds; leave it "
+      "out by a rule"
     )
 
 

@@ -1,5 +1,7 @@
 """quant.apply: which weights are held, what is refused, and models that run on such trees as on any other."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,40 @@ def test_logits_and_text_are_those_of_the_weights_that_are_held(model, name):
   assert np.abs(logits - apply({"params": params}, ids)[0]).max() > 1e-4 * np.abs(expected).max()
   text = lambda params: generate(Transformer(cfg), params, PROMPTS, max_new_tokens=12, stop_ids=()).tokens
   assert text(found) == text(plain)
+
+
+GROUPED = [("int4", 8), ("int4_asym", 4), ("int3", 8), ("int3_asym", 4)]
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPED)
+def test_logits_are_those_of_weights_that_are_held_by_groups(name, group):
+  cfg = dataclasses.replace(MODELS["rope"], num_layers=1, layers=MODELS["rope"].layers[:1])
+  found = quant.apply(params_of(cfg), quant.SCHEMES[name](group=group))
+  ids, apply = np.array([PROMPTS[0]]), jax.jit(Transformer(cfg).apply)
+  expected, logits = apply({"params": dequantized(found)}, ids)[0], apply({"params": found}, ids)[0]
+  assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "group"), GROUPED)
+def test_text_is_that_of_weights_that_are_held_by_groups(model, name, group):
+  cfg, params = model
+  found = quant.apply(params, quant.SCHEMES[name](group=group))
+  text = lambda params: generate(Transformer(cfg), params, PROMPTS, max_new_tokens=12, stop_ids=()).tokens
+  assert text(found) == text(dequantized(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4", "w8a8", "zeroquant", "llm_int8"])
+def test_a_mixture_of_experts_runs_on_every_kind_of_product(name):
+  cfg = MODELS["experts"]
+  params = params_of(cfg)
+  found = quant.apply(params, quant.SCHEMES[name](**(dict(group=4) if name in ("int4", "zeroquant") else {})))
+  ids = np.array([PROMPTS[0]])
+  expected = Transformer(cfg).apply({"params": dequantized(found)}, ids)[0]
+  logits = Transformer(cfg).apply({"params": found}, ids)[0]
+  error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+  assert error <= (1e-5 if name == "int4" else 0.1)
 
 
 def test_a_matrix_as_files_have_it_is_held_as_the_same_numbers(model):

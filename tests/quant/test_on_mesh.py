@@ -42,6 +42,64 @@ def test_quantized_before_or_after_it_is_the_same_tree_and_text(name, axes, rule
   assert found.tokens == text(alone).tokens
 
 
+SCHEMES = [
+  pytest.param("int4", 8, marks=pytest.mark.core),
+  ("int3_asym", 16),
+  ("w8a8", None),
+  ("zeroquant", 16),
+  ("llm_int8", None),
+]
+WIDE = dataclasses.replace(
+  MODELS["rope"], embed_dim=32, mlp_dim=64, num_layers=1, layers=MODELS["rope"].layers[:1]
+)
+
+
+@pytest.mark.parametrize(("name", "group"), SCHEMES)
+def test_every_scheme_lies_on_eight_devices_and_has_the_logits_of_one(name, group):
+  """Groups of 16 leave 2 along the model's width, which 4 devices do not divide: those scales are whole."""
+  scheme, params = quant.SCHEMES[name](**({} if group is None else dict(group=group))), params_of(WIDE)
+  mesh, ids = parallel.make_mesh("fsdp=4,tensor=2"), np.array([[5, 9, 2, 7, 1, 3, 3, 8]] * 4)
+  alone = quant.apply(params, scheme)
+  logits = lambda params: np.asarray(jax.jit(Transformer(WIDE).apply)({"params": params}, ids)[0])
+  with jax.set_mesh(mesh):
+    after = parallel.shard(alone, mesh, parallel.RULES["fsdp_tensor"], WIDE)
+    before = quant.apply(parallel.shard(params, mesh, parallel.RULES["fsdp_tensor"], WIDE), scheme)
+    found = logits(after)
+  same(parallel.unpad(after, WIDE), alone)
+  same(parallel.unpad(before, WIDE), alone)
+  parts = tree.flatten(after)["layers/0/mlp/up/w"].parts
+  spec = {part: tuple(x.sharding.spec) for part, x in parts.items()}
+  assert spec["value"] == ("tensor", "fsdp")
+  if group is not None:
+    assert spec["scale"] == (("tensor",) if group == 16 else ("tensor", "fsdp"))
+  # sums of other orders round otherwise, and an activation may so be rounded to the integer beside: 1 of 127
+  exact = name.startswith("int")
+  expected = logits(alone)
+  assert np.linalg.norm(found - expected) <= (1e-5 if exact else 1e-2) * np.linalg.norm(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "group"), SCHEMES)
+def test_every_scheme_has_the_text_of_one_device_on_eight(name, group):
+  scheme, params = quant.SCHEMES[name](**({} if group is None else dict(group=group))), params_of(WIDE)
+  alone, mesh = quant.apply(params, scheme), parallel.make_mesh("fsdp=4,tensor=2")
+  text = lambda params: (
+    generate(Transformer(WIDE), params, [[5, 9, 2], [1]], max_new_tokens=8, stop_ids=()).tokens
+  )
+  with jax.set_mesh(mesh):
+    found = text(parallel.shard(alone, mesh, parallel.RULES["fsdp_tensor"], WIDE))
+  assert found == text(alone)
+
+
+def test_bytes_that_a_mesh_would_cut_are_refused():
+  params = params_of(CFG)  # 24 columns of 4 bits are 12 bytes
+  found = quant.apply(params, quant.SCHEMES["int4"](group=8))
+  with pytest.raises(
+    ConfigError, match=r"found 12 blocks or bytes of Groups.* expected a multiple of 8, the size of fsdp"
+  ):
+    parallel.layout(found, parallel.make_mesh("fsdp=8"), parallel.RULES["fsdp"], CFG)
+
+
 def test_numbers_are_split_as_the_weight_would_be_and_scales_with_them():
   mesh = parallel.make_mesh("fsdp=2,tensor=4")
   found = quant.apply(params_of(CFG), quant.SCHEMES["int8"](), HEAD)

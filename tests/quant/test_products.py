@@ -63,6 +63,50 @@ def copies(text):
   return [shape for shape in SHAPES if re.search(rf"(f32|bf16|f64)\[{shape}\]", text)]
 
 
+def in_a_loop(scheme, rows, w):
+  """The optimized program of 3 products one after the other with w and with another weight back, as decoding has them."""
+  q, back = (quant.QTensor(scheme.quantize(x), scheme) for x in (w, w.T))
+  step = lambda i, x: quantized.product(quantized.product(x, q), back) * 1e-3
+  run = jax.jit(lambda x, q, back: jax.lax.fori_loop(0, 3, step, x))
+  text = run.lower(jnp.ones((rows, 64)), q, back).compile().as_text()
+  return re.sub(
+    r"(?ms)^%fused.*?^}", "", text
+  )  # what is computed within a loop of the machine is in no memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(quant.SCHEMES["w8a8"]):
+  """What the others must not do."""
+
+  def product(self, x_CD, parts):
+    return jnp.einsum("CD,DF->CF", x_CD, self.dequantize(parts))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize(
+  "name", ["int8", "int4", "int4_asym", "int3", "int3_asym", "w8a8", "zeroquant", "llm_int8"]
+)
+def test_no_scheme_makes_a_float_copy_of_a_weight_in_a_loop(monkeypatch, name, rows):
+  """Nor one of its numbers where they are packed; the search finds them in a scheme that does."""
+  monkeypatch.setattr(quantized, "TILE", 32)
+  monkeypatch.setattr(quantized, "PACKED", 32)
+  grouped = dict(group=32) if name[:4] in ("int4", "int3", "zero") else {}
+  text = in_a_loop(
+    quant.SCHEMES[name](**grouped),
+    rows,
+    jnp.asarray(np.random.default_rng(0).standard_normal((64, 192)), "float32"),
+  )
+  assert copies(text) == []
+  if name[:4] in ("int4", "int3"):
+    rows_of_values = 192 * (4 if "4" in name else 2) // 8
+    assert f"u8[{rows_of_values},64]" in text and not re.search(r"\[(64,192|192,64)\]", text)
+
+
+def test_the_search_finds_a_float_copy_in_a_loop():
+  assert copies(in_a_loop(Whole(), 4, jnp.ones((64, 192)))) != []
+
+
 @pytest.mark.core
 def test_no_float_copy_of_a_weight_is_made_by_prompts_or_in_the_loop(monkeypatch):
   params = params_of(WIDE)
