@@ -53,6 +53,19 @@ THIRD = {
   "ratio ": "llama_cpp prefill ratio",
 }
 """Columns of --llama_cpp, and their numbers."""
+SCHEMES = (
+  "int8",
+  "int8_tensor",
+  "int8_asym",
+  "int4",
+  "int4_asym",
+  "int3",
+  "int3_asym",
+  "w8a8",
+  "zeroquant",
+  "llm_int8",
+)
+"""Names of `jaxllm.quant.SCHEMES`, which this process does not import: its children have the processor to themselves."""
 FLAGS = flags.FlagValues()
 
 flags.DEFINE_string("model", None, "directory of a checkpoint; default: a random Llama", flag_values=FLAGS)
@@ -66,7 +79,7 @@ flags.DEFINE_integer("reads", 3, "readings of a process", flag_values=FLAGS)
 flags.DEFINE_enum(
   "quant",
   "none",
-  ["none", "int8", "int8_tensor", "int8_asym"],
+  ["none", *SCHEMES],
   "how jaxllm holds its weights, read as float32 on a CPU; those of transformers are of --dtypes, and no bars count",
   flag_values=FLAGS,
 )

@@ -35,7 +35,12 @@ def per_token(x_CD: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dot(n_CD: jax.Array, value_FD: jax.Array) -> jax.Array:
-  """n value^T of int8, exact, int32 [C, F]; one row as two on a CPU, where XLA has a faster product for them."""
+  """n value^T of int8, exact, int32 [C, F]; one row as two on a CPU, where XLA has a faster product for them.
+
+  Two cores with AVX-512 VNNI, 1024 x 2816, ms for 1, 8, 128 and 1024 rows, quantizing them included, the least of readings in
+  turns beside other work: 0.33 (0.72 as one row), 0.45, 3.0 and 33; value as [in, out] no less; float32 0.30, 0.85, 8.8 and 55;
+  torch's bfloat16 0.53, 0.65, 2.3 and 29.  Unsigned numbers, int16 and int32 have no such product: 2.2 ms or more for 8 rows.
+  """
   rows = len(n_CD)
   if rows == 1 and jax.default_backend() == "cpu":
     n_CD = jnp.broadcast_to(n_CD, (2, n_CD.shape[1]))

@@ -9,6 +9,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import decoding
+from jaxllm import quant
 from jaxllm.errors import ConfigError
 
 FOUND = {
@@ -21,6 +22,10 @@ FOUND = {
   "prefill ratio": 0.8,
   "first token s": 4.0,
 }
+
+
+def test_every_scheme_can_be_timed():
+  assert set(decoding.SCHEMES) == set(quant.SCHEMES)
 
 
 def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
