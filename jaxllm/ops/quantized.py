@@ -27,8 +27,8 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   comes from anew for every column unless a loop is between.  (On two cores, 32 weights of 1024 x 2816 and what is between
   them, one row: float32 12.7 ms, int8 2.9, and 4.6 in one piece.)  Rows are float32 there, whatever their type: CPUs convert
   integers to half types slowly.
-  A packed weight goes by columns for any rows.  (One such weight, 1 and 8 rows, beside other work: float32 0.30 and 0.85 ms, int8
-  0.20 and 0.73, int4 0.56 and 0.94, int3 0.80 and 1.4.)
+  A packed weight goes by columns for any rows.  (One such weight, 1 and 8 rows, beside other work: float32 0.30 and 0.85 ms,
+  int8 0.20 and 0.73, int4 0.56 and 0.94, int3 0.80 and 1.4.)
   """
   columns = w.shape[1]
   if not w.scheme.converts or jax.default_backend() != "cpu" or any(n > 1 for n in compiler_axes().values()):
