@@ -8,12 +8,16 @@ int4_asym, int3_asym    a scale and a zero point a group     the same
 w8a8          8 bits by column, and rows by 8 bits as they come    Dettmers et al. (2022), section 2.1 (vector-wise)
 zeroquant     8 bits by groups of 128, and rows by 8 bits    Yao et al. (2022), ZeroQuant, section 4
 llm_int8      w8a8 with outlier features in full precision   Dettmers et al. (2022), LLM.int8(), section 3
+nf4, fp4      4 bits, a scale a block of 64; double_quant=True: of 8 bits    Dettmers et al. (2023), QLoRA, section 3
+glm_int8, glm_int4    8 or 4 bits, a half-precision scale a column    Zeng et al. (2022), GLM-130B
 """
 
 import functools
 
 from jaxllm.leaf import QTensor
 from jaxllm.leaf import dense as dequantize
+from jaxllm.quant.codebook import Codebook
+from jaxllm.quant.glm import GlmRows
 from jaxllm.quant.groups import Groups
 from jaxllm.quant.int8 import Int8
 from jaxllm.quant.llm_int8 import LlmInt8
@@ -32,6 +36,10 @@ SCHEMES = {
   "w8a8": W8A8,
   "zeroquant": ZeroQuant,
   "llm_int8": LlmInt8,
+  "nf4": Codebook,
+  "fp4": functools.partial(Codebook, "fp4"),
+  "glm_int8": GlmRows,
+  "glm_int4": functools.partial(GlmRows, 4),
 }
 
 __all__ = ["DEFAULT", "SCHEMES", "QTensor", "apply", "dequantize", "report"]

@@ -64,7 +64,8 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
     raise QuantError(f"{path}: {e}") from None
   if not bool(finite):
     raise QuantError(
-      f"{path}: found NaN or infinity, expected finite weights; the checkpoint is damaged, or leave it out by a rule"
+      f"{path}: found NaN or infinity, or a scale that is, expected finite weights in the scheme's range; the checkpoint is "
+      "damaged, or leave it out by a rule"
     )
   return QTensor(parts, scheme)
 
@@ -72,7 +73,9 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
 @functools.partial(jax.jit, static_argnames="scheme")
 def _quantize(leaf: Any, scheme: Any) -> tuple[dict[str, jax.Array], jax.Array]:
   w = dense(leaf)
-  return scheme.quantize(w), jnp.all(jnp.isfinite(w))
+  parts = scheme.quantize(w)
+  floats = [w, *(x for x in parts.values() if jnp.issubdtype(x.dtype, jnp.floating))]
+  return parts, functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in floats))
 
 
 def report(params: Any, before: Any = None) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""Weights as GLM-130B and ChatGLM hold them: integers of 8 or 4 bits, a scale in half precision for each row [out]."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.errors import QuantError, check_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class GlmRows:
+  """w ~ scale n, n = round(w / scale), scale = max |w| / (2^(bits - 1) - 1) of a column, all in half precision.
+
+  bits: 8, or 4: byte i then holds n[2 i] << 4 | n[2 i + 1] & 15, read with arithmetic shifts.  value int8 [out, in] or [out,
+  in / 2] and scale float16 [out, 1] are the published weight and weight_scale.  Weights are rounded to half precision first,
+  as its checkpoints are in it.  Every weight is off by scale / 2 at most, and by the quotient's rounding.
+  Raises ConfigError for other bits, and QuantError for an odd `in` in 4 bits.
+  Source: Zeng et al. (2022), GLM-130B, section 2.4 and appendix; the quantization of GLM-130B's and ChatGLM-6B's code.
+  """
+
+  bits: int = 8
+
+  def __post_init__(self):
+    check_choice(self, "bits", (8, 4))
+
+  @property
+  def converts(self) -> bool | str:
+    """As `leaf.Scheme` has it."""
+    return True if self.bits == 8 else "columns"
+
+  def quantize(self, w: jax.Array) -> dict[str, jax.Array]:
+    """The parts of w [..., in, out]."""
+    if self.bits == 4 and w.shape[-2] % 2:
+      raise QuantError(
+        f"found {w.shape[-2]} weights a column, expected an even number; leave it out by a rule"
+      )
+    largest = 2 ** (self.bits - 1) - 1
+    w_FD = _half(jnp.swapaxes(w, -1, -2))
+    scale_F1 = _half(jnp.max(jnp.abs(w_FD), axis=-1, keepdims=True) / largest)
+    scale_F1 = jnp.where(scale_F1 > 0, scale_F1, 1)  # nothing but zeros
+    n_FD = jnp.clip(jnp.round(_half(w_FD / scale_F1)), -largest, largest).astype(jnp.int8)
+    value = n_FD if self.bits == 8 else n_FD[..., 0::2] << 4 | n_FD[..., 1::2] & 15
+    return {"value": value, "scale": scale_F1.astype(jnp.float16)}
+
+  def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
+    """[..., in, out] of the weight."""
+    *leading, F, B = parts["value"].shape
+    return (*leading, B * 8 // self.bits, F)
+
+  def dequantize(self, parts: Mapping[str, jax.Array]) -> jax.Array:
+    """The weight, float32 [..., in, out]."""
+    n_FD = parts["value"]
+    if self.bits == 4:
+      n_FD = jnp.stack(_halves(n_FD), axis=-1).reshape(*n_FD.shape[:-1], -1)
+    return jnp.swapaxes(n_FD.astype(jnp.float32) * parts["scale"].astype(jnp.float32), -1, -2)
+
+  def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
+    """(x n) scale, float32 [C, F], with n in the type of x, which is exact."""
+    if self.bits == 8:
+      y_CF = jnp.dot(x_CD, parts["value"].astype(x_CD.dtype).T, preferred_element_type=jnp.float32)
+    else:  # the weight first: XLA multiplies it so with one row, too, without a transposed copy on a CPU
+      dot = lambda n_FB, x_CB: jnp.dot(n_FB.astype(x_CB.dtype), x_CB.T, preferred_element_type=jnp.float32)
+      y_CF = sum(map(dot, _halves(parts["value"]), (x_CD[:, 0::2], x_CD[:, 1::2]))).T
+    return y_CF * parts["scale"].astype(jnp.float32).swapaxes(0, 1)
+
+
+def _half(x: jax.Array) -> jax.Array:
+  """x rounded to half precision, float32: XLA's own quotients of float16 are not rounded to the nearest on a CPU.
+
+  The barrier is for the rounding, which XLA may leave out between two conversions.
+  """
+  return jax.lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32)
+
+
+def _halves(byte: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The numbers in the high and in the low bits, with their signs."""
+  return byte >> 4, byte << 4 >> 4
