@@ -13,6 +13,7 @@ from jaxllm.errors import ConfigError, QuantError, check_choice
 from jaxllm.leaf import QTensor
 from jaxllm.ops.quantized import product
 from jaxllm.quant import dynamic
+from jaxllm.quant.rounding import quotient, reciprocal
 
 NF4 = (
   *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -82,7 +83,7 @@ class Codebook:
       )
     w_FQk = jnp.swapaxes(w, -1, -2).astype(jnp.float32).reshape(*leading, F, D // self.block, self.block)
     absmax_FQ = jnp.max(jnp.abs(w_FQk), axis=-1)
-    x_FQk = jnp.clip(w_FQk * dynamic.reciprocal(absmax_FQ)[..., None], -1, 1)
+    x_FQk = jnp.clip(w_FQk * reciprocal(absmax_FQ)[..., None], -1, 1)
     table = TABLES[self.levels]
     order = np.argsort(table, kind="stable")  # FP4 is in the order of its bits
     above = (x_FQk > t for t in (table[order][:-1] + table[order][1:]) / np.float32(2))
@@ -145,15 +146,15 @@ class Codebook:
     n_FQ = parts["scale"]
     if not self.double_quant:
       return n_FQ
-    block_FQ = (parts["start"] + np.arange(n_FQ.shape[-1])) // NESTED
+    block_FQ = (parts["start"] + jax.lax.broadcasted_iota(jnp.int32, n_FQ.shape, n_FQ.ndim - 1)) // NESTED
     nested_FQ = jnp.take_along_axis(parts["nested_scale"], block_FQ, axis=-1, mode="clip")
     return jnp.asarray(dynamic.LEVELS)[n_FQ] * nested_FQ + parts["mean_scale"]
 
 
 def _mean(x: jax.Array) -> jax.Array:
-  """The mean over the last axis [..., 1], by halves, so that it is the same number on every mesh."""
+  """The mean [..., 1] of numbers that are not negative, by halves: so it is the same number on every mesh."""
   size = x.shape[-1]
   while x.shape[-1] > 1:
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
     x = x[..., 0::2] + x[..., 1::2]
-  return x / size
+  return quotient(x, size)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.quant.rounding import reciprocal
+
 
 def _levels() -> np.ndarray:
   """0, 1 and +-10^(i - 6) c for i in 0 ... 6, c the centres of 2^i equal parts of [0.1, 1]; sorted, float32 [256].
@@ -38,8 +40,3 @@ def quantize(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
   thresholds = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
   n_Qb = jnp.searchsorted(thresholds, x_Qb * reciprocal(absmax_Q1)).astype(jnp.uint8)
   return n_Qb.reshape(*leading, -1)[..., :size], absmax_Q1[..., 0]
-
-
-def reciprocal(absmax: jax.Array) -> jax.Array:
-  """1 / absmax, and 0 for a block of zeros."""
-  return jnp.where(absmax > 0, 1 / jnp.where(absmax > 0, absmax, 1), 0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import QuantError, check_choice
+from jaxllm.quant.rounding import half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,9 @@ class GlmRows:
 
   bits: 8, or 4: byte i then holds n[2 i] << 4 | n[2 i + 1] & 15, read with arithmetic shifts.  value int8 [out, in] or [out,
   in / 2] and scale float16 [out, 1] are the published weight and weight_scale.  Weights are rounded to half precision first,
-  as its checkpoints are in it.  Every weight is off by scale / 2 at most, and by the quotient's rounding.
+  as its checkpoints are in it.  Every weight is off by scale / 2 at most, and by the quotient's rounding.  A scale below 6e-5,
+  which half precision has few digits for, may be so small that n is past its range: it ends at 127 or 7, where the published
+  code wraps to a negative number, and at -128 or -8.
   Raises ConfigError for other bits, and QuantError for an odd `in` in 4 bits.
   Source: Zeng et al. (2022), GLM-130B, section 2.4 and appendix; the quantization of GLM-130B's and ChatGLM-6B's code.
   """
@@ -36,13 +39,13 @@ class GlmRows:
     """The parts of w [..., in, out]."""
     if self.bits == 4 and w.shape[-2] % 2:
       raise QuantError(
-        f"found {w.shape[-2]} weights a column, expected an even number; leave it out by a rule"
+        f"found the shape {tuple(w.shape)}, expected an even number of rows; leave it out by a rule"
       )
     largest = 2 ** (self.bits - 1) - 1
-    w_FD = _half(jnp.swapaxes(w, -1, -2))
-    scale_F1 = _half(jnp.max(jnp.abs(w_FD), axis=-1, keepdims=True) / largest)
+    w_FD = half(jnp.swapaxes(w, -1, -2))
+    scale_F1 = half(jnp.max(jnp.abs(w_FD), axis=-1, keepdims=True) / largest)
     scale_F1 = jnp.where(scale_F1 > 0, scale_F1, 1)  # nothing but zeros
-    n_FD = jnp.clip(jnp.round(_half(w_FD / scale_F1)), -largest, largest).astype(jnp.int8)
+    n_FD = jnp.clip(jnp.round(half(w_FD / scale_F1)), -largest - 1, largest).astype(jnp.int8)
     value = n_FD if self.bits == 8 else n_FD[..., 0::2] << 4 | n_FD[..., 1::2] & 15
     return {"value": value, "scale": scale_F1.astype(jnp.float16)}
 
@@ -66,14 +69,6 @@ class GlmRows:
       dot = lambda n_FB, x_CB: jnp.dot(n_FB.astype(x_CB.dtype), x_CB.T, preferred_element_type=jnp.float32)
       y_CF = sum(map(dot, _halves(parts["value"]), (x_CD[:, 0::2], x_CD[:, 1::2]))).T
     return y_CF * parts["scale"].astype(jnp.float32).swapaxes(0, 1)
-
-
-def _half(x: jax.Array) -> jax.Array:
-  """x rounded to half precision, float32: XLA's own quotients of float16 are not rounded to the nearest on a CPU.
-
-  The barrier is for the rounding, which XLA may leave out between two conversions.
-  """
-  return jax.lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32)
 
 
 def _halves(byte: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,122 @@
+"""bitsandbytes on a CPU: NF4, FP4 and double quantization bit by bit, and rows of int8."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import quant
+from jaxllm.quant import dynamic
+from jaxllm.quant.codebook import NESTED, TABLES
+
+torch = pytest.importorskip("torch")
+bnb = pytest.importorskip("bitsandbytes.functional")
+
+SHAPE = (192, 512)  # [out, in]: rows of the matrix as torch has it, which 128 divides
+
+
+def normal():
+  return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+
+
+def scaled():
+  """Rows from 1e-4 to 1e4."""
+  return normal() * np.exp(np.random.default_rng(1).uniform(-9, 9, (SHAPE[0], 1))).astype(np.float32)
+
+
+def between(name, block):
+  """Weights at the thresholds between two levels but the one at 0, and up to four numbers beside them."""
+  rng, levels = np.random.default_rng(2), np.unique(TABLES[name])
+  thresholds = (levels[:-1] + levels[1:]) / np.float32(2)
+  absmax = np.exp(rng.uniform(-8, 8, (SHAPE[0], SHAPE[1] // block, 1))).astype(np.float32)
+  w = rng.choice(thresholds, (*absmax.shape[:2], block)) * absmax
+  for _ in range(4):
+    w = np.where(
+      rng.random(w.shape) < 0.4,
+      w,
+      np.nextafter(w, np.sign(rng.random(w.shape) - 0.5).astype(np.float32) * 1e9),
+    )
+  w[..., :1] = absmax
+  return w.reshape(SHAPE).astype(np.float32)
+
+
+def ours(name, w_FD, **options):
+  """The parts and the weight [out, in] that they hold."""
+  scheme = quant.SCHEMES[name](**options)
+  parts = jax.jit(scheme.quantize)(jnp.asarray(w_FD.T))
+  return {key: np.asarray(x) for key, x in parts.items()}, np.asarray(scheme.dequantize(parts)).T
+
+
+def theirs(name, w_FD, block, nested=False):
+  packed, state = bnb.quantize_4bit(
+    torch.tensor(w_FD), blocksize=block, quant_type=name, compress_statistics=nested
+  )
+  return packed.numpy(), state, bnb.dequantize_4bit(packed, state, quant_type=name).numpy()
+
+
+@pytest.mark.parametrize("kind", ["normal", "scaled", "between"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_bytes_absmax_and_weights_are_theirs_bit_by_bit(name, block, kind):
+  w = between(name, block) if kind == "between" else {"normal": normal, "scaled": scaled}[kind]()
+  (parts, found), (packed, state, expected) = ours(name, w, block=block), theirs(name, w, block)
+  np.testing.assert_array_equal(parts["value"].reshape(-1), packed.reshape(-1))
+  np.testing.assert_array_equal(parts["scale"].reshape(-1), state.absmax.numpy())
+  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(TABLES[name], state.code.numpy())
+
+
+def test_the_other_order_of_nibbles_would_not_be_theirs():
+  value = ours("nf4", normal())[0]["value"].reshape(-1)
+  packed = theirs("nf4", normal(), 64)[0].reshape(-1)
+  assert np.mean(value == packed) == 1 and np.mean((value << 4 | value >> 4) == packed) < 0.1
+
+
+def looked_up(x):
+  """The codes of numbers in [-1, 1] in a table of 65,536 places, as the CPU kernel of 0.50.2 has them."""
+  place = ((x + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)).astype(int)
+  at = (np.arange(65536) / np.float32(65535) * np.float32(2) - np.float32(1)).astype(np.float32)
+  return np.searchsorted((dynamic.LEVELS[:-1] + dynamic.LEVELS[1:]) / np.float32(2), at)[place]
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_double_quantization_is_theirs_bit_by_bit(name, block):
+  """The nearest level, as their GPUs and their search on other types have it; on a CPU float32 goes through a table.
+
+  The weights are multiples of 1 / 256, of which the sum is exact in any order.
+  """
+  w = np.round(normal() * 256) / np.float32(256)
+  parts, found = ours(name, w, block=block, double_quant=True)
+  packed, state, expected = theirs(name, w, block, nested=True)
+  np.testing.assert_array_equal(dynamic.LEVELS, state.state2.code.numpy())
+  np.testing.assert_array_equal(parts["value"].reshape(-1), packed.reshape(-1))
+  assert parts["mean_scale"].item() == state.offset.item()
+  np.testing.assert_array_equal(parts["nested_scale"][0], state.state2.absmax.numpy())
+  absmax = theirs(name, w, block)[1].absmax - state.offset
+  searched, _ = torch.ops.bitsandbytes.quantize_blockwise(absmax.double(), state.state2.code, NESTED)
+  scale = parts["scale"].reshape(-1)
+  np.testing.assert_array_equal(scale, searched.numpy())
+
+  tabled = state.absmax.numpy()
+  nested = np.repeat(parts["nested_scale"][0], NESTED)[: scale.size]
+  np.testing.assert_array_equal(tabled, looked_up(absmax.numpy() * (1 / nested)))
+  assert np.mean(scale != tabled) < 0.01 and np.abs(scale.astype(int) - tabled).max() <= 1
+  same = np.repeat(scale == tabled, block).reshape(SHAPE)
+  np.testing.assert_allclose(found[same], expected[same], rtol=3e-7)
+
+
+@pytest.mark.parametrize("make", [normal, scaled])
+def test_int8_has_their_rows(make):
+  """They multiply by 127 / absmax, and here absmax / 127 divides: a weight halfway between two numbers may go either way."""
+  w = make()
+  parts, found = ours("int8", w)
+  rows, stats, outliers = bnb.int8_vectorwise_quant(torch.tensor(w))
+  n = parts["value"].astype(int)
+  differ = n != rows.numpy()
+  halfway = np.abs(np.abs(w / parts["scale"] - np.trunc(w / parts["scale"])) - 0.5) < 1e-5
+  assert outliers is None and np.abs(n - rows.numpy()).max() <= 1 and not np.any(differ & ~halfway)
+  assert differ.sum() <= halfway.sum() <= 10
+  np.testing.assert_allclose(parts["scale"][:, 0] * 127, stats.numpy(), rtol=2e-7)
+  expected = bnb.int8_vectorwise_dequant(rows, stats).numpy()
+  np.testing.assert_allclose(found[~differ], expected[~differ], rtol=3e-7)
