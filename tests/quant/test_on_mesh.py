@@ -43,21 +43,25 @@ def test_quantized_before_or_after_it_is_the_same_tree_and_text(name, axes, rule
 
 
 SCHEMES = [
-  pytest.param("int4", 8, marks=pytest.mark.core),
-  ("int3_asym", 16),
-  ("w8a8", None),
-  ("zeroquant", 16),
-  ("llm_int8", None),
+  pytest.param("int4", dict(group=8), marks=pytest.mark.core),
+  ("int3_asym", dict(group=16)),
+  ("w8a8", {}),
+  ("zeroquant", dict(group=16)),
+  ("llm_int8", {}),
+  ("nf4", dict(block=8)),
+  ("fp4", dict(block=16, double_quant=True)),
+  ("glm_int8", {}),
+  ("glm_int4", {}),
 ]
 WIDE = dataclasses.replace(
   MODELS["rope"], embed_dim=32, mlp_dim=64, num_layers=1, layers=MODELS["rope"].layers[:1]
 )
 
 
-@pytest.mark.parametrize(("name", "group"), SCHEMES)
-def test_every_scheme_lies_on_eight_devices_and_has_the_logits_of_one(name, group):
+@pytest.mark.parametrize(("name", "options"), SCHEMES)
+def test_every_scheme_lies_on_eight_devices_and_has_the_logits_of_one(name, options):
   """Groups of 16 leave 2 along the model's width, which 4 devices do not divide: those scales are whole."""
-  scheme, params = quant.SCHEMES[name](**({} if group is None else dict(group=group))), params_of(WIDE)
+  scheme, params = quant.SCHEMES[name](**options), params_of(WIDE)
   mesh, ids = parallel.make_mesh("fsdp=4,tensor=2"), np.array([[5, 9, 2, 7, 1, 3, 3, 8]] * 4)
   alone = quant.apply(params, scheme)
   logits = lambda params: np.asarray(jax.jit(Transformer(WIDE).apply)({"params": params}, ids)[0])
@@ -70,18 +74,18 @@ def test_every_scheme_lies_on_eight_devices_and_has_the_logits_of_one(name, grou
   parts = tree.flatten(after)["layers/0/mlp/up/w"].parts
   spec = {part: tuple(x.sharding.spec) for part, x in parts.items()}
   assert spec["value"] == ("tensor", "fsdp")
-  if group is not None:
+  if group := options.get("group", options.get("block")):
     assert spec["scale"] == (("tensor",) if group == 16 else ("tensor", "fsdp"))
   # sums of other orders round otherwise, and an activation may so be rounded to the integer beside: 1 of 127
-  exact = name.startswith("int")
+  exact = name in ("int4", "int3_asym", "nf4", "fp4", "glm_int8", "glm_int4")
   expected = logits(alone)
   assert np.linalg.norm(found - expected) <= (1e-5 if exact else 1e-2) * np.linalg.norm(expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "group"), SCHEMES)
-def test_every_scheme_has_the_text_of_one_device_on_eight(name, group):
-  scheme, params = quant.SCHEMES[name](**({} if group is None else dict(group=group))), params_of(WIDE)
+@pytest.mark.parametrize(("name", "options"), SCHEMES)
+def test_every_scheme_has_the_text_of_one_device_on_eight(name, options):
+  scheme, params = quant.SCHEMES[name](**options), params_of(WIDE)
   alone, mesh = quant.apply(params, scheme), parallel.make_mesh("fsdp=4,tensor=2")
   text = lambda params: (
     generate(Transformer(WIDE), params, [[5, 9, 2], [1]], max_new_tokens=8, stop_ids=()).tokens

@@ -82,18 +82,23 @@ class Whole(quant.SCHEMES["w8a8"]):
     return jnp.einsum("CD,DF->CF", x_CD, self.dequantize(parts))
 
 
+LOOPED = [
+  *((name, {}) for name in ("int8", "w8a8", "llm_int8", "glm_int8", "glm_int4")),
+  *((name, dict(group=32)) for name in ("int4", "int4_asym", "int3", "int3_asym", "zeroquant")),
+  *((name, dict(block=32)) for name in ("nf4", "fp4")),
+  ("nf4", dict(block=32, double_quant=True)),
+]
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("rows", [1, 4, 40])
-@pytest.mark.parametrize(
-  "name", ["int8", "int4", "int4_asym", "int3", "int3_asym", "w8a8", "zeroquant", "llm_int8"]
-)
-def test_no_scheme_makes_a_float_copy_of_a_weight_in_a_loop(monkeypatch, name, rows):
+@pytest.mark.parametrize(("name", "options"), LOOPED)
+def test_no_scheme_makes_a_float_copy_of_a_weight_in_a_loop(monkeypatch, name, options, rows):
   """Nor one of its numbers where they are packed; the search finds them in a scheme that does."""
   monkeypatch.setattr(quantized, "TILE", 32)
   monkeypatch.setattr(quantized, "PACKED", 32)
-  grouped = dict(group=32) if name[:4] in ("int4", "int3", "zero") else {}
   text = in_a_loop(
-    quant.SCHEMES[name](**grouped),
+    quant.SCHEMES[name](**options),
     rows,
     jnp.asarray(np.random.default_rng(0).standard_normal((64, 192)), "float32"),
   )
@@ -101,6 +106,8 @@ def test_no_scheme_makes_a_float_copy_of_a_weight_in_a_loop(monkeypatch, name, r
   if name[:4] in ("int4", "int3"):
     rows_of_values = 192 * (4 if "4" in name else 2) // 8
     assert f"u8[{rows_of_values},64]" in text and not re.search(r"\[(64,192|192,64)\]", text)
+  if name in ("nf4", "fp4", "glm_int4"):
+    assert re.search(r"[su]8\[192,32\]", text) and not re.search(r"f32\[(192,32|64,96)\]", text)
 
 
 def test_the_search_finds_a_float_copy_in_a_loop():
