@@ -63,6 +63,10 @@ SCHEMES = (
   "int3_asym",
   "w8a8",
   "zeroquant",
+  "nf4",
+  "fp4",
+  "glm_int8",
+  "glm_int4",
   "llm_int8",
 )
 """Names of `jaxllm.quant.SCHEMES`, which this process does not import: its children have the processor to themselves."""
