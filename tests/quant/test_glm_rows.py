@@ -110,11 +110,11 @@ def test_stacked_weights_are_held_as_each_alone(name):
     np.testing.assert_array_equal(quant.dequantize(q)[i], quant.dequantize(q[i]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("columns", [31, 512])
+@pytest.mark.parametrize(
+  ("rows", "columns", "dtype"), [(1, 512, "bfloat16"), (5, 31, "float32"), (40, 512, "float32")]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_product_is_that_of_the_weight_that_is_held(name, columns, rows, dtype):
+def test_the_product_is_that_of_the_weight_that_is_held(name, rows, columns, dtype):
   q, x = held(name, weights((64, columns))), jnp.asarray(weights((rows, 64), 2), dtype)
   expected = np.asarray(x, np.float64) @ np.asarray(quant.dequantize(q), np.float64)
   found = jax.jit(quantized.product)(x, q)

@@ -127,7 +127,9 @@ def normal():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+  "block", [n if n in (64, 256, 4096) else pytest.param(n, marks=pytest.mark.slow) for n in BLOCKS]
+)
 def test_errors_are_within_those_that_bitsandbytes_publishes(name, block, normal):
   off = np.abs(quant.dequantize(held(name, normal, block=block)) - normal)
   mean, sigma, relative, relative_sigma = PUBLISHED[name][block]
@@ -245,11 +247,11 @@ def test_stacked_weights_are_held_as_each_alone(options):
     np.testing.assert_array_equal(quant.dequantize(q)[i], quant.dequantize(alone))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("columns", [31, 512])
+@pytest.mark.parametrize(
+  ("rows", "columns", "dtype"), [(1, 512, "bfloat16"), (5, 31, "float32"), (40, 512, "float32")]
+)
 @pytest.mark.parametrize(("name", "options"), [("nf4", {}), ("fp4", {}), ("nf4", {"double_quant": True})])
-def test_the_product_is_that_of_the_weight_that_is_held(name, options, columns, rows, dtype):
+def test_the_product_is_that_of_the_weight_that_is_held(name, options, rows, columns, dtype):
   q, x = held(name, weights((128, columns)), **options), jnp.asarray(weights((rows, 128), 7), dtype)
   expected = np.asarray(x, np.float64) @ np.asarray(quant.dequantize(q), np.float64)
   found = jax.jit(quantized.product)(x, q)

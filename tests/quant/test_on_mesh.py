@@ -48,9 +48,9 @@ SCHEMES = [
   ("w8a8", {}),
   ("zeroquant", dict(group=16)),
   ("llm_int8", {}),
-  ("nf4", dict(block=8)),
+  pytest.param("nf4", dict(block=8), marks=pytest.mark.slow),
   ("fp4", dict(block=16, double_quant=True)),
-  ("glm_int8", {}),
+  pytest.param("glm_int8", {}, marks=pytest.mark.slow),
   ("glm_int4", {}),
 ]
 WIDE = dataclasses.replace(

@@ -85,7 +85,7 @@ class Whole(quant.SCHEMES["w8a8"]):
 LOOPED = [
   *((name, {}) for name in ("int8", "w8a8", "llm_int8", "glm_int8", "glm_int4")),
   *((name, dict(group=32)) for name in ("int4", "int4_asym", "int3", "int3_asym", "zeroquant")),
-  *((name, dict(block=32)) for name in ("nf4", "fp4")),
+  ("nf4", dict(block=32)),
   ("nf4", dict(block=32, double_quant=True)),
 ]
 
@@ -106,7 +106,7 @@ def test_no_scheme_makes_a_float_copy_of_a_weight_in_a_loop(monkeypatch, name, o
   if name[:4] in ("int4", "int3"):
     rows_of_values = 192 * (4 if "4" in name else 2) // 8
     assert f"u8[{rows_of_values},64]" in text and not re.search(r"\[(64,192|192,64)\]", text)
-  if name in ("nf4", "fp4", "glm_int4"):
+  if name in ("nf4", "glm_int4"):
     assert re.search(r"[su]8\[192,32\]", text) and not re.search(r"f32\[(192,32|64,96)\]", text)
 
 
