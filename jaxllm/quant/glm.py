@@ -22,7 +22,7 @@ class GlmRows:
   which half precision has few digits for, may be so small that n is past its range: it ends at 127 or 7, where the published
   code wraps to a negative number, and at -128 or -8.
   Raises ConfigError for other bits, and QuantError for an odd `in` in 4 bits.
-  Source: Zeng et al. (2022), GLM-130B, section 2.4 and appendix; the quantization of GLM-130B's and ChatGLM-6B's code.
+  Source: Zeng et al. (2022), GLM-130B (INT4 quantization); the quantization of GLM-130B's and ChatGLM-6B's code.
   """
 
   bits: int = 8
