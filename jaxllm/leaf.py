@@ -89,15 +89,24 @@ class QTensor:
 
   parts: arrays of as many axes as the weight, as [..., out, in], each dimension one that divides the weight's: "value" has its
   numbers, or several of them in a byte, and others have one for each block ("scale", "zero").
+  table: it is a table of rows [out, in] instead, as an embedding is one, of which `[index]` are some, float32: no other row is
+  computed.  Its transpose `T` is the weight of a tied head, with the same parts.
   """
 
   parts: dict[str, jax.Array]
   scheme: Scheme = dataclasses.field(metadata=dict(static=True))
+  table: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """[..., in, out]."""
-    return self.scheme.shape(self.parts)
+    """[..., in, out], or [out, in] of a table."""
+    shape = self.scheme.shape(self.parts)
+    return shape[::-1] if self.table else shape
+
+  @property
+  def T(self) -> QTensor:
+    """A table as the weight that its scheme holds, and the other way."""
+    return dataclasses.replace(self, table=not self.table)
 
   @property
   def ndim(self) -> int:
@@ -123,15 +132,20 @@ class QTensor:
     """Itself: what it is multiplied with says in which type."""
     return self
 
-  def __getitem__(self, index: Any) -> QTensor:
-    """The weights of leading axes (stacked layers, experts)."""
-    return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
+  def __getitem__(self, index: Any) -> Any:
+    """The weights of leading axes (stacked layers, experts), or the rows of a table, float32 [..., in]."""
+    if not self.table:
+      return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
+    flat = index.reshape(-1)
+    parts = {name: part if part.shape[0] == 1 else part[flat] for name, part in self.parts.items()}
+    return self.scheme.dequantize(parts).T.reshape(*index.shape, -1)
 
 
 def dense(x: Any) -> Any:
   """The logical array [..., in, out] of any leaf: of a NumPy `Matrix` a view, of a `QTensor` float32."""
   if isinstance(x, QTensor):
-    return x.scheme.dequantize(x.parts)
+    w = x.scheme.dequantize(x.parts)
+    return w.T if x.table else w
   if not isinstance(x, Matrix):
     return x
   return x.value if x.stored == "io" else x.value.swapaxes(-1, -2)

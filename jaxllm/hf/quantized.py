@@ -14,6 +14,7 @@ it would take the integers for weights.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxllm.hf.plain import brief
 from jaxllm.hf.settings import GROUP, TEXT, Kind, Settings, one_of
 from jaxllm.leaf import QTensor, Scheme
 from jaxllm.quant import SCHEMES
+from jaxllm.quant.quantize import TABLES
 
 NAME, FORMAT = "quantization_config", "jaxllm"
 CONFIG = Kind(
@@ -80,17 +82,19 @@ def expected(
     for path in one.take("weights", _PATHS):
       if path not in shapes or path in held:
         raise one.error("weights", f"parameters of the model, each once: not {brief(path)}")
-      known = (scheme, shapes[path])
+      table = re.fullmatch(TABLES, path) is not None
+      known = (scheme, shapes[path][::-1] if table else shapes[path])
       if known not in structs:
-        structs[known] = _parts(scheme, shapes[path], f"{source}: {NAME}.schemes[{i}]: {path}", ConfigError)
-      held[path] = QTensor(structs[known], scheme)
+        structs[known] = _parts(*known, f"{source}: {NAME}.schemes[{i}]: {path}", ConfigError)
+      held[path] = QTensor(structs[known], scheme, table)
     one.finish()
   return held
 
 
 def check(path: str, leaf: QTensor, shape: tuple[int, ...]) -> None:
   """Raises CheckpointError where the parts of a weight are not those of its scheme and this shape: it could not be read."""
-  wanted = _parts(leaf.scheme, shape, f"params: {path}", CheckpointError)
+  held = shape[::-1] if leaf.table else shape
+  wanted = _parts(leaf.scheme, held, f"params: {path}", CheckpointError)
   kinds = lambda parts: {name: f"{part.dtype}{list(part.shape)}" for name, part in parts.items()}
   if kinds(leaf.parts) != kinds(wanted):
     raise CheckpointError(
@@ -172,5 +176,10 @@ def _parts(scheme: Scheme, shape: tuple[int, ...], where: str, error: type[Excep
   """The parts of a weight [..., in, out], as jax.ShapeDtypeStructs."""
   try:
     return jax.eval_shape(scheme.quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
-  except (TypeError, ValueError, LookupError, ArithmeticError) as problem:  # whatever does not fit such a scheme
+  except (
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+  ) as problem:  # whatever does not fit such a scheme
     raise error(f"{where}: {scheme} cannot hold a weight of {shape}: {problem}") from None

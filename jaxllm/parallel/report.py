@@ -93,7 +93,9 @@ def _spec(leaf: Any) -> str:
 
 def _stored(leaf: Any) -> str | None:
   """The order of a matrix's dimensions in memory."""
-  return "oi" if isinstance(leaf, QTensor) else leaf.stored if isinstance(leaf, Matrix) else None
+  if isinstance(leaf, QTensor):
+    return None if leaf.table else "oi"
+  return leaf.stored if isinstance(leaf, Matrix) else None
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -225,15 +225,15 @@ def _unpadded(path: str, shape: Sequence[int], cfg: ModelConfig | None) -> list[
   return sizes
 
 
-def _stored(leaf: Matrix, dims: tuple) -> tuple:
+def _stored(leaf: Matrix | QTensor, dims: Sequence[Any]) -> tuple:
   """The dimensions of the value that holds a matrix, from those of the matrix."""
-  return dims if leaf.stored == "io" else (*dims[:-2], dims[-1], dims[-2])
+  as_it_is = leaf.table if isinstance(leaf, QTensor) else leaf.stored == "io"
+  return tuple(dims) if as_it_is else (*dims[:-2], dims[-1], dims[-2])
 
 
 def _quantized(path: str, leaf: QTensor, at: Place, mesh: Mesh) -> QTensor:
   """Where the parts of a quantized weight lie, from where the weight would."""
-  entries = tuple(at.spec) + (None,) * (len(at.shape) - len(at.spec))
-  entries = (*entries[:-2], entries[-1], entries[-2])
+  entries = _stored(leaf, tuple(at.spec) + (None,) * (len(at.shape) - len(at.spec)))
 
   def laid_out(name: str, part: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     spec = []
@@ -254,9 +254,8 @@ def _quantized(path: str, leaf: QTensor, at: Place, mesh: Mesh) -> QTensor:
 
 
 def _part_shapes(leaf: QTensor, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-  """The shapes of the parts of a quantized weight that is padded or cut to a shape [..., in, out]."""
-  swap = lambda dims: (*dims[:-2], dims[-1], dims[-2])
-  sizes = list(zip(swap(leaf.shape), swap(shape), strict=True))
+  """The shapes of the parts of a quantized weight that is padded or cut to a shape."""
+  sizes = list(zip(_stored(leaf, leaf.shape), _stored(leaf, shape), strict=True))
   return {
     name: tuple(
       have if have == 1 else have * size // old for have, (old, size) in zip(part.shape, sizes, strict=True)

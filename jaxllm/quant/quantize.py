@@ -21,8 +21,8 @@ DEFAULT = (
 )
 """What is quantized unless rules say otherwise: the matrices of layers, but not embeddings, head, routers and norms."""
 
-MATRICES = r".+/w|head|embed_in|embed_out"
-"""What can be quantized: a table of rows, as the embedding is one, is read otherwise."""
+MATRICES, TABLES = r".+/w|head|embed_in|embed_out", "embed"
+"""What can be quantized: matrices that rows are multiplied with, and tables of rows, of which a tied head is the transpose."""
 
 
 def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
@@ -54,21 +54,27 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
 def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
   if isinstance(leaf, QTensor):
     raise QuantError(f"{path}: found a weight of {leaf.scheme}, expected one that is not quantized yet")
-  if not re.fullmatch(MATRICES, path) or leaf.ndim < 2:
+  table = re.fullmatch(TABLES, path) is not None
+  if not (table or re.fullmatch(MATRICES, path)) or leaf.ndim < 2:
     raise QuantError(
-      f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}); leave it out by a rule"
+      f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}), or a table of rows "
+      f"({TABLES}); leave it out by a rule"
     )
-  parts, finite = _quantize(leaf, scheme)
+  parts, finite = _quantize(leaf, scheme, table)
   if not bool(finite):
     raise QuantError(
       f"{path}: found NaN or infinity, expected finite weights; the checkpoint is damaged, or leave it out by a rule"
     )
-  return QTensor(parts, scheme)
+  if table and any(part.shape[0] not in (1, leaf.shape[0]) for part in parts.values()):
+    raise QuantError(
+      f"{path}: found parts of {scheme} over several rows, expected one with parts a row; leave it out by a rule"
+    )
+  return QTensor(parts, scheme, table)
 
 
-@functools.partial(jax.jit, static_argnames="scheme")
-def _quantize(leaf: Any, scheme: Any) -> tuple[dict[str, jax.Array], jax.Array]:
-  w = dense(leaf)
+@functools.partial(jax.jit, static_argnames=("scheme", "table"))
+def _quantize(leaf: Any, scheme: Any, table: bool) -> tuple[dict[str, jax.Array], jax.Array]:
+  w = dense(leaf).T if table else dense(leaf)
   return scheme.quantize(w), jnp.all(jnp.isfinite(w))
 
 
