@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.errors import check_choice
 
@@ -141,8 +142,55 @@ class QTensor:
     return self.scheme.dequantize(parts).T.reshape(*index.shape, -1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoRA:
+  """A weight with a correction of low rank, w = base + scale a b: base [..., in, out], a [..., in, rank], b [..., rank, out].
+
+  base: an array, a `Matrix` or a `QTensor` (QLoRA), which stays as it is: no gradient reaches it.  scale: alpha / rank.
+  Source: Hu et al. (2021), LoRA, section 4.1; Dettmers et al. (2023), QLoRA, equation 5.
+  """
+
+  base: Any
+  a: jax.Array
+  b: jax.Array
+  scale: float = dataclasses.field(metadata=dict(static=True))
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """[..., in, out]."""
+    return self.base.shape
+
+  @property
+  def ndim(self) -> int:
+    """The number of axes."""
+    return len(self.shape)
+
+  @property
+  def dtype(self) -> Any:
+    """The type of the base's numbers."""
+    return self.base.dtype
+
+  @property
+  def size(self) -> int:
+    """The number of elements of the weight."""
+    return self.base.size
+
+  @property
+  def nbytes(self) -> int:
+    """The bytes that base, a and b take."""
+    return self.base.nbytes + self.a.nbytes + self.b.nbytes
+
+  def astype(self, dtype: Any) -> LoRA:
+    """The same weight with a base, as far as that has types, and factors of another type."""
+    return LoRA(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
+
+
 def dense(x: Any) -> Any:
-  """The logical array [..., in, out] of any leaf: of a NumPy `Matrix` a view, of a `QTensor` float32."""
+  """The logical array [..., in, out] of any leaf: of a NumPy `Matrix` a view, of a `QTensor` or a `LoRA` float32."""
+  if isinstance(x, LoRA):
+    low = jnp.matmul(x.a, x.b, precision="highest", preferred_element_type=jnp.float32)
+    return dense(x.base).astype(jnp.float32) + x.scale * low
   if isinstance(x, QTensor):
     w = x.scheme.dequantize(x.parts)
     return w.T if x.table else w

@@ -27,7 +27,7 @@ from jaxllm.hf import families, files, header, quantized, scan, sums
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.match import all_constants, all_keys, stored_shape
 from jaxllm.hf.tokenizer import FILES, Tokenizer
-from jaxllm.leaf import Matrix, QTensor, dense
+from jaxllm.leaf import LoRA, Matrix, QTensor, dense
 from jaxllm.nn.shapes import expected_shapes
 from jaxllm.parallel.rules import unpad
 
@@ -161,6 +161,11 @@ def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -
   if "blocks" in params:
     raise CheckpointError(
       "params: found stacked layers, expected layers/<i>/...; give tree.unstack_layers(params)"
+    )
+  if lora := [path for path, leaf in flat.items() if isinstance(leaf, LoRA)]:
+    raise CheckpointError(
+      f"params: {lora[0]}: found a weight with LoRA, expected one without; give train.lora.merge(params), or "
+      "unmerge(params), and keep the adapters beside it"
     )
   odd = [f"{path}: {type(leaf).__name__}" for path, leaf in flat.items() if not _is_writable(leaf)]
   if odd:

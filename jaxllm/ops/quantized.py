@@ -44,5 +44,6 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   return jnp.moveaxis(y_QCt, 0, 1).reshape(len(x_CD), columns)
 
 
+@jax.checkpoint  # a backward pass converts the weight once more, in place of keeping it as floats until then
 def _piece(x_CD: jax.Array, w: QTensor) -> jax.Array:
   return w.scheme.product(*jax.lax.optimization_barrier((x_CD, w.parts)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm import tree
 from jaxllm.errors import ConfigError, QuantError
-from jaxllm.leaf import QTensor, dense
+from jaxllm.leaf import LoRA, QTensor, dense
 
 DEFAULT = (
   (r"(layers|blocks)/\d+/attn/[qkvo]/w", True),
@@ -54,6 +54,10 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
 def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
   if isinstance(leaf, QTensor):
     raise QuantError(f"{path}: found a weight of {leaf.scheme}, expected one that is not quantized yet")
+  if isinstance(leaf, LoRA):
+    raise QuantError(
+      f"{path}: found a weight with LoRA, expected one without; quantize it before lora.apply, or merge it first"
+    )
   table = re.fullmatch(TABLES, path) is not None
   if not (table or re.fullmatch(MATRICES, path)) or leaf.ndim < 2:
     raise QuantError(
@@ -85,6 +89,7 @@ def report(params: Any, before: Any = None) -> list[dict[str, Any]]:
   flat, old = tree.flatten(params), None if before is None else tree.flatten(before)
   rows = []
   for path, leaf in flat.items():
+    leaf = leaf.base if isinstance(leaf, LoRA) else leaf
     if not isinstance(leaf, QTensor):
       continue
     row = {"path": path, "scheme": leaf.scheme, "bits": 8 * leaf.nbytes / leaf.size, "bytes": leaf.nbytes}
