@@ -137,9 +137,22 @@ class QTensor:
     """The weights of leading axes (stacked layers, experts), or the rows of a table, float32 [..., in]."""
     if not self.table:
       return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
-    flat = index.reshape(-1)
-    parts = {name: part if part.shape[0] == 1 else part[flat] for name, part in self.parts.items()}
-    return self.scheme.dequantize(parts).T.reshape(*index.shape, -1)
+    step, flat = self.step, index.reshape(-1)
+
+    def taken(part):
+      if part.shape[0] == 1:
+        return part
+      blocks = part.reshape(self.shape[0] // step, -1, *part.shape[1:])
+      return blocks[flat // step].reshape(-1, *part.shape[1:])
+
+    rows = self.scheme.dequantize(jax.tree.map(taken, self.parts)).T.reshape(flat.size, step, -1)
+    return rows[jnp.arange(flat.size), flat % step].reshape(*index.shape, -1)
+
+  @property
+  def step(self) -> int:
+    """How many rows of a table have parts in common, as those whose numbers are in the same bytes, but for what all have."""
+    own = [part.shape[0] for part in self.parts.values() if part.shape[0] > 1]
+    return max((self.shape[0] // rows for rows in own), default=1)
 
 
 @jax.tree_util.register_dataclass

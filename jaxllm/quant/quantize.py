@@ -69,11 +69,12 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
     raise QuantError(
       f"{path}: found NaN or infinity, expected finite weights; the checkpoint is damaged, or leave it out by a rule"
     )
-  if table and any(part.shape[0] not in (1, leaf.shape[0]) for part in parts.values()):
+  held = QTensor(parts, scheme, table)
+  if table and any(part.shape[0] * held.step % leaf.shape[0] for part in parts.values() if part.shape[0] > 1):
     raise QuantError(
-      f"{path}: found parts of {scheme} over several rows, expected one with parts a row; leave it out by a rule"
+      f"{path}: found a table of {leaf.shape[0]} rows, expected a number that parts of {scheme} divide; leave it out by a rule"
     )
-  return QTensor(parts, scheme, table)
+  return held
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "table"))

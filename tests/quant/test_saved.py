@@ -23,8 +23,8 @@ from jaxllm.train.checkpoint import Checkpoints
 
 ONE = MODELS["rope"].layers[:1]
 CFG = dataclasses.replace(MODELS["rope"], num_layers=2, layers=ONE, vocab_size=30)  # 4 do not divide it
-WIDE = dataclasses.replace(CFG, embed_dim=256, head_dim=64, mlp_dim=256)
-"""Wide enough for the blocks of any scheme."""
+WIDE = dataclasses.replace(CFG, embed_dim=256, head_dim=64, mlp_dim=256, vocab_size=64)
+"""Wide enough for the blocks of any scheme, on any of the meshes."""
 HEAD = [("head", True)]
 MESHES = {"fsdp=2,tensor=4": "fsdp_tensor", "tensor=2": "tensor"}
 WEIGHT = "model.layers.1.mlp.up_proj.weight"

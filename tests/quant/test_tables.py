@@ -114,17 +114,37 @@ def test_no_float_copy_of_the_table_is_made_by_lookups_or_a_tied_head(monkeypatc
   assert "s8[320,64]" in text and floats(text) == []
 
 
-def test_a_scheme_with_parts_over_several_rows_is_refused():
+def test_a_scheme_whose_parts_do_not_divide_the_rows_is_refused():
+  @dataclasses.dataclass(frozen=True)
+  class Fours(quant.Int8):
+    """A scale for four rows, and what is left over."""
+
+    def quantize(self, w):
+      parts = super().quantize(w)
+      return parts | {"scale": parts["scale"][::4]}
+
+  with pytest.raises(
+    QuantError, match=r"embed: found a table of 30 rows, expected a number that parts of .*Fours"
+  ):
+    quant.apply(params_for(CFG), Fours(), [("embed", True)])
+
+
+def test_rows_that_share_a_part_are_those_of_the_whole_table():
   @dataclasses.dataclass(frozen=True)
   class Pairs(quant.Int8):
-    """One scale for two rows."""
+    """A scale for two rows of the table."""
 
     def quantize(self, w):
       parts = super().quantize(w)
       return parts | {"scale": parts["scale"][::2]}
 
-  with pytest.raises(QuantError, match=r"embed: found parts of .*Pairs.* expected one with parts a row"):
-    quant.apply(params_for(CFG), Pairs(), [("embed", True)])
+    def dequantize(self, parts):
+      return super().dequantize(parts | {"scale": jnp.repeat(parts["scale"], 2, axis=0)})
+
+  held = quant.apply(params_for(CFG), Pairs(), [("embed", True)])["embed"]
+  index = jnp.array([3, 29, 0, 2, 3])
+  assert held.step == 2
+  np.testing.assert_array_equal(held[index], np.asarray(dense(held))[index])
 
 
 def test_the_report_has_the_table():
