@@ -112,8 +112,9 @@ def _part_specs(w: QTensor, letters: str, sizes: Mapping[str, int]) -> QTensor:
   for name, part in w.parts.items():
     for size, own, cut in zip(part.shape, specs[name], specs["value"], strict=True):
       if own != cut and size > 1:
+        axes = ", ".join(jax.tree.leaves(own or cut))
         raise ConfigError(
-          f"experts: {', '.join(jax.tree.leaves(own or cut))} of the mesh cuts only one of the numbers and the {size} blocks ({name}) of "
-          f"{w.scheme}, expected both or neither; take a smaller axis, or smaller blocks"
+          f"experts: {axes} of the mesh cuts only one of the numbers and the {size} blocks ({name}) of {w.scheme}, expected "
+          "both or neither; take a smaller axis, or smaller blocks"
         )
   return dataclasses.replace(w, parts=specs)
