@@ -21,6 +21,9 @@ ONE = MODELS["rope"].layers[:1]
 CFG = dataclasses.replace(MODELS["rope"], num_layers=2, layers=ONE, vocab_size=30, embed_scale=2.0)
 TIED = dataclasses.replace(CFG, tie_embeddings=True, embed_gradient=0.1)
 WIDE = dataclasses.replace(TIED, embed_dim=64, mlp_dim=48, vocab_size=320)
+each_head = pytest.mark.parametrize(
+  "cfg", [pytest.param(CFG, marks=pytest.mark.slow, id="head"), pytest.param(TIED, id="tied")]
+)
 RULES = [("embed", True), ("head", True)]
 PROMPTS = [[5, 9, 2, 7, 1], [3, 3, 8]]
 
@@ -59,7 +62,7 @@ def test_rows_are_those_of_the_whole_table(name):
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", ["int8", "int8_tensor", "int8_asym"])
-@pytest.mark.parametrize("cfg", [CFG, TIED], ids=["head", "tied"])
+@each_head
 def test_logits_and_text_are_those_of_the_table_that_is_held(cfg, name):
   found = quantized_of(cfg, name)
   plain, apply = dequantized(found), jax.jit(Transformer(cfg).apply)
@@ -70,7 +73,7 @@ def test_logits_and_text_are_those_of_the_table_that_is_held(cfg, name):
     assert text(found) == text(plain)
 
 
-@pytest.mark.parametrize("cfg", [CFG, TIED], ids=["head", "tied"])
+@each_head
 def test_on_a_mesh_it_lies_as_the_table_would_with_the_same_text(tmp_path, cfg):
   """Padded to a vocabulary that divides, cut again where it is saved, and reopened there."""
   params, mesh = quantized_of(cfg), parallel.make_mesh("fsdp=2,tensor=4")

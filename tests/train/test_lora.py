@@ -43,7 +43,14 @@ BASES = {
     for name in ("int8", "int8_asym")
   },
 }
-each_base = pytest.mark.parametrize("base", BASES)
+SLOW = (
+  "matrices",
+  "bfloat16",
+  "int8",
+)  # arrays and int8_asym have it all between them but the layout and the type
+each_base = pytest.mark.parametrize(
+  "base", [pytest.param(base, marks=[pytest.mark.slow] * (base in SLOW)) for base in BASES]
+)
 
 
 def applied(base, rules=HEAD, **kwargs):
@@ -116,9 +123,7 @@ def test_merged_it_computes_the_same(base):
     assert np.abs(logits(merged) - found).max() <= 1e-5 * np.abs(found).max()
 
 
-@pytest.mark.parametrize(
-  "base", ["arrays", "matrices", pytest.param("bfloat16", marks=pytest.mark.slow), "int8_asym"]
-)
+@each_base
 def test_gradients_are_of_the_factors_and_those_of_the_merged_weights(base):
   """d loss / d a = scale G b^T and d loss / d b = scale a^T G, with G that of the merged weight, in float32."""
   params = trained(applied(base))
