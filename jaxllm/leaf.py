@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jaxllm.errors import check_choice
 
@@ -90,15 +91,24 @@ class QTensor:
 
   parts: arrays of as many axes as the weight, as [..., out, in], each dimension one that divides the weight's: "value" has its
   numbers, or several of them in a byte, and others have one for each block ("scale", "zero").
+  table: it is a table of rows [out, in] instead, as an embedding is one, of which `[index]` are some, float32: no other row is
+  computed.  Its transpose `T` is the weight of a tied head, with the same parts.
   """
 
   parts: dict[str, jax.Array]
   scheme: Scheme = dataclasses.field(metadata=dict(static=True))
+  table: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """[..., in, out]."""
-    return self.scheme.shape(self.parts)
+    """[..., in, out], or [out, in] of a table."""
+    shape = self.scheme.shape(self.parts)
+    return shape[::-1] if self.table else shape
+
+  @property
+  def T(self) -> QTensor:
+    """A table as the weight that its scheme holds, and the other way."""
+    return dataclasses.replace(self, table=not self.table)
 
   @property
   def ndim(self) -> int:
@@ -124,15 +134,80 @@ class QTensor:
     """Itself: what it is multiplied with says in which type."""
     return self
 
-  def __getitem__(self, index: Any) -> QTensor:
-    """The weights of leading axes (stacked layers, experts)."""
-    return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
+  def __getitem__(self, index: Any) -> Any:
+    """The weights of leading axes (stacked layers, experts), or the rows of a table, float32 [..., in]."""
+    if not self.table:
+      return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
+    step, flat = self.step, index.reshape(-1)
+
+    def taken(part):
+      if part.shape[0] == 1:
+        return part
+      blocks = part.reshape(self.shape[0] // step, -1, *part.shape[1:])
+      return blocks[flat // step].reshape(-1, *part.shape[1:])
+
+    rows = self.scheme.dequantize(jax.tree.map(taken, self.parts)).T.reshape(flat.size, step, -1)
+    return rows[jnp.arange(flat.size), flat % step].reshape(*index.shape, -1)
+
+  @property
+  def step(self) -> int:
+    """How many rows of a table have parts in common, as those whose numbers are in the same bytes, but for what all have."""
+    own = [part.shape[0] for part in self.parts.values() if part.shape[0] > 1]
+    return max((self.shape[0] // rows for rows in own), default=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoRA:
+  """A weight with a correction of low rank, w = base + scale a b: base [..., in, out], a [..., in, rank], b [..., rank, out].
+
+  base: an array, a `Matrix` or a `QTensor` (QLoRA), which stays as it is: no gradient reaches it.  scale: alpha / rank.
+  Source: Hu et al. (2021), LoRA, section 4.1; Dettmers et al. (2023), QLoRA, equation 5.
+  """
+
+  base: Any
+  a: jax.Array
+  b: jax.Array
+  scale: float = dataclasses.field(metadata=dict(static=True))
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """[..., in, out]."""
+    return self.base.shape
+
+  @property
+  def ndim(self) -> int:
+    """The number of axes."""
+    return len(self.shape)
+
+  @property
+  def dtype(self) -> Any:
+    """The type of the base's numbers."""
+    return self.base.dtype
+
+  @property
+  def size(self) -> int:
+    """The number of elements of the weight."""
+    return self.base.size
+
+  @property
+  def nbytes(self) -> int:
+    """The bytes that base, a and b take."""
+    return self.base.nbytes + self.a.nbytes + self.b.nbytes
+
+  def astype(self, dtype: Any) -> LoRA:
+    """The same weight with a base, as far as that has types, and factors of another type."""
+    return LoRA(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
 
 
 def dense(x: Any) -> Any:
-  """The logical array [..., in, out] of any leaf: of a NumPy `Matrix` a view, of a `QTensor` float32."""
+  """The logical array [..., in, out] of any leaf: of a NumPy `Matrix` a view, of a `QTensor` or a `LoRA` float32."""
+  if isinstance(x, LoRA):
+    low = jnp.matmul(x.a, x.b, precision="highest", preferred_element_type=jnp.float32)
+    return dense(x.base).astype(jnp.float32) + x.scale * low
   if isinstance(x, QTensor):
-    return x.scheme.dequantize(x.parts)
+    w = x.scheme.dequantize(x.parts)
+    return w.T if x.table else w
   if not isinstance(x, Matrix):
     return x
   return x.value if x.stored == "io" else x.value.swapaxes(-1, -2)

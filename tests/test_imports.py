@@ -27,7 +27,7 @@ SIBLINGS = {
   ("hf", "parallel"),
   ("experts", "activation"),
 }
-SIBLINGS |= {("train", "parallel"), ("doctor", "study")}
+SIBLINGS |= {("train", "parallel"), ("doctor", "study"), ("hf", "quant")}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FOREIGN = {"torch", "transformers", "tensorflow", "haiku", "equinox"}
 FALLBACK = {

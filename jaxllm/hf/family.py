@@ -85,7 +85,8 @@ class Key:
   with {i} too.  stored: "oi" for a matrix [..., out, in] (torch's Linear), "io" for [..., in, out] (GPT-2's Conv1D), None for
   what is taken as it is (vectors, embeddings).  layout: how several parameters share the tensor, along its output axis, which
   of vectors is their last one.  stack: for parameters [stack, ...] of which the files have each slice as a tensor of its own,
-  with {j} in its name (experts); 0 for all others.  part: of such a key, which slice it is.
+  with {j} in its name (experts); 0 for all others.  part: of such a key, which slice it is.  dtype: the type of a tensor
+  that is a part of a quantized parameter; None for all others, which may have any that parameters have.
   """
 
   theirs: str
@@ -94,6 +95,7 @@ class Key:
   layout: Whole = Whole()
   stack: int = 0
   part: int | None = None
+  dtype: np.dtype | None = None
 
   def axis(self, ndim: int) -> int:
     """The output axis of the stored tensor, which has `ndim`."""

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from jaxllm import tree
 from jaxllm.config import DTYPES, ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.hf import families, files, hub, ranks, scan, sizes, sums
+from jaxllm.hf import families, files, hub, quantized, ranks, scan, sizes, sums
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.header import Stored
 from jaxllm.hf.match import Matched, Source, check_constants, check_heads, match
 from jaxllm.hf.plain import SETTINGS_LIMIT, plain_file, read_json
 from jaxllm.hf.settings import TOKENS, Settings
-from jaxllm.leaf import Matrix
+from jaxllm.leaf import Matrix, QTensor
 from jaxllm.parallel.mesh import default_rules
 from jaxllm.parallel.rules import RULES, Rules, layout
 
@@ -54,7 +54,8 @@ def load(
   files with their SHA-256 while they are read, where `sums.of` finds any, as `save` writes them; else the log says that nothing
   was verified.
 
-  Matrices stay [out, in] as `leaf.Matrix` where `matrix_layout` says so.  Raises CheckpointError for files that are damaged,
+  Matrices stay [out, in] as `leaf.Matrix` where `matrix_layout` says so, and weights that `save` wrote quantized are the same
+  `leaf.QTensor` again, whatever dtype is.  Raises CheckpointError for files that are damaged,
   that do not fit config.json, or with values that are NaN or infinite; ConfigError for what no model here can be.  A matrix
   of zeros only, and values beyond 10,000, are a warning that names the tensors.
   """
@@ -165,18 +166,20 @@ def load_params(
   matched = match(checkpoint, family, cfg, source) if matched is None else matched
   check_heads(checkpoint, matched, source)
   check_constants(checkpoint, matched, source)
-  found, shapes = matched.found, matched.shapes
+  found, held = matched.found, matched.held
+  shapes = quantized.opened_shapes(matched.shapes, held)
   platform = jax.devices()[0].platform if mesh is None else mesh.devices.flat[0].platform
   targets = {}
   for key, stored in found:
-    kind = stored.dtype if dtype is None else np.dtype(dtype)
+    kind = stored.dtype if dtype is None or key.dtype is not None else np.dtype(dtype)
     keep = key.stored == "oi" and matrix_layout(platform, kind.name, cfg.dtype)[0] == "oi"
     for path in key.ours:
       struct = jax.ShapeDtypeStruct(shapes[path], kind)
       targets[path] = Matrix(_swapped(struct), "oi") if keep else struct
   if mesh is not None:
     rules = RULES[default_rules(mesh)] if rules is None else rules
-    targets = tree.flatten(layout(tree.unflatten(targets), mesh, rules, cfg))
+    whole = tree.unflatten(quantized.closed(targets, held))
+    targets = quantized.opened(tree.flatten(layout(whole, mesh, rules, cfg)))
 
   largest: dict[str, float] = {}  # magnitude of a tensor's values; a tensor is read by one thread
   slices: dict[tuple[str, ...], list[tuple[Key, Stored]]] = {}
@@ -201,7 +204,8 @@ def load_params(
 
   with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
     flat = dict(leaf for leaves in threads.map(read, slices.values()) for leaf in leaves)
-  params = tree.unflatten({path: flat[path] for path in shapes})
+  flat, targets = quantized.closed(flat, held), quantized.closed(targets, held)
+  params = tree.unflatten({path: flat[path] for path in matched.shapes})
   tree.check_same(tree.unflatten(targets), params, str(checkpoint.directory))
   for odd in _odd_values(largest, {stored.name: stored for _, stored in found}):
     _log.warning(
@@ -318,7 +322,8 @@ def _report(
   types: dict[str, int] = {}
   for leaf in leaves:
     types[leaf.dtype.name] = types.get(leaf.dtype.name, 0) + leaf.size
-  most = max(types, key=types.get)
+  floats = [leaf.dtype.name for leaf in leaves if not isinstance(leaf, QTensor)]
+  most = max(floats, key=types.get)
   how, why = matrix_layout(platform, most, cfg.dtype)
   return (
     f"{checkpoint.directory}: {family.name} of {sum(types.values()):,} parameters ("

@@ -13,11 +13,12 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, JaxllmError
-from jaxllm.hf import sizes
+from jaxllm.hf import quantized, sizes
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.files import Checkpoint, shown
 from jaxllm.hf.header import Stored
 from jaxllm.hf.scan import INFINITIES
+from jaxllm.leaf import QTensor
 from jaxllm.nn.shapes import expected_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,12 +73,13 @@ def stored_shape(key: Key, shapes: Shapes) -> tuple[int, ...]:
 class Matched:
   """Every key of the model with the tensor of the files that is it.
 
-  shapes: of all parameters.  heads: tensors beside a tied embedding, which are to be equal to it.  constants: those that hold
-  a number of the config, with that number.
+  shapes: of all parameters.  held: the quantized ones, their parts jax.ShapeDtypeStructs.  heads: tensors beside a tied
+  embedding, which are to be equal to it.  constants: those that hold a number of the config, with that number.
   """
 
   found: list[tuple[Key, Stored]]
   shapes: Shapes
+  held: Mapping[str, QTensor]
   heads: list[Stored]
   constants: list[tuple[Stored, float]]
 
@@ -102,12 +104,14 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
   shapes, keys = expected_shapes(cfg), all_keys(family, cfg)
   paths = [path for key in keys if not key.part for path in key.ours]
   assert sorted(paths) == sorted(shapes), f"keys of {family.name}"
-  heads = _head_keys(family, cfg)
+  held = quantized.expected(source.plain, source.path, shapes)
+  keys, stored_shapes = quantized.opened_keys(keys, held), quantized.opened_shapes(shapes, held)
+  heads = [] if "embed" in held else _head_keys(family, cfg)
   names = _names(checkpoint, family, {key.theirs for key in keys + heads})
   changed = _Changed(source)
   found, problems = [], []
   for key in keys:
-    want = stored_shape(key, shapes)
+    want = stored_shape(key, stored_shapes)
     if key.theirs not in names:
       problems.append(f"missing: {key.theirs} {list(want)}")
       continue
@@ -115,8 +119,8 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
     found.append((key, stored))
     if stored.shape != want:
       problems.append(f"shape: {stored} is {list(stored.shape)}, expected {list(want)}{changed.shape(key)}")
-    elif stored.dtype not in INFINITIES:
-      problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, INFINITIES))}")
+    elif stored.dtype not in (allowed := INFINITIES if key.dtype is None else (key.dtype,)):
+      problems.append(f"type: {stored} is {stored.dtype}, expected {', '.join(map(str, allowed))}")
   constants = [
     (checkpoint.tensors[names.pop(name)], value)
     for name, value in all_constants(family, cfg).items()
@@ -127,8 +131,8 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
       problems.append(f"constant: {stored} is {stored.dtype} {list(stored.shape)}, expected one number")
   tied = [checkpoint.tensors[names.pop(key.theirs)] for key in heads if key.theirs in names]
   if not problems:  # else the embedding may be what is missing
-    embed = _embedding(found)
     for head in tied:
+      embed = _embedding(found)
       if (head.shape, head.dtype) != (embed.shape, embed.dtype):
         problem = f"is {head.dtype} {list(head.shape)}, and {embed} {embed.dtype} {list(embed.shape)}"
         problems.append(_tied(head, problem, source))
@@ -140,7 +144,7 @@ def match(checkpoint: Checkpoint, family: Family, cfg: ModelConfig, source: Sour
     if layers != cfg.num_layers:
       hint = f" (the files hold {layers} layers, expected {cfg.num_layers}{changed.layers()})"
     raise _unfit(checkpoint, source, problems, hint)
-  return Matched(found, shapes, tied, constants)
+  return Matched(found, shapes, held, tied, constants)
 
 
 def check_heads(checkpoint: Checkpoint, matched: Matched, source: Source) -> None:
@@ -256,8 +260,8 @@ def _embedding(found: list[tuple[Key, Stored]]) -> Stored:
 
 def _differing_heads(checkpoint: Checkpoint, matched: Matched, source: Source) -> Iterator[str]:
   """A line for each tensor that should be the embedding once more and is not."""
-  embed = _embedding(matched.found)
   for head in matched.heads:
+    embed = _embedding(matched.found)
     # the bits: a NaN that both have is for the scan of the values
     a, b = (checkpoint.view(each.name).view(INFINITIES[embed.dtype][0]) for each in (head, embed))
     parts = (slice(start, start + _ROWS) for start in range(0, len(a), _ROWS))

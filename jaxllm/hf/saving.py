@@ -23,12 +23,13 @@ from jax.experimental import multihost_utils
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError, TokenizerError
-from jaxllm.hf import families, files, header, scan, sums
+from jaxllm.hf import families, files, header, quantized, scan, sums
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.match import all_constants, all_keys, stored_shape
 from jaxllm.hf.tokenizer import FILES, Tokenizer
-from jaxllm.leaf import Matrix, dense
+from jaxllm.leaf import LoRA, Matrix, QTensor, dense
 from jaxllm.nn.shapes import expected_shapes
+from jaxllm.parallel.rules import unpad
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As large as the files of transformers were for years; every reader takes it."""
@@ -72,7 +73,8 @@ def save(
   config.json has the settings in force, those of RoPE included; family: see `families.write_config`.  Where frequencies depend
   on the length (LongRoPE, dynamic NTK) a save needs pinned=True: each query here has those of its own length, and transformers
   those of one length for a whole call, so that its decoding is not that of this model.  Tensors keep their types, a padded
-  vocabulary is cut, and files hold up to max_shard_bytes.
+  vocabulary is cut, and files hold up to max_shard_bytes.  Quantized weights are written as they are (`hf.quantized` says
+  how), and then only `load` reads the directory: transformers refuses it.
 
   All is written under other names first; config.json, without which nothing reads the directory, is taken away before the
   rest is renamed, and comes last.  A save that is interrupted so leaves what was there, or nothing that loads and all that was
@@ -107,6 +109,7 @@ def save_tensors(
 ) -> None:
   """`save` with the family and the config.json given."""
   entries = _entries(all_keys(family, cfg), cfg, params)
+  plain = {**plain, **quantized.write(tree.flatten(params))}
   entries += [_constant(*one, cfg) for one in all_constants(family, cfg).items()]
   shards = _shards(entries, max_shard_bytes)
   texts = tokenizer.contents() if tokenizer is not None else {}
@@ -159,7 +162,12 @@ def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -
     raise CheckpointError(
       "params: found stacked layers, expected layers/<i>/...; give tree.unstack_layers(params)"
     )
-  odd = [f"{path}: {type(leaf).__name__}" for path, leaf in flat.items() if not _is_float_array(leaf)]
+  if lora := [path for path, leaf in flat.items() if isinstance(leaf, LoRA)]:
+    raise CheckpointError(
+      f"params: {lora[0]}: found a weight with LoRA, expected one without; give train.lora.merge(params), or "
+      "unmerge(params), and keep the adapters beside it"
+    )
+  odd = [f"{path}: {type(leaf).__name__}" for path, leaf in flat.items() if not _is_writable(leaf)]
   if odd:
     raise CheckpointError(
       f"params: not arrays of {', '.join(map(str, scan.INFINITIES))}\n  {files.shown(odd)}"
@@ -167,6 +175,13 @@ def _entries(keys: Sequence[Key], cfg: ModelConfig, params: Mapping[str, Any]) -
   wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
   found = {path: jax.ShapeDtypeStruct(_cut(path, leaf.shape, cfg), leaf.dtype) for path, leaf in flat.items()}
   tree.check_same(wanted, found, "params", dtypes=False)
+  held = {path: leaf for path, leaf in flat.items() if isinstance(leaf, QTensor)}
+  if held:
+    held = tree.flatten(unpad(tree.unflatten(held), cfg))
+    for path, leaf in held.items():
+      quantized.check(path, leaf, shapes[path])
+    keys, shapes = quantized.opened_keys(keys, held), quantized.opened_shapes(shapes, held)
+    flat = quantized.opened(flat | held)
   entries = []
   for key in keys:
     leaves = [flat[path] for path in key.ours]
@@ -187,10 +202,12 @@ def _constant(name: str, value: float, cfg: ModelConfig) -> Entry:
   return Entry(name, array.dtype, (), lambda: array)
 
 
-def _is_float_array(leaf: Any) -> bool:
-  """Whether it is an array or a Matrix of a type that checkpoints have; quantized leaves are not."""
-  value = leaf.value if isinstance(leaf, Matrix) else leaf
-  return isinstance(value, (jax.Array, np.ndarray)) and np.dtype(leaf.dtype) in scan.INFINITIES
+def _is_writable(leaf: Any) -> bool:
+  """Whether it is an array or a Matrix of a type that parameters have, or quantized, in types that files have."""
+  values, types = [leaf.value if isinstance(leaf, Matrix) else leaf], scan.INFINITIES
+  if isinstance(leaf, QTensor):
+    values, types = leaf.parts.values(), _NAMES
+  return all(isinstance(x, (jax.Array, np.ndarray)) and np.dtype(x.dtype) in types for x in values)
 
 
 def _cut(path: str, shape: tuple[int, ...], cfg: ModelConfig) -> tuple[int, ...]:

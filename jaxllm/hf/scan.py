@@ -29,9 +29,12 @@ def copy(view: np.ndarray, dtype: np.dtype, out: np.ndarray | None = None) -> tu
   """(a copy in `dtype`, in the order of its axes and aligned for XLA, or in `out`; the largest magnitude of its values).
 
   Where that is infinity, a value is infinite or NaN and the copy is not complete.  A cast can make an infinity; `explain` tells
-  the two apart.
+  the two apart.  Integers, which parts of quantized weights are, are all numbers: they are copied, and count as 1.
   """
   out = aligned(view.shape, dtype) if out is None else out
+  if dtype not in INFINITIES:
+    np.copyto(out, view, casting="no")
+    return out, 1.0
   integers, _ = INFINITIES[dtype]
   source, target = view, out
   if view.dtype == dtype:  # the same bits, by NumPy's fastest loops

@@ -12,7 +12,7 @@ import numpy as np
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError, DataError, TokenizerError
 from jaxllm.experts import Moe
-from jaxllm.leaf import Matrix
+from jaxllm.leaf import Matrix, QTensor
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.cache import Cache, LayerCache
 from jaxllm.nn.context import Context, Shared, sides
@@ -244,9 +244,12 @@ def head(cfg: ModelConfig, params) -> Head:
 
   An embedding and a head of more than cfg.vocab_size rows are padded ones, of which the logits have no trace.
   """
-  w_DV = (
-    Matrix(shrink_gradient(params["embed"], cfg.embed_gradient)) if cfg.tie_embeddings else params["head"]
-  )
+  if not cfg.tie_embeddings:
+    w_DV = params["head"]
+  elif isinstance(params["embed"], QTensor):
+    w_DV = params["embed"].T
+  else:
+    w_DV = Matrix(shrink_gradient(params["embed"], cfg.embed_gradient))
   inner = None if cfg.embed_width is None else params["embed_out"]
   bias, caps = params.get("head_bias"), (cfg.logit_softcap, cfg.logit_scale, cfg.vocab_size)
   return Head(w_DV, bias, *caps, normed=cfg.norm_head, inner=inner)

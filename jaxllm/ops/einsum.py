@@ -5,18 +5,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.leaf import Matrix, QTensor
+from jaxllm.leaf import LoRA, Matrix, QTensor
 from jaxllm.ops.quantized import product
 
 
-def einsum(equation: str, *operands: jax.Array | Matrix | QTensor, out_dtype=jnp.float32) -> jax.Array:
+def einsum(equation: str, *operands: jax.Array | Matrix | QTensor | LoRA, out_dtype=jnp.float32) -> jax.Array:
   """`jnp.einsum` accumulated in float32 (`preferred_element_type`), then cast to `out_dtype`.
 
   Letters of the equation are those of the operands' shape suffixes.  A `leaf.Matrix` is multiplied as it is stored: its last
-  two letters change places, and nothing is transposed.  A `leaf.QTensor` w, in "...D,DF->...F" only, is multiplied by its
-  scheme.  On a CPU one row of a 16-bit type is multiplied twice, as XLA takes a
-  seventh of the time for two rows that it takes for one.
+  two letters change places, and nothing is transposed.  In "...D,DF->...F" only, a `leaf.QTensor` w is multiplied by its
+  scheme, and for a `leaf.LoRA` it is x base + scale (x a) b, without a gradient to base.  On a CPU one row of a 16-bit type is
+  multiplied twice, as XLA takes a seventh of the time for two rows that it takes for one.
   """
+  if any(isinstance(x, LoRA) for x in operands):
+    x, w = operands
+    assert _is_by_matrix(equation) and w.ndim == 2, (equation, w.shape)
+    low = einsum("...D,DR->...R", x, w.a, out_dtype=x.dtype)
+    out = einsum(equation, x, jax.lax.stop_gradient(w.base))
+    return (out + w.scale * einsum("...R,RF->...F", low, w.b)).astype(out_dtype)
   if any(isinstance(x, QTensor) for x in operands):
     x, w = operands
     assert _is_by_matrix(equation) and w.ndim == 2, (equation, w.shape)

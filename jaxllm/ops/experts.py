@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxllm.leaf import Matrix
+from jaxllm.errors import ConfigError
+from jaxllm.leaf import Matrix, QTensor
 from jaxllm.ops.constrain import activation_spec, compiler_axes
 from jaxllm.ops.einsum import einsum
 from jaxllm.ops.grouped import group, grouped_dot, permute, spread
@@ -71,7 +73,9 @@ def experts_on_mesh(
   if all(size == 1 for size in sizes.values()):
     return flat(x_BTD, p, True)
 
-  def spec(leaf: Any, letters: str) -> PartitionSpec:
+  def spec(leaf: Any, letters: str) -> PartitionSpec | QTensor:
+    if isinstance(leaf, QTensor):
+      return _part_specs(leaf, letters, sizes)
     value, letters = (leaf.value, leaf.letters(letters)) if isinstance(leaf, Matrix) else (leaf, letters)
     return activation_spec(value.shape, letters, sizes)
 
@@ -80,7 +84,9 @@ def experts_on_mesh(
     name: {kind: spec(leaf, letters(name, kind)) for kind, leaf in part.items()} for name, part in p.items()
   }
   rows = activation_spec(x_BTD.shape, "BTD", sizes)
-  split = jax.tree.leaves(tuple(spec(p["down"]["w"], "EFD")))  # the axes of F: no other dimension has some
+  down = specs["down"]["w"]
+  down = down.parts["value"] if isinstance(down, QTensor) else down
+  split = jax.tree.leaves(tuple(down))  # the axes of F: no other dimension has some
 
   def one_device(x_BTD, p):
     first = jnp.bool_(True)
@@ -97,3 +103,18 @@ def experts_on_mesh(
     check_vma=False,
   )(x_BTD, p)
   return jnp.sum(parts, axis=0)
+
+
+def _part_specs(w: QTensor, letters: str, sizes: Mapping[str, int]) -> QTensor:
+  """How the parts of a quantized weight lie; raises ConfigError where its numbers are cut and what scales them is not."""
+  stored = letters[:-2] + letters[:-3:-1]
+  specs = {name: activation_spec(part.shape, stored, sizes) for name, part in w.parts.items()}
+  for name, part in w.parts.items():
+    for size, own, cut in zip(part.shape, specs[name], specs["value"], strict=True):
+      if own != cut and size > 1:
+        axes = ", ".join(jax.tree.leaves(own or cut))
+        raise ConfigError(
+          f"experts: {axes} of the mesh cuts only one of the numbers and the {size} blocks ({name}) of {w.scheme}, expected "
+          "both or neither; take a smaller axis, or smaller blocks"
+        )
+  return dataclasses.replace(w, parts=specs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.leaf import QTensor
+from jaxllm.leaf import QTensor, dense
 from jaxllm.ops.constrain import compiler_axes
 
 ROWS = 16
@@ -18,8 +18,12 @@ PACKED = 128
 """The most columns of a packed weight that it converts at a time, for up to ROWS rows."""
 
 
+@jax.custom_vjp
 def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   """x w, float32 [C, F], by the weight's scheme.
+
+  Its gradient to x is g w^T, of the weight as it is held, for which integers are kept and no floats of them: where a scheme
+  rounds rows, too, that counts as the identity (straight-through: Bengio et al., 2013, section 4).  The weight has none.
 
   The weight goes through a barrier with the rows: a loop around the product, as decoding is one, would else convert the weight
   once, before it, and keep the copy.  On one CPU device a product is made in pieces, of one row or of TILE columns, as XLA
@@ -31,29 +35,66 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   int8 0.20 and 0.73, int4 0.56 and 0.94, int3 0.80 and 1.4.)
   """
   columns = w.shape[1]
-  if not w.scheme.converts or jax.default_backend() != "cpu" or any(n > 1 for n in compiler_axes().values()):
+  if not w.scheme.converts or _in_one():
     return _piece(x_CD, w)
   x_CD = x_CD.astype(jnp.float32)
   few, packed = len(x_CD) <= ROWS, w.scheme.converts == "columns"
   if len(x_CD) > 1 and few and not packed:
     return jax.lax.map(lambda x_D: _piece(x_D[None], w)[0], x_CD)
   most = PACKED if packed and few else columns // 2 if len(x_CD) == 1 else TILE
-  sizes = [columns, *(part.shape[0] for part in w.parts.values() if part.shape[0] > 1)]
-  fits = lambda n: columns % n == 0 and all(size * n % columns == 0 for size in sizes)
-  tile = max((n for n in range(1, min(most, columns) + 1) if fits(n)), default=0)
-  if tile < 32:  # a width without such a divisor
+  tile = _tile(w, most)
+  if not tile:  # a width without such a divisor
     return _piece(x_CD, w)
-
-  def one_tile(i):
-    def cut(part):
-      rows = part.shape[0] * tile // columns  # of a packed part fewer than columns
-      return part if part.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(part, i * rows, rows)
-
-    return _piece(x_CD, QTensor(jax.tree.map(cut, w.parts), w.scheme))
-
-  y_QCt = jax.lax.map(one_tile, jnp.arange(columns // tile))
+  y_QCt = jax.lax.map(lambda i: _piece(x_CD, _columns(w, i, tile)), jnp.arange(columns // tile))
   return jnp.moveaxis(y_QCt, 0, 1).reshape(len(x_CD), columns)
 
 
 def _piece(x_CD: jax.Array, w: QTensor) -> jax.Array:
   return w.scheme.product(*jax.lax.optimization_barrier((x_CD, w.parts)))
+
+
+def _in_one() -> bool:
+  """Whether nothing is in pieces: on accelerators, and where a mesh cuts the weight already."""
+  return jax.default_backend() != "cpu" or any(n > 1 for n in compiler_axes().values())
+
+
+def _tile(w: QTensor, most: int) -> int:
+  """The largest number of columns up to `most` that divides the weight and its parts; 0: there is none worth a loop."""
+  columns = w.shape[1]
+  sizes = [columns, *(part.shape[0] for part in w.parts.values() if part.shape[0] > 1)]
+  fits = lambda n: columns % n == 0 and all(size * n % columns == 0 for size in sizes)
+  tile = max((n for n in range(1, min(most, columns) + 1) if fits(n)), default=0)
+  return tile if tile >= 32 else 0
+
+
+def _columns(w: QTensor, i: jax.Array, tile: int) -> QTensor:
+  """Columns [i tile, (i + 1) tile) of the weight."""
+
+  def cut(part):
+    rows = part.shape[0] * tile // w.shape[1]  # of a packed part fewer than columns
+    return part if part.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(part, i * rows, rows)
+
+  return QTensor(jax.tree.map(cut, w.parts), w.scheme)
+
+
+def _backward(kept: tuple[QTensor, jax.Array], g_CF: jax.Array) -> tuple[jax.Array, None]:
+  """(g w^T, nothing), of some columns of w at a time where there are pieces."""
+  w, like = kept
+  g_CF, parts = jax.lax.optimization_barrier((g_CF, w.parts))
+  w = QTensor(parts, w.scheme)
+  tile = 0 if _in_one() else _tile(w, TILE)
+  dtype = like.dtype if _in_one() else jnp.float32
+
+  def one(g_CF: jax.Array, w: QTensor) -> jax.Array:
+    w_FD = dense(w).T.astype(dtype)
+    return jnp.dot(g_CF.astype(dtype), w_FD, preferred_element_type=jnp.float32)
+
+  def add(i: jax.Array, g_CD: jax.Array) -> jax.Array:
+    return g_CD + one(jax.lax.dynamic_slice_in_dim(g_CF, i * tile, tile, axis=1), _columns(w, i, tile))
+
+  g_CD = jnp.zeros((len(g_CF), w.shape[0]), jnp.float32)
+  g_CD = jax.lax.fori_loop(0, w.shape[1] // tile, add, g_CD) if tile else one(g_CF, w)
+  return g_CD.astype(like.dtype), None
+
+
+product.defvjp(lambda x_CD, w: (product(x_CD, w), (w, x_CD[:0])), _backward)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm import tree
-from jaxllm.leaf import Matrix, QTensor
+from jaxllm.leaf import LoRA, Matrix, QTensor
 
 HEADER = ("parameter", "shape", "dtype", "stored", "spec", "bytes a device")
 
@@ -74,6 +74,8 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _spec(leaf: Any) -> str:
   """The axes of each logical dimension: "fsdp, tensor", with "." for a dimension that is whole."""
+  if isinstance(leaf, LoRA):
+    return _spec(leaf.base)
   value = (
     leaf.value if isinstance(leaf, Matrix) else leaf.parts["value"] if isinstance(leaf, QTensor) else leaf
   )
@@ -93,7 +95,11 @@ def _spec(leaf: Any) -> str:
 
 def _stored(leaf: Any) -> str | None:
   """The order of a matrix's dimensions in memory."""
-  return "oi" if isinstance(leaf, QTensor) else leaf.stored if isinstance(leaf, Matrix) else None
+  if isinstance(leaf, LoRA):
+    return _stored(leaf.base)
+  if isinstance(leaf, QTensor):
+    return None if leaf.table else "oi"
+  return leaf.stored if isinstance(leaf, Matrix) else None
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
-from jaxllm.leaf import Matrix, QTensor
+from jaxllm.leaf import LoRA, Matrix, QTensor
 from jaxllm.parallel.mesh import spell
 
 Spec = tuple[str | tuple[str, ...] | None, ...]
@@ -131,12 +131,23 @@ def layout(params: Any, mesh: Mesh, rules: Rules, cfg: ModelConfig | None = None
 
   Both are of the array as it is stored: a `leaf.Matrix` holds those of its value, and a `leaf.QTensor` those of its parts, of
   which "value" lies as the weight would, and others too where their own dimensions divide.  Errors are those of `place`, and
-  ConfigError for numbers of a `QTensor` in blocks or bytes that the mesh would cut.
+  ConfigError for numbers of a `QTensor` in blocks or bytes that the mesh would cut.  Factors of a `leaf.LoRA` lie as the
+  dimension that they share with it does.
   """
 
   def laid_out(path: str, leaf: Any) -> Any:
     at = place(path, leaf.shape, mesh, rules, cfg)
     shape, spec = at.shape, at.spec
+    if isinstance(leaf, LoRA):
+      sharding = lambda *entries: NamedSharding(mesh, _spec(entries))
+      *leading, rows, columns = tuple(spec) + (None,) * (len(shape) - len(spec))
+      a, b = _factor_shapes(leaf, shape)
+      return dataclasses.replace(
+        leaf,
+        base=laid_out(path, leaf.base),
+        a=jax.ShapeDtypeStruct(a, leaf.a.dtype, sharding=sharding(*leading, rows, None)),
+        b=jax.ShapeDtypeStruct(b, leaf.b.dtype, sharding=sharding(*leading, None, columns)),
+      )
     if isinstance(leaf, QTensor):
       return _quantized(path, leaf, at, mesh)
     if isinstance(leaf, Matrix):
@@ -168,11 +179,14 @@ def unpad(params: Any, cfg: ModelConfig) -> dict[str, Any]:
     shape = tuple(_unpadded(path, leaf.shape, cfg))
     if shape == tuple(leaf.shape):
       return leaf
+    if isinstance(leaf, LoRA):
+      a, b = map(_cut, (leaf.a, leaf.b), _factor_shapes(leaf, shape))
+      return dataclasses.replace(leaf, base=cut(path, leaf.base), a=a, b=b)
     if isinstance(leaf, Matrix):
-      return dataclasses.replace(leaf, value=leaf.value[tuple(map(slice, _stored(leaf, shape)))])
+      return dataclasses.replace(leaf, value=_cut(leaf.value, _stored(leaf, shape)))
     if isinstance(leaf, QTensor):
       return dataclasses.replace(leaf, parts=jax.tree.map(_cut, leaf.parts, _part_shapes(leaf, shape)))
-    return leaf[tuple(map(slice, shape))]
+    return _cut(leaf, shape)
 
   return tree.unflatten({path: cut(path, leaf) for path, leaf in tree.flatten(params).items()})
 
@@ -225,15 +239,15 @@ def _unpadded(path: str, shape: Sequence[int], cfg: ModelConfig | None) -> list[
   return sizes
 
 
-def _stored(leaf: Matrix, dims: tuple) -> tuple:
+def _stored(leaf: Matrix | QTensor, dims: Sequence[Any]) -> tuple:
   """The dimensions of the value that holds a matrix, from those of the matrix."""
-  return dims if leaf.stored == "io" else (*dims[:-2], dims[-1], dims[-2])
+  as_it_is = leaf.table if isinstance(leaf, QTensor) else leaf.stored == "io"
+  return tuple(dims) if as_it_is else (*dims[:-2], dims[-1], dims[-2])
 
 
 def _quantized(path: str, leaf: QTensor, at: Place, mesh: Mesh) -> QTensor:
   """Where the parts of a quantized weight lie, from where the weight would."""
-  entries = tuple(at.spec) + (None,) * (len(at.shape) - len(at.spec))
-  entries = (*entries[:-2], entries[-1], entries[-2])
+  entries = _stored(leaf, tuple(at.spec) + (None,) * (len(at.shape) - len(at.spec)))
 
   def laid_out(name: str, part: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     spec = []
@@ -254,15 +268,19 @@ def _quantized(path: str, leaf: QTensor, at: Place, mesh: Mesh) -> QTensor:
 
 
 def _part_shapes(leaf: QTensor, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-  """The shapes of the parts of a quantized weight that is padded or cut to a shape [..., in, out]."""
-  swap = lambda dims: (*dims[:-2], dims[-1], dims[-2])
-  sizes = list(zip(swap(leaf.shape), swap(shape), strict=True))
+  """The shapes of the parts of a quantized weight that is padded or cut to a shape."""
+  sizes = list(zip(_stored(leaf, leaf.shape), _stored(leaf, shape), strict=True))
   return {
     name: tuple(
       have if have == 1 else have * size // old for have, (old, size) in zip(part.shape, sizes, strict=True)
     )
     for name, part in leaf.parts.items()
   }
+
+
+def _factor_shapes(leaf: LoRA, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The shapes of the factors of a weight that is padded or cut to a shape [..., in, out]."""
+  return (*shape[:-1], leaf.a.shape[-1]), (*shape[:-2], leaf.b.shape[-2], shape[-1])
 
 
 def _cut(x: Any, shape: tuple[int, ...]) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm import tree
 from jaxllm.errors import ConfigError, QuantError
-from jaxllm.leaf import QTensor, dense
+from jaxllm.leaf import LoRA, QTensor, dense
 
 DEFAULT = (
   (r"(layers|blocks)/\d+/attn/[qkvo]/w", True),
@@ -21,8 +21,8 @@ DEFAULT = (
 )
 """What is quantized unless rules say otherwise: the matrices of layers, but not embeddings, head, routers and norms."""
 
-MATRICES = r".+/w|head|embed_in|embed_out"
-"""What can be quantized: a table of rows, as the embedding is one, is read otherwise."""
+MATRICES, TABLES = r".+/w|head|embed_in|embed_out", "embed"
+"""What can be quantized: matrices that rows are multiplied with, and tables of rows, of which a tied head is the transpose."""
 
 
 def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
@@ -54,12 +54,18 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
 def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
   if isinstance(leaf, QTensor):
     raise QuantError(f"{path}: found a weight of {leaf.scheme}, expected one that is not quantized yet")
-  if not re.fullmatch(MATRICES, path) or leaf.ndim < 2:
+  if isinstance(leaf, LoRA):
     raise QuantError(
-      f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}); leave it out by a rule"
+      f"{path}: found a weight with LoRA, expected one without; quantize it before lora.apply, or merge it first"
+    )
+  table = re.fullmatch(TABLES, path) is not None
+  if not (table or re.fullmatch(MATRICES, path)) or leaf.ndim < 2:
+    raise QuantError(
+      f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}), or a table of rows "
+      f"({TABLES}); leave it out by a rule"
     )
   try:
-    parts, finite = _quantize(leaf, scheme)
+    parts, finite = _quantize(leaf, scheme, table)
   except QuantError as e:
     raise QuantError(f"{path}: {e}") from None
   if not bool(finite):
@@ -67,12 +73,17 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
       f"{path}: found NaN or infinity, or a scale that is, expected finite weights in the scheme's range; the checkpoint is "
       "damaged, or leave it out by a rule"
     )
-  return QTensor(parts, scheme)
+  held = QTensor(parts, scheme, table)
+  if table and any(part.shape[0] * held.step % leaf.shape[0] for part in parts.values() if part.shape[0] > 1):
+    raise QuantError(
+      f"{path}: found a table of {leaf.shape[0]} rows, expected a number that parts of {scheme} divide; leave it out by a rule"
+    )
+  return held
 
 
-@functools.partial(jax.jit, static_argnames="scheme")
-def _quantize(leaf: Any, scheme: Any) -> tuple[dict[str, jax.Array], jax.Array]:
-  w = dense(leaf)
+@functools.partial(jax.jit, static_argnames=("scheme", "table"))
+def _quantize(leaf: Any, scheme: Any, table: bool) -> tuple[dict[str, jax.Array], jax.Array]:
+  w = dense(leaf).T if table else dense(leaf)
   parts = scheme.quantize(w)
   floats = [w, *(x for x in parts.values() if jnp.issubdtype(x.dtype, jnp.floating))]
   return parts, functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in floats))
@@ -85,6 +96,7 @@ def report(params: Any, before: Any = None) -> list[dict[str, Any]]:
   flat, old = tree.flatten(params), None if before is None else tree.flatten(before)
   rows = []
   for path, leaf in flat.items():
+    leaf = leaf.base if isinstance(leaf, LoRA) else leaf
     if not isinstance(leaf, QTensor):
       continue
     row = {"path": path, "scheme": leaf.scheme, "bits": 8 * leaf.nbytes / leaf.size, "bytes": leaf.nbytes}

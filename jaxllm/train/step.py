@@ -15,12 +15,12 @@ from jaxllm.nn.transformer import Transformer, head
 from jaxllm.ops.losses import cross_entropy
 
 DECAYED = (
-  ("embed|embed_in|embed_out|head|head_bias", False),
+  (r"(embed|embed_in|embed_out|head|head_bias)(/[ab])?", False),
   (r"positions/\d+/\w+", False),
   (r".*/(scale|bias|sinks|alpha_p|alpha_n)", False),
-  (r".*/w", True),
+  (r".*/w(/[ab])?", True),
 )
-"""Which parameters weight decay acts on: the matrices inside the layers."""
+"""Which parameters weight decay acts on: the matrices inside the layers, and what `train.lora` adds to them."""
 
 State = dict
 """{"step": int32, "params": tree, "opt": optax state}: all of a run that is not its configuration."""

@@ -138,7 +138,7 @@ def test_the_report_counts_scales_and_tells_errors(model):
     ([("head", "int8")], ConfigError, "found 'int8' for 'head', expected True, False or a scheme"),
     ([(".+", False)], ConfigError, "no parameter is to be quantized"),
     ([("final_norm/scale", True)], QuantError, "final_norm/scale: found .*, expected a matrix"),
-    ([("embed", True)], QuantError, "embed: found .*, expected a matrix that rows are multiplied with"),
+    ([("final_norm/.+", True)], QuantError, "expected a matrix .* or a table of rows .embed."),
   ],
 )
 def test_rules_that_do_not_fit_are_refused(model, rules, error, message):

@@ -14,7 +14,7 @@ from jaxllm.activation import Xielu
 from jaxllm.config import DTYPES, Layer, ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.experts import Moe
-from jaxllm.hf import rope
+from jaxllm.hf import quantized, rope
 from jaxllm.hf.families.apertus import APERTUS
 from jaxllm.hf.families.arcee import ARCEE
 from jaxllm.hf.families.baichuan import BAICHUAN
@@ -65,7 +65,6 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
 """By name, in the order in which `write_config` tries them."""
 
 SETTLED = {
-  "quantization_config": ((), "quantized checkpoints are not read"),
   "per_layer_config": ((), "layers that differ in size are not supported"),
   "is_encoder_decoder": ((False,), "decoders only"),
   "add_cross_attention": ((False,), "decoders only"),
@@ -94,6 +93,7 @@ def _read(plain: Mapping[str, Any], source: str) -> tuple[Family, ModelConfig, l
   family = family_of(s)
   for name, (values, why) in SETTLED.items():
     s.settle(name, *values, why=why)
+  s.take(quantized.NAME, quantized.CONFIG, None)  # parameters are, and the model is the same
   _check_architecture(s, family)
   common = {
     "tie_embeddings": s.take("tie_word_embeddings", FLAG, family.tied),

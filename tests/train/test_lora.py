@@ -1,0 +1,286 @@
+"""LoRA: the identity at first, gradients to the factors alone, merged and unmerged, over quantized weights, and beside peft."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from model_cases import MODELS
+from model_cases import params as params_of
+
+from jaxllm import hf, parallel, quant, tree
+from jaxllm.errors import CheckpointError, ConfigError, QuantError
+from jaxllm.generate.loop import generate
+from jaxllm.leaf import LoRA, Matrix, QTensor, dense
+from jaxllm.nn import Transformer
+from jaxllm.nn.transformer import head
+from jaxllm.ops.losses import cross_entropy
+from jaxllm.train import lora
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.step import TrainConfig
+
+CFG = dataclasses.replace(MODELS["rope"], num_layers=2, layers=MODELS["rope"].layers[:1], vocab_size=30)
+HEAD = [*lora.ALL_LINEAR, ("head", True)]
+KEY = jax.random.key(0)
+IDS = np.array([[5, 9, 2, 7, 1, 3, 3, 8]])
+
+
+def stored(params):
+  value = lambda w: Matrix(np.ascontiguousarray(np.swapaxes(w, -1, -2)))
+  flat = tree.flatten(params)
+  return tree.unflatten({path: value(w) if path.endswith("/w") else w for path, w in flat.items()})
+
+
+BASES = {
+  "arrays": lambda params: params,
+  "matrices": stored,
+  "bfloat16": lambda params: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params),
+  **{
+    name: lambda params, name=name: quant.apply(params, quant.SCHEMES[name]())
+    for name in ("int8", "int8_asym")
+  },
+}
+SLOW = (
+  "matrices",
+  "bfloat16",
+  "int8",
+)  # arrays and int8_asym have it all between them but the layout and the type
+each_base = pytest.mark.parametrize(
+  "base", [pytest.param(base, marks=[pytest.mark.slow] * (base in SLOW)) for base in BASES]
+)
+
+
+def applied(base, rules=HEAD, **kwargs):
+  return lora.apply(BASES[base](params_of(CFG)), rules, **dict(rank=4, alpha=8.0, key=KEY) | kwargs)
+
+
+def trained(params, seed=1):
+  """As after training: factors that are not 0."""
+  rng = np.random.default_rng(seed)
+  draw = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+  return lora.with_adapters(params, jax.tree.map(draw, lora.adapters(params)))
+
+
+def logits(params):
+  return jax.jit(lambda p: Transformer(CFG).apply({"params": p}, IDS)[0])(params)
+
+
+def loss_of(params):
+  hidden_BTD, _ = Transformer(CFG).apply({"params": params}, IDS[:, :-1], logits=None)
+  return jnp.mean(cross_entropy(hidden_BTD, head(CFG, params), IDS[:, 1:])[0])
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.core
+@each_base
+def test_it_is_the_identity_at_first_and_unmerged_it_is_the_base(base):
+  params, plain = applied(base), BASES[base](params_of(CFG))
+  np.testing.assert_array_equal(logits(params), logits(plain))
+  assert sum(isinstance(x, LoRA) for x in tree.flatten(params).values()) == 7 * 2 + 1
+  assert tree.diff(plain, params) == []
+  assert np.abs(logits(trained(params)) - logits(plain)).max() > 0.1  # factors that are trained do change it
+  same(lora.unmerge(trained(params)), plain)
+
+
+def test_the_first_factor_is_uniform_within_the_width_and_of_its_path_alone():
+  w = np.zeros((400, 300), np.float32)
+  params = lora.apply({"x": {"w": w}, "y": {"w": w}}, [(".+/w", True)], rank=200, alpha=1, key=KEY)
+  a = np.asarray(params["x"]["w"].a)
+  assert a.shape == (400, 200) and params["x"]["w"].b.shape == (200, 300) and not params["x"]["w"].b.any()
+  # uniform in (-0.05, 0.05), 80,000 draws: 5 standard errors of the mean, and of the variance
+  assert 0.0499 < np.abs(a).max() <= 0.05 and abs(a.mean()) < 5 * 0.05 / np.sqrt(3 * a.size)
+  assert abs(a.var() / (0.05**2 / 3) - 1) < 5 * np.sqrt(0.8 / a.size)
+  assert not np.array_equal(a, params["y"]["w"].a)
+  one = lora.apply({"x": {"w": w}, "y": {"w": w}}, [("x/w", True)], rank=200, alpha=1, key=KEY)
+  np.testing.assert_array_equal(one["x"]["w"].a, a)
+
+
+@pytest.mark.core
+@each_base
+def test_merged_it_computes_the_same(base):
+  params = trained(applied(base))
+  merged, found = lora.merge(params), logits(params)
+  for path, leaf in tree.flatten(params).items():
+    if isinstance(leaf, LoRA):
+      one = tree.flatten(merged)[path]
+      expected = np.asarray(dense(leaf.base), np.float64) + 2 * np.asarray(leaf.a, np.float64) @ np.asarray(
+        leaf.b
+      )
+      bound = 2**-8 if base == "bfloat16" else 1e-6  # half a unit in the last place
+      assert np.abs(np.asarray(dense(one), np.float64) - expected).max() <= bound * np.abs(expected).max()
+      kept = leaf.base if not isinstance(leaf.base, QTensor) else dense(leaf.base)
+      assert (type(one), one.dtype) == (
+        type(jnp.asarray(kept)) if not isinstance(kept, Matrix) else Matrix,
+        kept.dtype,
+      )
+  if base != "bfloat16":
+    assert np.abs(logits(merged) - found).max() <= 1e-5 * np.abs(found).max()
+
+
+@each_base
+def test_gradients_are_of_the_factors_and_those_of_the_merged_weights(base):
+  """d loss / d a = scale G b^T and d loss / d b = scale a^T G, with G that of the merged weight, in float32."""
+  params = trained(applied(base))
+  found = jax.jit(jax.grad(lambda new: loss_of(lora.with_adapters(params, new))))(lora.adapters(params))
+  whole = jax.tree.map(
+    lambda x: jnp.asarray(dense(x), jnp.float32), params, is_leaf=lambda x: isinstance(x, LoRA)
+  )
+  expected = tree.flatten(jax.jit(jax.grad(loss_of))(whole))
+  tolerance = 0.05 if base == "bfloat16" else 1e-4
+  for path, leaf in tree.flatten(params).items():
+    if isinstance(leaf, LoRA):
+      g = np.asarray(dense(expected[path]))
+      pairs = {"a": leaf.scale * g @ leaf.b.T, "b": leaf.scale * leaf.a.T @ g}
+      for name, wanted in pairs.items():
+        error = np.abs(tree.flatten(found)[f"{path}/{name}"] - wanted).max()
+        assert error <= tolerance * np.abs(wanted).max(), (path, name, error)
+
+
+def test_no_gradient_reaches_a_base():
+  params = trained(applied("arrays"))
+  grads = tree.flatten(jax.jit(jax.grad(loss_of))(params))
+  held = [g for g in grads.values() if isinstance(g, LoRA)]
+  assert held and not any(np.any(g.base) for g in held) and all(np.any(g.a) and np.any(g.b) for g in held)
+  assert np.any(grads["embed"]) and np.any(grads["layers/0/attn_norm/scale"])
+
+
+def test_training_over_integers_lowers_the_loss_changes_the_factors_only_and_resumes(tmp_path):
+  params, optimizer = applied("int8"), TrainConfig(30, 1, 8, learning_rate=3e-2, warmup=0.0).optimizer()
+  new = lora.adapters(params)
+  state = {"params": new, "opt": optimizer.init(new), "base": lora.unmerge(params)}
+
+  @jax.jit
+  def step(new, opt, params):
+    loss, grads = jax.value_and_grad(lambda new: loss_of(lora.with_adapters(params, new)))(new)
+    updates, opt = optimizer.update(grads, opt, new)
+    return optax.apply_updates(new, updates), opt, loss
+
+  losses, opt = [], state["opt"]
+  for _ in range(20):
+    new, opt, loss = step(new, opt, params)
+    losses.append(float(loss))
+  assert losses[-1] < 0.5 * losses[0]
+  after = lora.with_adapters(params, new)
+  same(lora.unmerge(after), state["base"])
+  state = {"params": after, "opt": opt}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(20, state)
+    same(checkpoints.restore(jax.tree.map(jnp.zeros_like, state)), state)
+
+
+@pytest.mark.parametrize("base", [pytest.param("matrices", marks=pytest.mark.slow), "int8"])
+def test_on_a_mesh_factors_lie_as_the_dimension_they_share(base):
+  params = trained(applied(base))
+  mesh = parallel.make_mesh("fsdp=2,tensor=4")
+  placed = parallel.shard(params, mesh, parallel.RULES["fsdp_tensor"], CFG)
+  up, top = tree.flatten(placed)["layers/0/mlp/up/w"], placed["head"]
+  assert (tuple(up.a.sharding.spec), tuple(up.b.sharding.spec)) == (("fsdp",), (None, "tensor"))
+  assert top.shape == (24, 32) and top.b.shape == (4, 32)  # 4 do not divide the vocabulary
+  same(parallel.unpad(placed, CFG), params)
+  assert "mlp/up/w" in parallel.report(placed)
+  text = lambda params: generate(Transformer(CFG), params, [[5, 9, 2]], max_new_tokens=6, stop_ids=()).tokens
+  with jax.set_mesh(mesh):
+    assert text(placed) == text(params)
+
+
+def test_scanned_layers_have_it():
+  params = trained(applied("int8"))
+  stacked = tree.stack_layers(params, 1)
+  assert stacked["blocks"]["0"]["mlp"]["up"]["w"].shape == (2, 24, 40)
+  run = lambda scan, p: jax.jit(lambda p: Transformer(CFG, scan=scan).apply({"params": p}, IDS)[0])(p)
+  found, expected = run(True, stacked), run(False, params)
+  assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+  same(lora.adapters(tree.unstack_layers(stacked)), lora.adapters(params))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(rules=[("layers/9/.+", True)]), r"rules: 'layers/9/.\+' matches no parameter"),
+    (dict(rules=[("head", 8)]), "rules: found 8 for 'head', expected True or False"),
+    (dict(rules=[(".+", False)]), "rules: no parameter gets LoRA"),
+    (dict(rules=[("embed", True)]), r"embed: found \(30, 24\), expected a matrix that all rows"),
+    (dict(rules=[(".+_norm/scale", True)]), r"norm/scale: found \(24,\), expected a matrix"),
+    (dict(rank=0), "rank: found 0, expected an integer from 1 to 24, as .* is "),
+    (dict(rank=25), "rank: found 25, expected an integer from 1 to 24, as .* is "),
+    (dict(rank=2.0), "rank: found 2.0, expected an integer"),
+    (dict(alpha=0), "alpha: found 0, expected a finite number above 0"),
+    (dict(alpha=float("nan")), "alpha: found nan"),
+  ],
+)
+def test_what_cannot_be_is_refused(change, message):
+  with pytest.raises(ConfigError, match=message):
+    applied("arrays", **change)
+
+
+def test_other_trees_and_weights_that_have_it_are_refused(tmp_path):
+  params = applied("arrays")
+  with pytest.raises(ConfigError, match=r"found a weight with LoRA, expected one without; merge or unmerge"):
+    lora.apply(params, rank=2, alpha=2, key=KEY)
+  with pytest.raises(ConfigError, match="found no weight with LoRA"):
+    lora.adapters(params_of(CFG))
+  with pytest.raises(
+    ConfigError, match=r"adapters: not those of the parameters: .*head/a is \(24, 2\), expected \(24, 4\)"
+  ):
+    lora.with_adapters(params, lora.adapters(applied("arrays", rank=2)))
+  with pytest.raises(QuantError, match=r"found a weight with LoRA, .* quantize it before lora.apply"):
+    quant.apply(params, quant.SCHEMES["int8"]())
+  with pytest.raises(CheckpointError, match=r"head: found a weight with LoRA, .* give train.lora.merge"):
+    hf.save(tmp_path, CFG, params)
+  assert len(quant.report(applied("int8"))) == 14
+  experts = params_of(MODELS["experts"])
+  with pytest.raises(ConfigError, match=r"experts/.*: found \(5, .*, expected a matrix that all rows"):
+    lora.apply(experts, [(r".+/experts/.+/w", True)], rank=2, alpha=2, key=KEY)
+
+
+def test_outputs_and_merged_weights_are_those_of_peft(tmp_path):
+  """A Llama with adapters that are not 0, by peft's own forward pass and its merge; and the range that its `a` starts in."""
+  peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(0)
+  sizes = dict(
+    vocab_size=31, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3
+  )
+  theirs = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(num_key_value_heads=1, head_dim=8, **sizes)
+  ).eval()
+  theirs.save_pretrained(tmp_path)
+  cfg, params = hf.load(tmp_path)
+  names = {"q": "q_proj", "v": "v_proj", "down": "down_proj"}
+  adapted = peft.get_peft_model(
+    theirs, peft.LoraConfig(r=5, lora_alpha=15, target_modules=list(names.values()))
+  )
+  params = lora.apply(params, [(r"layers/\d+/.+/(q|v|down)/w", True)], rank=5, alpha=15, key=KEY)
+  new = {}
+  for path, leaf in tree.flatten(params).items():
+    if isinstance(leaf, LoRA):
+      _, i, block, name, _ = path.split("/")
+      block = {"attn": "self_attn"}.get(block, block)
+      layer = adapted.get_submodule(f"base_model.model.model.layers.{i}.{block}.{names[name]}")
+      a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+      for factor in (a.detach().numpy(), leaf.a):  # Kaiming's range of both
+        assert 0.8 < np.abs(factor).max() * np.sqrt(leaf.shape[0]) <= 1
+      assert not b.any() and layer.scaling["default"] == leaf.scale
+      torch.nn.init.normal_(a, std=0.3)
+      torch.nn.init.normal_(b, std=0.3)
+      new |= {f"{path}/a": a.detach().numpy().T, f"{path}/b": b.detach().numpy().T}
+  params = lora.with_adapters(params, tree.unflatten(new))
+  ids = np.random.default_rng(0).integers(0, 31, (2, 9))
+  run = lambda params: np.asarray(Transformer(cfg).apply({"params": params}, ids)[0])
+  with torch.no_grad():
+    expected = adapted(torch.tensor(ids)).logits.numpy()
+  assert np.abs(run(params) - expected).max() <= 1e-5 * np.abs(expected).max()
+  assert np.abs(run(lora.unmerge(params)) - expected).max() > 0.1 * np.abs(expected).max()
+  adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+  assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 31
+  merged = tree.flatten(hf.load(tmp_path / "merged")[1])
+  for path, leaf in tree.flatten(lora.merge(params)).items():
+    np.testing.assert_allclose(
+      dense(leaf), dense(merged[path]), rtol=0, atol=2e-7 * np.abs(dense(leaf)).max()
+    )
