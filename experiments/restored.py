@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from jaxllm.errors import CheckpointError
+from jaxllm.errors import CheckpointError, ConfigError
 
 
 def load(run: Path, scheme: str, seed: int):
@@ -56,6 +56,18 @@ def load(run: Path, scheme: str, seed: int):
 def trained_length(run: Path) -> int:
   """The length that the models of a run were trained at."""
   return json.loads((run / "config.json").read_text())["settings"]["train_length"]
+
+
+def settings(run: Path) -> dict:
+  """The settings of a run, as its config.json has them."""
+  return _read(run / "config.json", lambda config: config["settings"], "restore the file")
+
+
+def check_corpus(run: Path, corpus) -> None:
+  """Raise ConfigError where the text of a run is another by now."""
+  about = _read(run / "config.json", lambda config: config["corpus"], "restore the file")
+  if corpus.about["sha256"] != about["sha256"]:
+    raise ConfigError(f"{run}: its text, {about['source']}, has changed since; compare where the run was made")
 
 
 def _read(path: Path, build, advice: str):
