@@ -51,11 +51,11 @@ def ratio(amounts: Sequence[float], sizes: Sequence[float]) -> tuple[float, floa
 def bootstrap(
   statistic: Callable[[np.ndarray], np.ndarray], amounts: np.ndarray, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-  """(low, high): the 95 % percentile interval of statistic(sum of amounts_i) over n units i, each a row of `amounts` [n, columns].
+  """(low, high) of the 95 % percentile interval of statistic(sum of amounts_i) over n units i.
 
-  Units are drawn with replacement, n at a time, `draws` times: statistic([draws, columns]) -> [draws].  What is in one row, such
-  as the losses of two models on the same text, is drawn together, so that a difference has the interval of pairs.  The interval of one
-  unit is a point.
+  amounts: [n, columns], a row a unit.  Units are drawn with replacement, n at a time, `draws` times: statistic takes
+  [draws, columns] to [draws].  What is in one row, such as the losses of two models on the same text, is drawn together, so
+  that a difference has the interval of pairs.  The interval of one unit is a point.
   Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
   """
   amounts = np.asarray(amounts, np.float64)
