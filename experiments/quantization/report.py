@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -175,31 +174,29 @@ def draw(out: Path, plan: Plan, own, joint, swept) -> list[str]:
   if not swept:
     return ["cost.png"]
   xlabel = f"test length in {plan.source.models.unit} (trained at {plan.source.train_length})"
-  for file, found, metric in (
-    ("bpb_vs_length.png", joint, "bpb_last"),
-    ("difference_vs_length.png", differences(swept), DIFFERENCE),
+  for file, found, metric, ylabel in (
+    ("bpb_vs_length.png", joint, "bpb_last", "bits per byte"),
+    ("difference_vs_length.png", differences(swept), DIFFERENCE, "bits per byte above none"),
   ):
-    heading = HEADINGS[metric]
-    plots.lines(out / file, _panels(found, metric), xlabel, heading.split(",")[0].lower(), heading)
+    plots.lines(out / file, panels(found, metric), xlabel, ylabel, HEADINGS[metric])
   return ["cost.png", "bpb_vs_length.png", "difference_vs_length.png"]
 
 
-def _panels(found: Sequence[dict], metric: str) -> dict:
+def panels(found: Sequence[dict], metric: str) -> dict:
   """A panel a method, a line a scheme."""
-  ordered = sorted(found, key=lambda row: row["method"] != NONE)
-  panels = {}
-  for method, own in itertools.groupby(ordered, key=lambda row: row["method"]):
-    named = [{**row, "method": row["quant"], "quant": None, "factor": None} for row in own]
-    panels[method] = series(named, metric)
-  return panels
+  named = [
+    {**row, "method": row["quant"], "quant": None, "factor": None, "panel": row["method"]} for row in found
+  ]
+  names = dict.fromkeys(row["panel"] for row in named)
+  return {panel: series([row for row in named if row["panel"] == panel], metric) for panel in names}
 
 
 def _swept(plan: Plan) -> str:
   settings = plan.source.settings
   return (
     f"- By length: {settings.windows} windows, their ends at the same places for every length, so that the last block of "
-    f"{settings.train_length} {plan.source.models.unit} is the same text with more or less before it; methods are on beyond the "
-    "trained length only, by the factor length / trained length.  ±: 95 % over the windows, pairs of a scheme and `none`."
+    f"{settings.train_length} {plan.source.models.unit} is the same text with more or less before it; methods are on beyond "
+    "the trained length only, by the factor length / trained length.  ±: 95 % over the windows, pairs of a scheme and `none`."
   )
 
 

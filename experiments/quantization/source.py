@@ -15,7 +15,7 @@ from experiments.checkpoint import Checkpoint, scheme_of
 from experiments.extrapolation.evaluate import check_tables_differ, core_reports
 from experiments.extrapolation.loaded import Loaded
 from experiments.extrapolation.models import Models
-from experiments.extrapolation.settings import Settings, TrainSettings
+from experiments.extrapolation.settings import SMOKE, Settings, TrainSettings
 from experiments.extrapolation.trained import Trained
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, DataError
@@ -130,12 +130,15 @@ def _check_sweep(settings: Settings, models: Models, scheme: str) -> None:
   for length in settings.lengths:
     if reason := methods.beyond_table(how, settings.train_length, length):
       raise ConfigError(f"--lengths={','.join(map(str, settings.lengths))}: {length}: {reason}")
+  for name in settings.methods:
+    if reason := methods.not_applicable(how, name):
+      raise ConfigError(f"--methods={name}: {reason}")
   methods.check_methods_matter((how,), settings.methods, None, settings.train_length, settings.lengths)
   check_tables_differ(settings, models)
 
 
 def _loaded(f: Any) -> tuple[Models, Settings | None]:
-  if f.lengths is None and not f.smoke:
+  if f.lengths is None:
     return Alone(f), None
   args = [f"--model={f.model}", f"--text={f.text}", f"--dtype={f.dtype}", f"--verify={f.verify}"]
   if f.train_length:
@@ -152,25 +155,32 @@ def _trained(f: Any, out: Path) -> tuple[Models, Settings]:
   else:
     found = restored.settings(Path(f.run))
     # the flags as the sweep reads them, and the model as the run has it
-    asked = _sweep(f, [f"--out={f.run}", f"--train_length={found['train_length']}"], found["train_length"])
+    scheme, trained = found["schemes"][0], found["train_length"]
+    asked = _sweep(f, [f"--out={f.run}", f"--train_length={trained}"], scheme, trained)
     kind, dtype = Restored, found["dtype"]
     own = {
       field.name: found[field.name] for field in dataclasses.fields(TrainSettings) if field.name != "out"
     }
     own |= {name: getattr(asked, name) for name in ("out", "methods", "lengths", "factors", "windows")}
-    settings = TrainSettings(**own | {"schemes": (found["schemes"][0],)})
+    settings = TrainSettings(**own | {"schemes": (scheme,)})
   models = kind(dataclasses.replace(settings, metrics=METRICS, attention="auto"), dtype)
   return models, models.settings
 
 
-def _sweep(f: Any, args: list[str], train_length: int | None = None) -> Settings:
-  """The settings of the sweep, by its own flags."""
+def _sweep(
+  f: Any, args: list[str], scheme: str = "rope", train_length: int = SMOKE["train_length"]
+) -> Settings:
+  """The settings of the sweep, by its own flags; --smoke joins it on a model of its own."""
   values = copy.deepcopy(flags.FLAGS)
   if f.lengths is not None:
     args = [*args, f"--lengths={f.lengths}", f"--methods={f.methods}", f"--windows={f.windows}"]
   elif f.smoke:
-    first = train_length or 32
-    args = [*args, f"--lengths={first},{2 * first}", "--methods=none,yarn"]
+    stretched = [] if methods.not_applicable(methods.SCHEMES[scheme], "yarn") else ["yarn"]
+    args = [
+      *args,
+      f"--lengths={train_length},{2 * train_length}",
+      f"--methods={','.join(['none', *stretched])}",
+    ]
   if f.smoke:
     args = [*args, "--smoke"]
   values(["quantize", *args])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+  import numpy as np
 
 # t such that |T| < t with probability 0.95, by degrees of freedom; 0.975 quantiles of Student's distribution.
 T_95 = {
@@ -58,6 +60,8 @@ def bootstrap(
   that a difference has the interval of pairs.  The interval of one unit is a point.
   Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
   """
+  import numpy as np
+
   amounts = np.asarray(amounts, np.float64)
   n = len(amounts)
   counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
