@@ -102,7 +102,7 @@ def directory(f) -> str:
 def main(f) -> int:
   """The whole run; 0, or 1 where a cell failed."""
   from experiments import provenance
-  from experiments.quantization import cells, report, schemes, source
+  from experiments.quantization import cells, report, source
   from jaxllm.study.cells import Ledger, check_config, run_groups
   from jaxllm.study.files import Lock
   from jaxllm.study.progress import Progress
@@ -113,9 +113,8 @@ def main(f) -> int:
       f[name].value = f[name].value if f[name].present else value
   out = Path(directory(f))
   models = source.open_models(f, out)
-  chosen, left_out = schemes.fitting(f, models.cfg)
-  plan = cells.Plan.of(f, models, chosen)
-  config = {**provenance.record(), **plan.record(), "left_out": left_out, **models.record()}
+  plan = cells.Plan.of(f, models)
+  config = {**provenance.record(), **plan.record(), **models.record()}
   with StopFlag() as stop, Lock(out), Progress() as progress:
     ledger = Ledger(out / "cells.jsonl", check_config(out, config))
     groups = plan.groups()

@@ -40,10 +40,12 @@ class Plan:
   quantized: tuple[str, ...]
   scoring: Scoring
   asked: Mapping[str, Any]
+  left_out: Mapping[str, str]
 
   @classmethod
-  def of(cls, f: Any, source: Source, chosen: Mapping[str, Any]) -> Plan:
-    """The plan of the flags."""
+  def of(cls, f: Any, source: Source) -> Plan:
+    """The plan of the flags; ConfigError for a scheme that cannot hold the weights."""
+    chosen, left_out = schemes.fitting(f, source.cfg)
     text, window = source.text, source.window
     windows = strided.cover(len(text), window, max(1, window // 2))
     edges = strided.block_edges(len(text), BLOCKS)
@@ -53,7 +55,7 @@ class Plan:
     }
     own_rules = schemes.rules(f, source.cfg)
     paths = tuple(schemes.chosen_paths(source.cfg, own_rules))
-    return cls(source, chosen, own_rules, paths, scoring, asked)
+    return cls(source, chosen, own_rules, paths, scoring, asked, left_out)
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -66,8 +68,9 @@ class Plan:
     return {
       "settings": dict(self.asked) | {"dtype": self.source.cfg.dtype, "tokens": len(self.source.text)},
       "schemes": {name: repr(scheme) for name, scheme in self.chosen.items()},
+      "left_out": dict(self.left_out),
       "weights": list(self.quantized),
-      "windows": {"length": windows.length, "stride": max(1, windows.length // 2), "count": len(windows)},
+      "windows": {"length": windows.length, "stride": max(1, self.source.window // 2), "count": len(windows)},
     }
 
   def cell(self, name: str) -> dict:

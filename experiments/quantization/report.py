@@ -118,6 +118,7 @@ def summary(plan: Plan, own: Sequence[dict]) -> Table:
     )
     reasons = dict.fromkeys((row["status"], row["reason"]) for row in by_metric.values() if row["reason"])
     notes += [f"{status}: {name}: {reason}" for status, reason in reasons]
+  notes += [f"left out: {name}: {reason}" for name, reason in plan.left_out.items()]
   return Table(HEADER, tuple(body), 1, tuple(notes))
 
 

@@ -254,6 +254,7 @@ def test_a_scheme_that_cannot_hold_the_weights_is_refused_by_name_and_left_out_o
   assert call(*base, "--schemes=all") == 0
   assert "left out of --schemes=all: picky: found a width of 32" in capfd.readouterr().out
   assert {row["quant"] for row in rows(tmp_path / "out")} == {"none", "int8"}
+  assert "- left out: picky: found a width of 32" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_head_is_quantized_where_it_is_asked_for(case, tmp_path):
