@@ -15,7 +15,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.study import choices, methods, run_app
 
 FLAGS = flags.FlagValues()
-SMOKE = {"tokens": 2000, "prompt": 8, "new": 9, "rounds": 2}
+SMOKE = {"tokens": 2000, "prompt": 8, "new": 9, "rounds": 2, "seconds": 0.0}
 """What --smoke sets, unless the flag is given."""
 JOINED = ("methods", "windows")
 """Flags of the sweep, which --lengths joins."""
@@ -48,6 +48,12 @@ def _define() -> None:
   flag("integer", "tokens", 100_000, "how many of the text's first tokens are scored, at most")
   flag("integer", "prompt", 32, "decoding: tokens of the prompt")
   flag("integer", "new", 65, "decoding: tokens to draw, of which all but the first are timed")
+  flag(
+    "float",
+    "seconds",
+    0.5,
+    "decoding: a reading takes at least so long, by several texts where one is too short",
+  )
   flag("integer", "rounds", 7, "decoding: how often each scheme and the model as loaded take turns")
   flag("enum", "dtype", "auto", "with --model: type of computing and parameters; auto: what the files say",
        ["auto", "float32", "bfloat16", "float16"])  # fmt: skip
@@ -81,6 +87,8 @@ def check(f) -> None:
   for name, least in {"window": 2, "tokens": 3, "prompt": 1, "new": 2, "rounds": 2, "windows": 2}.items():
     if f[name].value is not None and f[name].value < least:
       raise ConfigError(f"--{name}={f[name].value}: expected a whole number of at least {least}")
+  if not 0 <= f.seconds < float("inf"):
+    raise ConfigError(f"--seconds={f.seconds}: expected a number of at least 0")
   from experiments.quantization import schemes
 
   schemes.parse(f.schemes)

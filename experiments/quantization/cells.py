@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ from jaxllm.study.stop import StopFlag
 
 BLOCKS, PARTS = 100, 10
 """Stretches of text that the bootstrap draws, and into how many cells the text is cut at most."""
+ASKED = ("model", "run", "quantize_head", "prompt", "new", "rounds", "seconds", "smoke")
+"""Flags that are recorded as they are given."""
 SIDES = ("as loaded", "quantized")
 
 
@@ -50,9 +53,7 @@ class Plan:
     windows = strided.cover(len(text), window, max(1, window // 2))
     edges = strided.block_edges(len(text), BLOCKS)
     scoring = Scoring(text, windows, edges, strided.windows_at_once(windows.length), PARTS)
-    asked = {
-      name: f[name].value for name in ("model", "run", "quantize_head", "prompt", "new", "rounds", "smoke")
-    }
+    asked = {name: f[name].value for name in ASKED}
     own_rules = schemes.rules(f, source.cfg)
     paths = tuple(schemes.chosen_paths(source.cfg, own_rules))
     return cls(source, chosen, own_rules, paths, scoring, asked, left_out)
@@ -171,13 +172,15 @@ class Work:
     """Tokens a second of both, in turns, each first every other time; of `none` both are the same."""
     asked, source = self._plan.asked, self._plan.source
     model, prompts = Transformer(source.cfg), [source.text.ids[: asked["prompt"]].tolist()]
-    read = lambda held: (asked["new"] - 1) / decoding.timed(model, held, prompts, asked["new"])[1]
+    read = lambda held: decoding.timed(model, held, prompts, asked["new"])[1]
     sides = dict(zip(SIDES, (source.params(), params), strict=True))
     for held in sides.values():
       read(held)  # compiles
+    times = max(1, math.ceil(asked["seconds"] / read(source.params())))
+    rate = lambda held: times * (asked["new"] - 1) / math.fsum(read(held) for _ in range(times))
     found = {}
     for turn in range(asked["rounds"]):
       for side in SIDES if turn % 2 else SIDES[::-1]:
-        found[turn, side] = read(sides[side])
+        found[turn, side] = rate(sides[side])
         self._stop.check()
     return [rows.ok(cell, found[cell["turn"], cell["side"]]) for cell in group.cells]

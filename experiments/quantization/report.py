@@ -218,8 +218,8 @@ def _markdown(plan: Plan, config: dict, tables: Mapping[str, Table], figures: Se
     f"{windows.length}.  Differences: 95 % by a bootstrap over {len(plan.scoring.edges) - 1} stretches of it, the same ones "
     "drawn for both.",
     f"- Decoding: {asked['new'] - 1} tokens after a prompt of {asked['prompt']}, batch 1; the median of {asked['rounds']} "
-    "readings in turns with `none`, and their range; times none: the same of the ratios of turns.  The line of `none` is "
-    "against itself, and says what is noise.",
+    f"readings of at least {asked['seconds']:g} s in turns with `none`, and their range; times none: the same "
+    "of the ratios of turns.  The line of `none` is against itself, and says what is noise.",
     *([] if source.settings is None else [_swept(plan)]),
     f"- {config['devices'][0]} with jax {config['libraries']['jax']}, Python {config['python']}.  All else is in config.json.",
     "",

@@ -32,7 +32,7 @@ OWN = (
   *("bpb", "bpb_difference", "tokens_per_second", "times_none"),
 )
 TIMED = ("tokens_per_second", "times_none")
-QUICK = (f"--tokens={TOKENS}", "--prompt=4", "--new=5", "--rounds=2")
+QUICK = (f"--tokens={TOKENS}", "--prompt=4", "--new=5", "--rounds=2", "--seconds=0")
 
 
 def call(*args):
@@ -333,6 +333,7 @@ def test_fields_of_a_scheme_are_read_and_wrong_ones_named():
     (["--text=no/such/text"], 2, ["--text=no/such/text", "no such file"]),
     (["--rounds=1"], 2, ["--rounds=1", "at least 2"]),
     (["--new=1"], 2, ["--new=1", "at least 2"]),
+    (["--seconds=-1"], 2, ["--seconds=-1", "at least 0"]),
     (["--windows=3"], 2, ["--windows=3", "--lengths"]),
     (["--methods=yarn"], 2, ["--methods=yarn", "--lengths"]),
     (["--lengths=32", "--methods=yarm"], 2, ["--methods=yarm", "did you mean yarn"]),
