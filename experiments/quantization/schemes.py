@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from typing import Any
 
 import jax
@@ -72,20 +73,37 @@ def chosen_paths(cfg: ModelConfig, own_rules: list[tuple[str, bool]]) -> dict[st
 def fitting(f, cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
   """(the schemes that can hold the model's weights, {name: why not} of others), by shapes alone.
 
-  Of --schemes=all, others are left out; one that was asked for by name is a ConfigError.
+  One that was asked for by name and cannot is a ConfigError; of --schemes=all it is left out, or has smaller groups where those
+  divide the weights.
   """
-  own_rules, kept, left_out = rules(f, cfg), parse(f.schemes), {}
-  shapes = sorted(set(chosen_paths(cfg, own_rules).values()))
-  for name, scheme in list(kept.items()):
-    if reason := _refused(scheme, shapes, own_rules):
-      left_out[name] = reason
-      del kept[name]
-  if left_out and (f.schemes != "all" or not kept):
-    name, reason = next(iter(left_out.items()))
-    raise ConfigError(f"--schemes={f.schemes}: {name} cannot hold the weights of the model: {reason}")
-  for name, reason in left_out.items():
-    print(f"left out of --schemes=all: {name}: {reason}")
+  own_rules, kept, left_out = rules(f, cfg), {}, {}
+  shapes = chosen_paths(cfg, own_rules)
+  if "embed" in shapes:  # a tied head is the table's transpose
+    shapes["embed"] = shapes["embed"][::-1]
+  refused = lambda scheme: _refused(scheme, sorted(set(shapes.values())), own_rules)
+  for name, scheme in parse(f.schemes).items():
+    if not (reason := refused(scheme)):
+      kept[name] = scheme
+      continue
+    if f.schemes != "all":
+      raise ConfigError(f"--schemes={f.schemes}: {name} cannot hold the weights of the model: {reason}")
+    instead = {label: one for label, one in _smaller(name, scheme).items() if not refused(one)}
+    left_out[name] = reason + "".join(f"; in its place {label}" for label in list(instead)[:1])
+    kept |= dict(list(instead.items())[:1])
+    print(f"--schemes=all without {name}: {left_out[name]}")
+  if not kept:
+    raise ConfigError("--schemes=all: no scheme can hold the weights of the model, for the reasons above")
   return kept, left_out
+
+
+def _smaller(name: str, scheme: Any) -> dict[str, Any]:
+  """The scheme with its groups or blocks halved and halved again, down to 16 weights, by the names that --schemes takes."""
+  (field, size) = next(((n, getattr(scheme, n)) for n in ("group", "block") if hasattr(scheme, n)), ("", 0))
+  found = {}
+  while size >= 32 and size % 2 == 0:
+    size //= 2
+    found[f"{name}:{field}={size}"] = dataclasses.replace(scheme, **{field: size})
+  return found
 
 
 def _refused(scheme: Any, shapes: list[tuple[int, ...]], own_rules: list[tuple[str, bool]]) -> str | None:

@@ -232,29 +232,48 @@ def test_a_cell_that_fails_is_said_and_tried_again(case, tmp_path, monkeypatch, 
 
 @dataclasses.dataclass(frozen=True)
 class Picky(Int8):
-  """Int8 of widths that 64 divides."""
+  """Int8 of widths that a group divides."""
+
+  group: int = 128
 
   def quantize(self, w):
-    if w.shape[-2] % 64:
-      raise QuantError(f"found a width of {w.shape[-2]}, expected a multiple of 64")
+    if w.shape[-2] % self.group:
+      raise QuantError(f"found a width of {w.shape[-2]}, expected a multiple of {self.group}")
     return super().quantize(w)
 
 
-def test_a_scheme_that_cannot_hold_the_weights_is_refused_by_name_and_left_out_of_all(
+@dataclasses.dataclass(frozen=True)
+class Never(Int8):
+  """Int8 of no width."""
+
+  def quantize(self, w):
+    raise QuantError(f"found a width of {w.shape[-2]}")
+
+
+def test_a_scheme_that_cannot_hold_the_weights_is_refused_by_name_and_in_all_has_smaller_groups_or_is_left_out(
   case, tmp_path, monkeypatch, capfd
 ):
-  monkeypatch.setattr(quant, "SCHEMES", {"int8": Int8, "picky": Picky})
+  monkeypatch.setattr(quant, "SCHEMES", {"picky": Picky, "never": Never})
   base = (f"--model={case[0]}", f"--text={case[1]}", *QUICK, f"--out={tmp_path / 'out'}")
-  assert call(*base, "--schemes=picky") == 2
+  assert call(*base, "--schemes=picky:group=64,picky") == 2
+  error = capfd.readouterr().err
   assert (
-    "--schemes=picky: picky cannot hold the weights of the model: found a width of 32"
-    in capfd.readouterr().err
+    "picky:group=64 cannot hold the weights of the model: found a width of 32, expected a multiple of 64"
+    in error
   )
   assert not (tmp_path / "out").exists()
   assert call(*base, "--schemes=all") == 0
-  assert "left out of --schemes=all: picky: found a width of 32" in capfd.readouterr().out
-  assert {row["quant"] for row in rows(tmp_path / "out")} == {"none", "int8"}
-  assert "- left out: picky: found a width of 32" in (tmp_path / "out" / "report.md").read_text()
+  shown, text = capfd.readouterr().out, (tmp_path / "out" / "report.md").read_text()
+  reasons = (
+    "picky: found a width of 32, expected a multiple of 128; in its place picky:group=32\n",
+    "never: found a width of 32\n",
+  )
+  for reason in reasons:
+    assert f"--schemes=all without {reason}" in shown and f"- left out: {reason}" in text
+  assert {row["quant"] for row in rows(tmp_path / "out")} == {"none", "picky:group=32"}
+  monkeypatch.setattr(quant, "SCHEMES", {"never": Never})
+  assert call(*base, "--schemes=all") == 2
+  assert "no scheme can hold the weights" in capfd.readouterr().err
 
 
 def test_the_head_is_quantized_where_it_is_asked_for(case, tmp_path):
