@@ -161,6 +161,23 @@ def step_bytes(cfg, params) -> int:
   return sum(x.nbytes for path, x in parts if path != "embed" or cfg.tie_embeddings)
 
 
+def timed(model, params, texts: list[list[int]], new: int) -> tuple[float, float]:
+  """Seconds to the first of `new` tokens after each of the texts, and for the others: drawn greedily, without stop ids."""
+  from jaxllm.generate.loop import generate
+
+  first = []
+  start = time.perf_counter()
+  generate(
+    model,
+    params,
+    texts,
+    max_new_tokens=new,
+    stop_ids=(),
+    on_tokens=lambda row, ids: first.append(time.perf_counter()) if not first else None,
+  )
+  return first[0] - start, time.perf_counter() - first[0]
+
+
 def jaxllm_side(
   directory: str, dtype: str, batch: int, length: int, new: int, reads: int, quant: str, started: float
 ) -> dict:
@@ -171,7 +188,6 @@ def jaxllm_side(
 
   from jaxllm import hf
   from jaxllm import quant as quants
-  from jaxllm.generate.loop import generate
   from jaxllm.nn import Transformer
 
   if quant != "none" and jax.default_backend() == "cpu":
@@ -181,22 +197,9 @@ def jaxllm_side(
     params = quants.apply(params, quants.SCHEMES[quant]())
   model, texts = Transformer(cfg), prompts(cfg.vocab_size, batch, length)
 
-  def read() -> tuple[float, float]:
-    first = []
-    start = time.perf_counter()
-    generate(
-      model,
-      params,
-      texts,
-      max_new_tokens=new,
-      stop_ids=(),
-      on_tokens=lambda row, ids: first.append(time.perf_counter()) if not first else None,
-    )
-    return first[0] - start, time.perf_counter() - first[0]
-
   before = time.time() - started
-  prefill, _ = read()
-  found = {"first": before + prefill, "reads": [read() for _ in range(reads)]}
+  prefill, _ = timed(model, params, texts, new)
+  found = {"first": before + prefill, "reads": [timed(model, params, texts, new) for _ in range(reads)]}
   return found | {"floor": step_bytes(cfg, params) / bandwidth()}
 
 

@@ -161,16 +161,11 @@ def compare(run: Path, cfg, params, train_length: int, f) -> int:
 
 def validation(run: Path):
   """The validation text of a run, as its config.json names it; ConfigError where that text is another by now."""
-  import json
-
+  from experiments import restored
   from jaxllm.train import data
 
-  config = json.loads((run / "config.json").read_text())
-  corpus = data.load_corpus(config["settings"]["corpus"])
-  if corpus.about["sha256"] != config["corpus"]["sha256"]:
-    raise ConfigError(
-      f"{run}: its text, {config['corpus']['source']}, has changed since; compare where the run was made"
-    )
+  corpus = data.load_corpus(restored.settings(run)["corpus"])
+  restored.check_corpus(run, corpus)
   return corpus.validation
 
 

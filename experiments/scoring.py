@@ -24,6 +24,7 @@ class Scoring:
   """A text in windows, `at_once` a call, in at most `most` parts that are cells of a ledger.
 
   edges: where the stretches begin that errors are taken over (`strided.block_edges`); a part adds to the sums of those it has.
+  name: of the model, where a ledger has the parts of several.
   """
 
   text: Text
@@ -31,6 +32,7 @@ class Scoring:
   edges: np.ndarray
   at_once: int
   most: int
+  name: str = ""
 
   def groups(self) -> list[Group]:
     """The parts: whole calls of the program, and for each stretch that one meets its sums of losses and of hits."""
@@ -47,7 +49,7 @@ class Scoring:
     cells = [
       {"first": first, "last": last, "stretch": int(i), "metric": metric} for i in met for metric in SUMS
     ]
-    return Group(f"windows/{first}/{last}", tuple(cells))
+    return Group(f"{self.name}/windows/{first}/{last}".removeprefix("/"), tuple(cells))
 
   def compute(
     self,
@@ -60,7 +62,7 @@ class Scoring:
     """What fills a part, by score(params, at_once=, first=, last=), a `strided.score_text`."""
     done = sum(g.cells[0]["last"] - g.cells[0]["first"] for g in self.groups() if ledger.finished(g.name))
     scored = int(np.median(self.windows.counts))
-    task = progress.training("windows", len(self.windows), done, scored)
+    task = progress.training(f"{self.name} windows".lstrip(), len(self.windows), done, scored)
     so_far = [done, 0.0, 0]
 
     def part(group: Group) -> list[dict]:
@@ -83,8 +85,8 @@ class Scoring:
 
   def sums(self, found: Sequence[dict]) -> dict[str, np.ndarray] | str:
     """{"nats", "hits", "tokens", "bytes": a sum a stretch} of the rows of all parts, or why there are none."""
-    if failed := [row["reason"] for row in found if row["status"] == "failed"]:
-      return failed[0]
+    if absent := [row["reason"] for row in found if row["status"] != "ok"]:
+      return absent[0]
     sums = {metric: np.zeros(len(self.edges) - 1) for metric in SUMS}
     for row in found:
       sums[row["metric"]][row["stretch"]] += row["value"]

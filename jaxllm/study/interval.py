@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  import numpy as np
 
 # t such that |T| < t with probability 0.95, by degrees of freedom; 0.975 quantiles of Student's distribution.
 T_95 = {
@@ -44,6 +48,25 @@ def ratio(amounts: Sequence[float], sizes: Sequence[float]) -> tuple[float, floa
     return r, math.inf
   squares = math.fsum((y - r * x) ** 2 for y, x in zip(amounts, sizes, strict=True))
   return r, _t(n - 1) * math.sqrt(n / (n - 1) * squares) / total
+
+
+def bootstrap(
+  statistic: Callable[[np.ndarray], np.ndarray], amounts: np.ndarray, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+  """(low, high) of the 95 % percentile interval of statistic(sum of amounts_i) over n units i.
+
+  amounts: [n, columns], a row a unit.  Units are drawn with replacement, n at a time, `draws` times: statistic takes
+  [draws, columns] to [draws].  What is in one row, such as the losses of two models on the same text, is drawn together, so
+  that a difference has the interval of pairs.  The interval of one unit is a point.
+  Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+  """
+  import numpy as np
+
+  amounts = np.asarray(amounts, np.float64)
+  n = len(amounts)
+  counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+  low, high = np.quantile(statistic(counts @ amounts), (0.025, 0.975))
+  return float(low), float(high)
 
 
 def _t(degrees: int) -> float:

@@ -32,7 +32,8 @@ def lines(
   """Writes a PNG with a panel for each of `panels`, {name: (lines, bands)}, side by side on one scale.
 
   A label has one colour and marker in all panels, and one legend beside them. With `xlog2` the axis is
-  logarithmic and labelled with the xs themselves. A NaN or None in ys breaks the line.
+  logarithmic and labelled with the xs themselves. A NaN or None in ys breaks the line, and the band of a single
+  point is a bar.
   """
   import matplotlib
   from matplotlib.figure import Figure
@@ -50,7 +51,9 @@ def lines(
           xs, [math.nan if y is None else y for y in ys], color=colour, linestyle=dash, linewidth=1.7, label=label,
           marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.5,
         )  # fmt: skip
-        if label in bands:
+        if label in bands and len(xs) == 1:
+          axes.vlines(xs, *bands[label], color=colour, linewidth=1.7)
+        elif label in bands:
           axes.fill_between(xs, *bands[label], color=colour, alpha=0.14, linewidth=0)
       if xlog2:
         _label_powers(axes, sorted({x for xs, _ in series.values() for x in xs}))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxllm.study import plots, report, rows
 from jaxllm.study.findings import compare
-from jaxllm.study.interval import T_95, half_width, mean, ratio
+from jaxllm.study.interval import T_95, bootstrap, half_width, mean, ratio
 
 
 def cell(method, length, seed=0, scheme="rope", factor=None, metric="bpb_last"):
@@ -49,6 +49,34 @@ def test_the_interval_of_a_ratio_is_the_delta_methods():
   assert half == pytest.approx(T_95[30] * error, rel=1e-12)
   assert ratio([3.0, 5.0, 9.0], [2.0] * 3)[1] == pytest.approx(half_width([1.5, 2.5, 4.5]), rel=1e-14)
   assert ratio([3.0], [2.0]) == (1.5, math.inf)
+
+
+def test_the_bootstrap_of_a_difference_of_pairs_is_that_of_scipy():
+  """Of the difference of two ratios over the same stretches, which is far narrower than that of either."""
+  rng = np.random.default_rng(0)
+  size = rng.integers(50, 150, 100).astype(float)
+  base = size * rng.gamma(4, 0.5, 100)
+  own = base + size * rng.normal(0.02, 0.05, 100)
+  exp_ratio = lambda x, n: np.exp(x / n)
+  found = bootstrap(
+    lambda sums: exp_ratio(sums[:, 0], sums[:, 2]) - exp_ratio(sums[:, 1], sums[:, 2]),
+    np.stack([own, base, size], axis=1),
+  )
+  sums = lambda x: np.sum(x, axis=-1)
+  expected = scipy.stats.bootstrap(
+    (own, base, size),
+    lambda a, b, n, axis: exp_ratio(sums(a), sums(n)) - exp_ratio(sums(b), sums(n)),
+    paired=True,
+    vectorized=True,
+    method="percentile",
+    n_resamples=20_000,
+    rng=np.random.default_rng(1),
+  ).confidence_interval
+  width = expected.high - expected.low
+  assert found == pytest.approx((expected.low, expected.high), abs=0.04 * width)  # of the draws
+  alone = bootstrap(lambda sums: exp_ratio(sums[:, 0], sums[:, 1]), np.stack([own, size], axis=1))
+  assert alone[1] - alone[0] > 10 * width
+  assert bootstrap(lambda sums: sums[:, 0], np.array([[3.0]])) == (3.0, 3.0)
 
 
 def test_a_table_of_one_seed_with_what_is_missing():
