@@ -343,7 +343,7 @@ def test_fields_of_a_scheme_are_read_and_wrong_ones_named():
     pytest.param(
       ["--schemes=int9"],
       2,
-      ["--schemes=int9", "'int9'", "did you mean int8?", "int8_asym"],
+      ["--schemes=int9", "'int9'", "did you mean int8 or", "int8_asym"],
       marks=pytest.mark.core,
     ),
     (["--schemes=int8,int8"], 2, ["'int8' is there twice"]),
