@@ -25,6 +25,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # TF32 or bf16 passes would be judged otherwise
 
 
+@pytest.fixture(autouse=True)
+def programs_of_meshes_are_not_kept(request):
+  """XLA now and then crashes as it writes a program of several CPU devices to the cache, in a process that compiled many."""
+  if "mesh" not in request.node.nodeid and "parallel" not in request.node.nodeid:
+    yield
+    return
+  name = "jax_persistent_cache_min_compile_time_secs"
+  least = getattr(jax.config, name)
+  jax.config.update(name, 1e9)
+  yield
+  jax.config.update(name, least)
+
+
 def pytest_addoption(parser):
   parser.addoption(
     "--components",

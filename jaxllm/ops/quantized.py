@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,9 @@ ROWS = 16
 
 TILE = 512
 """The most columns of a weight that a CPU converts at a time, for more rows."""
+
+LONGEST = 4095
+"""The most numbers of a column that a CPU multiplies with one row at a time: XLA converts longer ones before the product."""
 
 PACKED = 128
 """The most columns of a packed weight that it converts at a time, for up to ROWS rows."""
@@ -30,7 +35,8 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   converts the whole weight for two rows or more; and of one row in two halves of the columns, as XLA computes what the row
   comes from anew for every column unless a loop is between.  (On two cores, 32 weights of 1024 x 2816 and what is between
   them, one row: float32 12.7 ms, int8 2.9, and 4.6 in one piece.)  Rows are float32 there, whatever their type: CPUs convert
-  integers to half types slowly.
+  integers to half types slowly.  A row of more than LONGEST numbers is a sum over pieces of it (4096 x 11008: 4.1 ms, in one
+  piece 202, float32 6.1).
   A packed weight goes by columns for any rows.  (One such weight, 1 and 8 rows, beside other work: float32 0.30 and 0.85 ms,
   int8 0.20 and 0.73, int4 0.56 and 0.94, int3 0.80 and 1.4.)
   """
@@ -39,8 +45,10 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
     return _piece(x_CD, w)
   x_CD = x_CD.astype(jnp.float32)
   few, packed = len(x_CD) <= ROWS, w.scheme.converts == "columns"
+  if len(x_CD) == 1 and not packed and w.shape[0] > LONGEST:
+    return _row(x_CD, w)
   if len(x_CD) > 1 and few and not packed:
-    return jax.lax.map(lambda x_D: _piece(x_D[None], w)[0], x_CD)
+    return jax.lax.map(lambda x_D: _row(x_D[None], w)[0], x_CD)
   most = PACKED if packed and few else columns // 2 if len(x_CD) == 1 else TILE
   tile = _tile(w, most)
   if not tile:  # a width without such a divisor
@@ -53,6 +61,31 @@ def _piece(x_CD: jax.Array, w: QTensor) -> jax.Array:
   return w.scheme.product(*jax.lax.optimization_barrier((x_CD, w.parts)))
 
 
+def _row(x_1D: jax.Array, w: QTensor) -> jax.Array:
+  """x w of one row, [1, F], as a sum over pieces of w's rows that are short enough."""
+  D = w.shape[0]
+  step = _divisor(D, [part.shape[1] for part in w.parts.values()], LONGEST)
+  if step in (0, D):
+    return _piece(x_1D, w)
+
+  def add(i, y_1F):
+    def cut(part):
+      columns = part.shape[1] * step // D
+      return part if part.shape[1] == 1 else jax.lax.dynamic_slice_in_dim(part, i * columns, columns, axis=1)
+
+    x = jax.lax.dynamic_slice_in_dim(x_1D, i * step, step, axis=1)
+    return y_1F + _piece(x, QTensor(jax.tree.map(cut, w.parts), w.scheme))
+
+  return jax.lax.fori_loop(0, D // step, add, jnp.zeros((1, w.shape[1]), jnp.float32))
+
+
+def _divisor(size: int, sizes: Sequence[int], most: int) -> int:
+  """The largest number up to `most` that divides a dimension, and those of parts with it; 0: there is none worth a loop."""
+  fits = lambda n: size % n == 0 and all(part * n % size == 0 for part in sizes if part > 1)
+  found = max((n for n in range(1, min(most, size) + 1) if fits(n)), default=0)
+  return found if found >= 32 else 0
+
+
 def _in_one() -> bool:
   """Whether nothing is in pieces: on accelerators, and where a mesh cuts the weight already."""
   return jax.default_backend() != "cpu" or any(n > 1 for n in compiler_axes().values())
@@ -60,11 +93,7 @@ def _in_one() -> bool:
 
 def _tile(w: QTensor, most: int) -> int:
   """The largest number of columns up to `most` that divides the weight and its parts; 0: there is none worth a loop."""
-  columns = w.shape[1]
-  sizes = [columns, *(part.shape[0] for part in w.parts.values() if part.shape[0] > 1)]
-  fits = lambda n: columns % n == 0 and all(size * n % columns == 0 for size in sizes)
-  tile = max((n for n in range(1, min(most, columns) + 1) if fits(n)), default=0)
-  return tile if tile >= 32 else 0
+  return _divisor(w.shape[1], [part.shape[0] for part in w.parts.values()], most)
 
 
 def _columns(w: QTensor, i: jax.Array, tile: int) -> QTensor:

@@ -38,8 +38,8 @@ def dot(n_CD: jax.Array, value_FD: jax.Array) -> jax.Array:
   """n value^T of int8, exact, int32 [C, F]; one row as two on a CPU, where XLA has a faster product for them.
 
   Two cores with AVX-512 VNNI, 1024 x 2816, ms for 1, 8, 128 and 1024 rows, quantizing them included, the least of readings in
-  turns beside other work: 0.33 (0.72 as one row), 0.45, 3.0 and 33; value as [in, out] no less; float32 0.30, 0.85, 8.8 and 55;
-  torch's bfloat16 0.53, 0.65, 2.3 and 29.  Unsigned numbers, int16 and int32 have no such product: 2.2 ms or more for 8 rows.
+  turns beside other work: 0.28, 0.41, 2.8 and 31; float32 0.40, 0.86, 4.7 and 60; torch's bfloat16 0.48, 0.58, 2.2 and 26.
+  Unsigned numbers, int16 and int32 have no such product: 2.2 ms or more for 8 rows.
   """
   rows = len(n_CD)
   if rows == 1 and jax.default_backend() == "cpu":

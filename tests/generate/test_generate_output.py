@@ -195,7 +195,8 @@ def test_a_cache_of_integers_gives_nearly_the_same_log_probabilities(deep, promp
   assert 1e-6 < error(int8) < 0.05 < error(int4) < 0.5
 
 
-@pytest.mark.parametrize("two_dimensional", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("two_dimensional", [True, False])
 def test_positions_and_prefix_of_a_caller(deep, two_dimensional):
   """GLM prompts: the text is the argmax of full forward passes with the positions of all, and the prefix in both directions."""
   model, params = deep

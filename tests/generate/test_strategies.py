@@ -137,6 +137,7 @@ def test_there_may_be_fewer_texts_than_are_asked_for(pair):
     np.testing.assert_allclose(np.exp(scores).sum(), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_without_a_penalty_are_searches_of_their_own_and_with_one_differ(pair):
   _, model, params = pair
   usual = dict(max_new_tokens=NEW, stop_ids=())

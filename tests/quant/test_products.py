@@ -125,3 +125,17 @@ def test_no_float_copy_of_a_weight_is_made_by_prompts_or_in_the_loop(monkeypatch
   monkeypatch.setattr(quantized, "TILE", 32)  # as these weights are no larger than a tile is
   for text in compiled(monkeypatch, small):
     assert "s8[192,64]" in text and "s8[64,192]" in text and copies(text) == []
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["int8", "int8_asym"])
+def test_long_columns_are_converted_within_the_product_too(name, rows):
+  """XLA converts 4096 numbers and more, 16 KiB of floats, before a product; it takes less memory than one copy in bytes."""
+  D, F = 8192, 64
+  w = jax.random.normal(jax.random.key(0), (D, F))
+  scheme = quant.SCHEMES[name]()
+  held = quant.QTensor(scheme.quantize(w), scheme)
+  x = jax.random.normal(jax.random.key(1), (rows, D))
+  compiled = jax.jit(quantized.product).lower(x, held).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < D * F
+  np.testing.assert_allclose(compiled(x, held), x @ quant.dequantize(held), rtol=1e-4, atol=1e-2)
