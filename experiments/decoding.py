@@ -87,6 +87,9 @@ flags.DEFINE_enum(
   "how jaxllm holds its weights, read as float32 on a CPU; those of transformers are of --dtypes, and no bars count",
   flag_values=FLAGS,
 )
+flags.DEFINE_bool(
+  "quantize_head", False, "with --quant: the head (or the tied embedding), too", flag_values=FLAGS
+)
 flags.DEFINE_enum(
   "cache_implementation",
   "dynamic",
@@ -115,6 +118,10 @@ def check(f) -> None:
     raise ConfigError(f"--new={f.new}: expected at least 2, as the first token belongs to the prompt")
   if not all(one.strip().isdigit() and int(one) for one in f.batches.split(",")):
     raise ConfigError(f"--batches={f.batches}: expected numbers of rows, as in 1,8")
+  if f.quantize_head and f.quant == "none":
+    raise ConfigError(
+      "--quantize_head without --quant: there is no scheme for it; give --quant, or leave it out"
+    )
   if f.llama_cpp and (lacks := llama_cpp.missing()):
     raise ConfigError(
       f"--llama_cpp: {' and '.join(lacks)} not installed; pip install {' '.join(lacks)}, which builds it"
@@ -179,7 +186,15 @@ def timed(model, params, texts: list[list[int]], new: int) -> tuple[float, float
 
 
 def jaxllm_side(
-  directory: str, dtype: str, batch: int, length: int, new: int, reads: int, quant: str, started: float
+  directory: str,
+  dtype: str,
+  batch: int,
+  length: int,
+  new: int,
+  reads: int,
+  quant: str,
+  quantize_head: bool,
+  started: float,
 ) -> dict:
   """Seconds to the first token and for the others, of each read, and from `started` (of the process) to the very first; the
   least seconds that a step can take for its weights.
@@ -194,7 +209,8 @@ def jaxllm_side(
     dtype = "float32"
   cfg, params = hf.load(directory, dtype=dtype, verify=False)
   if quant != "none":
-    params = quants.apply(params, quants.SCHEMES[quant]())
+    rules = [("embed" if cfg.tie_embeddings else "head", True)] if quantize_head else []
+    params = quants.apply(params, quants.SCHEMES[quant](), rules)
   model, texts = Transformer(cfg), prompts(cfg.vocab_size, batch, length)
 
   before = time.time() - started
@@ -279,7 +295,7 @@ def in_own_process(name: str, *arguments) -> dict:
 def measure(directory: str, dtype: str, batch: int, platform: str, gguf: str | None, f) -> dict[str, float]:
   """The numbers of one line of the table; gguf: the file for llama.cpp."""
   task = (directory, dtype, batch, f.prompt, f.new, f.reads)
-  more = {"jaxllm": (f.quant,), "transformers": (platform, f.cache_implementation)}
+  more = {"jaxllm": (f.quant, f.quantize_head), "transformers": (platform, f.cache_implementation)}
   sides = {"jaxllm": [], "transformers": []}
   if gguf is not None and batch == 1:
     sides["llama_cpp"], more["llama_cpp"] = [], (gguf,)
@@ -355,7 +371,8 @@ def main(f) -> int:
         problems += [
           f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if judged
         ]
-        cell = {"model": f.model or f.size, "quant": f.quant, "dtype": dtype, "batch": batch}
+        held = f.quant + (", head" if f.quantize_head else "")
+        cell = {"model": f.model or f.size, "quant": held, "dtype": dtype, "batch": batch}
         rows += [rows_lib.ok(cell | {"metric": name}, value) for name, value in found.items()]
     finally:
       shutil.rmtree(scratch)

@@ -91,7 +91,8 @@ def side(path: str, ids: list[int], new: int, reads: int, started: float) -> dic
 
   threads = len(os.sched_getaffinity(0))
   llama_cpp.llama_backend_init()
-  llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+  quiet = llama_cpp.llama_log_callback(lambda *_: None)  # it is called as long as the process lives
+  llama_cpp.llama_log_set(quiet, None)
   model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
   settings = llama_cpp.llama_context_default_params()
   settings.n_ctx = settings.n_batch = len(ids) + new
@@ -99,8 +100,8 @@ def side(path: str, ids: list[int], new: int, reads: int, started: float) -> dic
   vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
   def next_token(context, tokens: list[int]) -> int:
-    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
-    if code := llama_cpp.llama_decode(context, batch):
+    array = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
+    if code := llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))):
       raise RuntimeError(f"llama_decode: found {code}, expected 0")
     logits = llama_cpp.llama_get_logits_ith(context, -1)
     return int(np.argmax(np.ctypeslib.as_array(logits, shape=(vocab_size,))))

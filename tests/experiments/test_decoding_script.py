@@ -47,7 +47,8 @@ def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
 
 def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch):
   class f:
-    rounds, reads, prompt, new, cache_implementation, quant = 2, 2, 16, 5, "dynamic", "none"
+    rounds, reads, prompt, new, cache_implementation = 2, 2, 16, 5, "dynamic"
+    quant, quantize_head = "none", False
 
   reads = iter(
     [
@@ -79,6 +80,7 @@ def test_a_third_side_has_columns_of_its_own_where_it_was_read():
     ("--batches=1,x", "expected numbers of rows"),
     ("--batches=0", "expected numbers of rows"),
     ("--new=1", "expected at least 2"),
+    ("--quantize_head", "--quantize_head without --quant"),
     ("--rounds=0", "--rounds=0"),
   ],
 )
