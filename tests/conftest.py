@@ -1,8 +1,10 @@
 """One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; three tables."""
 
+import gc
 import importlib
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 # The tests compile much and compute little: LLVM's optimizations would cost more than they save.  What XLA
 # rewrites and fuses stays as it is, and flags of the user come last and win.  One LLVM module a program, in place of up to
@@ -25,17 +27,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # TF32 or bf16 passes would be judged otherwise
 
 
-@pytest.fixture(autouse=True)
-def programs_of_meshes_are_not_kept(request):
-  """XLA now and then crashes as it writes a program of several CPU devices to the cache, in a process that compiled many."""
-  if "mesh" not in request.node.nodeid and "parallel" not in request.node.nodeid:
-    yield
-    return
-  name = "jax_persistent_cache_min_compile_time_secs"
-  least = getattr(jax.config, name)
-  jax.config.update(name, 1e9)
+MOST_MAPS = 30_000
+"""Of the 65,530 pieces of memory that Linux gives a process: a program takes dozens, and XLA crashes where there is no more."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_forgotten_in_time():
+  """After a module, where it and those before it have compiled very much."""
   yield
-  jax.config.update(name, least)
+  maps = Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_addoption(parser):
