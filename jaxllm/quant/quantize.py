@@ -30,15 +30,28 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
 
   rules: (regular expression of a whole path, True: `scheme` holds the weight, False: it stays as it is, or a scheme of its
   own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
-  Raises ConfigError for a value that is none of these, and for a rule that matches no parameter; QuantError for a
-  weight that is quantized already, is no matrix, has NaN or infinity, or a shape that the scheme's groups do not divide.
+  Raises ConfigError for what is no scheme, a value that is none of these, and a rule that matches no parameter; QuantError for
+  a weight that is quantized already, is no matrix, has NaN or infinity, or a shape that the scheme's groups do not divide.
   """
   flat = tree.flatten(params)
-  for pattern, value in rules:
-    if not (value is True or value is False or hasattr(value, "quantize")):
+  if not _is_scheme(scheme):
+    raise ConfigError(
+      f"scheme: found {scheme!r}, expected a value such as quant.SCHEMES[name](), with the parentheses"
+    )
+  for rule in rules:
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
       raise ConfigError(
-        f"rules: found {value!r} for {pattern!r}, expected True, False or a scheme (quant.SCHEMES)"
+        f"rules: found {rule!r}, expected pairs of a regular expression and True, False or a scheme"
       )
+  for pattern, value in rules:
+    if not (value is True or value is False or _is_scheme(value)):
+      raise ConfigError(
+        f"rules: found {value!r} for {pattern!r}, expected True, False or a scheme (quant.SCHEMES[name]())"
+      )
+    try:
+      re.compile(pattern)
+    except re.error as e:
+      raise ConfigError(f"rules: found {pattern!r}, expected a regular expression: {e}") from None
     if not any(re.fullmatch(pattern, path) for path in flat):
       raise ConfigError(f"rules: {pattern!r} matches no parameter; they are {', '.join(list(flat)[:6])}, ...")
   chosen = {}
@@ -49,6 +62,10 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
   if not chosen:
     raise ConfigError("rules: no parameter is to be quantized; leave apply out, or give a rule with True")
   return tree.unflatten({p: _held(p, x, chosen[p]) if p in chosen else x for p, x in flat.items()})
+
+
+def _is_scheme(value: Any) -> bool:
+  return hasattr(value, "quantize") and not isinstance(value, type)
 
 
 def _held(path: str, leaf: Any, scheme: Any) -> QTensor:

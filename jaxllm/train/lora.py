@@ -110,12 +110,19 @@ def merge(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unmerge(params: Mapping[str, Any]) -> dict[str, Any]:
-  """The tree with its base in place of each LoRA: the very leaf that `apply` was given, as `merge` does not change it."""
+  """The tree with its base in place of each LoRA: the very leaf that `apply` was given, as `merge` does not change it.
+
+  params: those with LoRA, not what `merge` gave, which holds no bases any more.  Raises ConfigError where there is none.
+  """
   return _each(params, lambda leaf: leaf.base)
 
 
 def _each(params: Mapping[str, Any], change: Any) -> dict[str, Any]:
   flat = tree.flatten(params)
+  if not any(isinstance(x, LoRA) for x in flat.values()):
+    raise ConfigError(
+      "params: found no weight with LoRA, expected some; give what lora.apply gives, not a merged tree"
+    )
   return tree.unflatten({path: change(x) if isinstance(x, LoRA) else x for path, x in flat.items()})
 
 

@@ -154,3 +154,18 @@ def test_weights_that_are_no_numbers_or_held_already_are_refused(model):
   flat["layers/1/mlp/up/w"] = np.where(np.eye(24, 40) > 0, np.nan, flat["layers/1/mlp/up/w"])
   with pytest.raises(QuantError, match="layers/1/mlp/up/w: found NaN or infinity"):
     quant.apply(tree.unflatten(flat), INT8)
+
+
+@pytest.mark.parametrize(
+  ("scheme", "rules", "message"),
+  [
+    ("int8", (), r"scheme: found 'int8', expected a value such as quant.SCHEMES\[name\]\(\)"),
+    (type(INT8), (), "scheme: found <class .*, with the parentheses"),
+    (INT8, [("head", type(INT8))], "rules: found <class .* for 'head', expected True, False or a scheme"),
+    (INT8, ["head"], "rules: found 'head', expected pairs"),
+    (INT8, [("*", True)], r"rules: found '\*', expected a regular expression: nothing to repeat"),
+  ],
+)
+def test_what_is_no_scheme_or_rule_is_refused(model, scheme, rules, message):
+  with pytest.raises(ConfigError, match=message):
+    quant.apply(model[1], scheme, rules)

@@ -86,6 +86,8 @@ def test_it_is_the_identity_at_first_and_unmerged_it_is_the_base(base):
   assert tree.diff(plain, params) == []
   assert np.abs(logits(trained(params)) - logits(plain)).max() > 0.1  # factors that are trained do change it
   same(lora.unmerge(trained(params)), plain)
+  with pytest.raises(ConfigError, match=r"found no weight with LoRA, .* not a merged tree"):
+    lora.unmerge(lora.merge(params))
 
 
 def test_the_first_factor_is_uniform_within_the_width_and_of_its_path_alone():
