@@ -46,7 +46,7 @@ class GlmRows:
     scale_F1 = half(jnp.max(jnp.abs(w_FD), axis=-1, keepdims=True) / largest)
     scale_F1 = jnp.where(scale_F1 > 0, scale_F1, 1)  # nothing but zeros
     n_FD = jnp.clip(jnp.round(half(w_FD / scale_F1)), -largest - 1, largest).astype(jnp.int8)
-    value = n_FD if self.bits == 8 else n_FD[..., 0::2] << 4 | n_FD[..., 1::2] & 15
+    value = n_FD if self.bits == 8 else n_FD[..., 0::2] * 16 | n_FD[..., 1::2] & 15
     return {"value": value, "scale": scale_F1.astype(jnp.float16)}
 
   def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
@@ -73,4 +73,5 @@ class GlmRows:
 
 def _halves(byte: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The numbers in the high and in the low bits, with their signs."""
-  return byte >> 4, byte << 4 >> 4
+  # an int8 shifted left keeps the bits above its own on some TPUs
+  return byte >> 4, (byte & 15 ^ 8) - 8
