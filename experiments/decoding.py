@@ -46,12 +46,12 @@ HEADER = (
   "ratio",
   "first token s",
 )
-THIRD = {
-  "llama.cpp Q8_0 decode tok/s": "llama_cpp decode tok/s",
-  "ratio": "llama_cpp decode ratio",
-  "llama.cpp prefill tok/s": "llama_cpp prefill tok/s",
-  "ratio ": "llama_cpp prefill ratio",
-}
+THIRD = (
+  ("llama.cpp Q8_0 decode tok/s", "llama_cpp decode tok/s"),
+  ("ratio", "llama_cpp decode ratio"),
+  ("llama.cpp prefill tok/s", "llama_cpp prefill tok/s"),
+  ("ratio", "llama_cpp prefill ratio"),
+)
 """Columns of --llama_cpp, and their numbers."""
 SCHEMES = (
   "int8",
@@ -329,8 +329,8 @@ def missed(dtype: str, batch: int, found: dict[str, float]) -> list[str]:
   return problems
 
 
-def line(dtype: str, batch: int, found: dict[str, float]) -> str:
-  """One line of the table in Markdown."""
+def line(dtype: str, batch: int, found: dict[str, float], third: bool = False) -> str:
+  """One line of the table in Markdown; third: with the columns of --llama_cpp, which reads one row only."""
   cells = [dtype, str(batch)]
   for name in ("decode", "prefill"):
     cells += [f"{found[f'{side} {name} tok/s']:.1f}" for side in ("jaxllm", "transformers")]
@@ -338,8 +338,8 @@ def line(dtype: str, batch: int, found: dict[str, float]) -> str:
     if name == "decode":
       cells.append(f"{found['share of memory bandwidth']:.0%}")
   cells.append(format(found["first token s"], ".2f"))
-  for name in THIRD.values():
-    cells += [f"{found[name]:.2f}"] if name in found else []
+  if third:
+    cells += [f"{found[name]:.2f}" if name in found else "-" for _, name in THIRD]
   return f"| {' | '.join(cells)} |"
 
 
@@ -354,7 +354,7 @@ def main(f) -> int:
     f"{platform.machine()}, {where['kind']}, jax {jax.__version__}, Python {platform.python_version()}; "
     f"prompts of {f.prompt} tokens, {f.new} new ones\n"
   )
-  header = [*HEADER, *(THIRD if f.llama_cpp else ())]
+  header = [*HEADER, *(name for name, _ in THIRD if f.llama_cpp)]
   print(f"| {' | '.join(header)} |\n|---{'|---:' * (len(header) - 1)}|", flush=True)
   rows, problems = [], []
   for dtype in choices.choice_list("dtypes", f.dtypes, BARS):
@@ -367,7 +367,7 @@ def main(f) -> int:
       judged = where["platform"] == "cpu" and f.quant == "none" and loading.parameters(directory) >= LARGE
       for batch in map(int, f.batches.split(",")):
         found = measure(directory, dtype, batch, where["platform"], gguf, f)
-        print(line(dtype, batch, found), flush=True)
+        print(line(dtype, batch, found, f.llama_cpp), flush=True)
         problems += [
           f"MISSED: {dtype}, batch {batch}: {one}" for one in missed(dtype, batch, found) if judged
         ]

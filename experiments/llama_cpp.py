@@ -12,6 +12,8 @@ import re
 import time
 from pathlib import Path
 
+from jaxllm.errors import ConfigError
+
 NAMES = {
   r"model\.embed_tokens\.weight": "token_embd.weight",
   r"model\.norm\.weight": "output_norm.weight",
@@ -48,6 +50,10 @@ def write(directory: str, path: str) -> None:
   heads = {"q": plain["num_attention_heads"], "k": plain["num_key_value_heads"]}
   head_dim = plain.get("head_dim") or plain["hidden_size"] // heads["q"]
   rope = plain.get("rope_parameters") or plain
+  if (kind := (rope.get("rope_scaling") or rope).get("rope_type", "default")) != "default":
+    raise ConfigError(
+      f"--llama_cpp: {directory}: found RoPE of {kind}, expected the default; leave the flag out"
+    )
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_vocab_size(plain["vocab_size"])
   writer.add_tokenizer_model("none")
@@ -65,7 +71,11 @@ def write(directory: str, path: str) -> None:
   checkpoint = Checkpoint(directory)
   for name in checkpoint.tensors:
     value = checkpoint.view(name).astype(np.float32)
-    pattern = next(pattern for pattern in NAMES if re.fullmatch(pattern, name))
+    pattern = next((pattern for pattern in NAMES if re.fullmatch(pattern, name)), None)
+    if pattern is None:
+      raise ConfigError(
+        f"--llama_cpp: {directory}: found {name}, expected the tensors of a Llama; leave the flag out"
+      )
     theirs = re.sub(pattern, NAMES[pattern], name)
     if turned := re.search(r"attn_([qk])\.", theirs):
       halves = value.reshape(heads[turned[1]], 2, head_dim // 2, -1)
@@ -73,8 +83,8 @@ def write(directory: str, path: str) -> None:
     if value.ndim == 1:
       writer.add_tensor(theirs, value)
     else:
-      kind = gguf.GGMLQuantizationType.Q8_0
-      writer.add_tensor(theirs, gguf.quantize(value, kind), raw_dtype=kind)
+      q8 = gguf.GGMLQuantizationType.Q8_0
+      writer.add_tensor(theirs, gguf.quantize(value, q8), raw_dtype=q8)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

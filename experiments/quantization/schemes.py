@@ -13,7 +13,7 @@ import numpy as np
 from jaxllm import quant, tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, JaxllmError
-from jaxllm.nn import Transformer
+from jaxllm.nn.shapes import expected_shapes
 from jaxllm.study import choices
 
 NONE = "none"
@@ -65,9 +65,8 @@ def rules(f, cfg: ModelConfig) -> list[tuple[str, bool]]:
 
 def chosen_paths(cfg: ModelConfig, own_rules: list[tuple[str, bool]]) -> dict[str, tuple[int, ...]]:
   """{path: shape} of the weights that are quantized."""
-  made = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   rule = [*own_rules, *quant.DEFAULT, (".+", False)]
-  return {p: x.shape for p, x in tree.flatten(made).items() if tree.first_match(rule, p) is not False}
+  return {p: shape for p, shape in expected_shapes(cfg).items() if tree.first_match(rule, p) is not False}
 
 
 def fitting(f, cfg: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:

@@ -73,7 +73,7 @@ class DraftModel:
 
   def start(self, prompts: request.Prompts, part: int, capacity: int, max_new_tokens: int) -> Any:
     """Its state after the prompts: the tables for so many positions, and a cache."""
-    cfg = request.checked_model(self.model, self.params)
+    cfg = request.checked_model(self.model, self.params, "draft's ")
     cfg.check_length(
       int(prompts.length.max()) + max_new_tokens, "draft model: longest prompt and max_new_tokens"
     )

@@ -48,28 +48,33 @@ MOST = 2**31 - 1
 """The most tokens of a row, as positions are int32."""
 
 
-def checked_model(model: Any, params: Any) -> ModelConfig:
-  """The config of a model whose parameters these may be; raises ConfigError for what is no model and for another tree."""
+def checked_model(model: Any, params: Any, name: str = "") -> ModelConfig:
+  """The config of a model whose parameters these may be; raises ConfigError for what is no model and for another tree.
+
+  name: what messages put before "model" and "params".
+  """
   if not isinstance(model, Transformer):
-    raise ConfigError(f"model: found {type(model).__name__}, expected nn.Transformer(cfg)")
+    raise ConfigError(f"{name}model: found {type(model).__name__}, expected nn.Transformer(cfg)")
   names = list(params) if isinstance(params, Mapping) else None
   if names is None or "embed" not in names:
     found = type(params).__name__ if names is None else f"a tree of {', '.join(map(str, names[:4]))}"
     hint = '; give its "params"' if names is not None and "params" in names else ""
-    raise ConfigError(f"params: found {found}, expected the model's parameters (embed, layers, ...){hint}")
-  _check_shapes(model.cfg, params)
+    raise ConfigError(
+      f"{name}params: found {found}, expected the model's parameters (embed, layers, ...){hint}"
+    )
+  _check_shapes(model.cfg, params, name)
   return model.cfg
 
 
-def _check_shapes(cfg: ModelConfig, params: Mapping[str, Any]) -> None:
+def _check_shapes(cfg: ModelConfig, params: Mapping[str, Any], name: str) -> None:
   layers = params.get("layers", {})
   if len(layers) != cfg.num_layers:
     raise ConfigError(
-      f"params: found {len(layers)} layers, expected {cfg.num_layers}, those of the model's config"
+      f"{name}params: found {len(layers)} layers, expected {cfg.num_layers}, those of the model's config"
     )
   expected, found = expected_shapes(cfg), tree.flatten(params)
   if missing := expected.keys() - found.keys():
-    raise ConfigError(f"params: found no {min(missing)}, expected it, {list(expected[min(missing)])}")
+    raise ConfigError(f"{name}params: found no {min(missing)}, expected it, {list(expected[min(missing)])}")
   for path, shape in expected.items():
     has = tuple(found[path].shape)
     padded = VOCABULARY.get(path)  # rows that a mesh adds
@@ -78,7 +83,7 @@ def _check_shapes(cfg: ModelConfig, params: Mapping[str, Any]) -> None:
     )
     if not same:
       raise ConfigError(
-        f"params: found {path} of shape {list(has)}, expected {list(shape)}, that of the model's config"
+        f"{name}params: found {path} of shape {list(has)}, expected {list(shape)}, that of the model's config"
       )
 
 

@@ -14,6 +14,7 @@ it would take the integers for weights.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ _PATHS = Kind(
 def write(params: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that config.json has of the quantized ones of {path: parameter}; none where there are none.
 
-  Raises CheckpointError for a scheme that is none of `quant.SCHEMES`, as it could not be read.
+  Raises CheckpointError for a scheme that is none of `quant.SCHEMES`, or has an infinite field: it could not be read.
   """
   weights: dict[Scheme, list[str]] = {}
   for path, leaf in params.items():
@@ -57,6 +58,11 @@ def write(params: Mapping[str, Any]) -> dict[str, Any]:
         f"params: {paths[0]}: found a weight of {scheme}, expected a scheme of {', '.join(known)}; put it into quant.SCHEMES"
       )
     fields = {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
+    if odd := [name for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)]:
+      raise CheckpointError(
+        f"params: {paths[0]}: found {odd[0]} = {fields[odd[0]]} of {scheme}, expected a finite number, as JSON has no "
+        "other; take a large one"
+      )
     entries.append({"scheme": type(scheme).__name__, "fields": fields, "weights": paths})
   return {NAME: {"format": FORMAT, "schemes": entries}} if entries else {}
 

@@ -31,7 +31,8 @@ class LlmInt8(W8A8):
   outliers: int | None = None
 
   def __post_init__(self):
-    if not isinstance(self.threshold, (int, float)) or not self.threshold > 0:
+    number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+    if not number or not self.threshold > 0:
       raise ConfigError(f"LlmInt8.threshold: found {self.threshold!r}, expected a number above 0")
     if self.outliers is not None and (type(self.outliers) is not int or self.outliers < 1):
       raise ConfigError(

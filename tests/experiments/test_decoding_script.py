@@ -69,7 +69,10 @@ def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch
 def test_a_third_side_has_columns_of_its_own_where_it_was_read():
   numbers = {"llama_cpp decode tok/s": 40.0, "llama_cpp decode ratio": 0.75}
   numbers |= {"llama_cpp prefill tok/s": 160.0, "llama_cpp prefill ratio": 0.5}
-  assert decoding.line("float32", 1, FOUND | numbers).endswith("| 4.00 | 40.00 | 0.75 | 160.00 | 0.50 |")
+  assert decoding.line("float32", 1, FOUND | numbers, True).endswith(
+    "| 4.00 | 40.00 | 0.75 | 160.00 | 0.50 |"
+  )
+  assert decoding.line("float32", 8, FOUND, True).endswith("| 4.00 | - | - | - | - |")
 
 
 @pytest.mark.parametrize(

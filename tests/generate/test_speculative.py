@@ -294,6 +294,9 @@ def test_a_draft_of_another_vocabulary_and_an_ngram_of_none_are_refused(shallow)
   for ngram in (0, 1.5, True):
     with pytest.raises(ConfigError, match=r"PromptLookup.ngram: found"):
       PromptLookup(ngram)
+  cut = DraftModel(model, params | {"embed": params["embed"][:-1]})
+  with pytest.raises(ConfigError, match=r"^draft's params: found embed of shape"):
+    speculate(model, params, [[1, 2]], cut, max_new_tokens=4)
 
 
 def test_logits_that_are_no_numbers_are_told(shallow):

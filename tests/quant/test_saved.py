@@ -334,3 +334,10 @@ def test_a_checkpoint_of_training_holds_it(tmp_path, name):
     assert bits(found["params"]) == bits(state["params"])
     with pytest.raises(CheckpointError, match="params/head: found nothing, expected float32"):
       checkpoints.restore({"params": params_of(WIDE), "step": np.int32(0)})
+
+
+def test_a_field_that_json_has_not_is_named_and_nothing_is_written(tmp_path):
+  params = quant.apply(params_of(CFG), quant.SCHEMES["llm_int8"](threshold=float("inf")))
+  with pytest.raises(CheckpointError, match=r"layers/0/.*: found threshold = inf of LlmInt8"):
+    hf.save(tmp_path / "out", CFG, params)
+  assert not (tmp_path / "out" / "config.json").exists()
