@@ -12,6 +12,7 @@ import numpy as np
 from jaxllm.errors import ConfigError, QuantError, check_choice
 from jaxllm.leaf import QTensor
 from jaxllm.ops.quantized import product
+from jaxllm.ops.rows import unpacked
 from jaxllm.quant import dynamic
 from jaxllm.quant.rounding import quotient, reciprocal
 
@@ -106,10 +107,7 @@ class Codebook:
     if self.double_quant:
       plain = {"value": parts["value"], "scale": self._scale(parts)}
       return product(x_CD, QTensor(plain, dataclasses.replace(self, double_quant=False)))
-    halves = zip(self._floats(parts), (x_CD[:, 0::2], x_CD[:, 1::2]), strict=True)
-    # the weight first: XLA multiplies it so with one row, too, without a transposed copy on a CPU
-    dot = lambda w_FB, x_CB: jnp.dot(w_FB.astype(x_CB.dtype), x_CB.T, preferred_element_type=jnp.float32)
-    return sum(dot(*pair) for pair in halves).T
+    return unpacked(*zip((x_CD[:, 0::2], x_CD[:, 1::2]), self._floats(parts), strict=True)).T
 
   def _floats(self, parts: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The weights of even and of odd rows of w, each float32 [..., F, B]: those in high and in low bits."""

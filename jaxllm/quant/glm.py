@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import QuantError, check_choice
+from jaxllm.ops.rows import multiply, unpacked
 from jaxllm.quant.rounding import half
 
 
@@ -64,10 +65,10 @@ class GlmRows:
   def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
     """(x n) scale, float32 [C, F], with n in the type of x, which is exact."""
     if self.bits == 8:
-      y_CF = jnp.dot(x_CD, parts["value"].astype(x_CD.dtype).T, preferred_element_type=jnp.float32)
-    else:  # the weight first: XLA multiplies it so with one row, too, without a transposed copy on a CPU
-      dot = lambda n_FB, x_CB: jnp.dot(n_FB.astype(x_CB.dtype), x_CB.T, preferred_element_type=jnp.float32)
-      y_CF = sum(map(dot, _halves(parts["value"]), (x_CD[:, 0::2], x_CD[:, 1::2]))).T
+      y_CF = multiply(x_CD, parts["value"])
+    else:
+      rows = x_CD[:, 0::2], x_CD[:, 1::2]
+      y_CF = unpacked(*zip(rows, _halves(parts["value"]), strict=True)).T
     return y_CF * parts["scale"].astype(jnp.float32).swapaxes(0, 1)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import ConfigError, QuantError, check_choice
+from jaxllm.ops.rows import unpacked
 from jaxllm.quant import packing
 
 FIELDS = {4: (("value", 4),), 3: (("value", 2), ("high", 1))}
@@ -111,12 +112,7 @@ class Groups:
 
   def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
     """x w, float32 [C, F], for each of the columns that share a byte a product of its own: nothing is put in order but y."""
-
-    def one(k):
-      w_FD = self._rows(parts, k).astype(x_CD.dtype)
-      # the weight first: XLA multiplies it so with one row, too, without a transposed copy on a CPU
-      return jnp.einsum("CD,FD->FC", x_CD, w_FD, preferred_element_type=jnp.float32)
-
+    one = lambda k: unpacked((x_CD, self._rows(parts, k)))
     return jnp.stack([one(k) for k in range(self.step)], axis=1).reshape(-1, len(x_CD)).T
 
   def _rows(self, parts: Mapping[str, jax.Array], k: int) -> jax.Array:

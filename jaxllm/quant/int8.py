@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import check_choice
+from jaxllm.ops.rows import multiply
 
 LARGEST = 127
 """-128 is left out: it has no counterpart, |-128| is not an int8, and a symmetric range keeps 0 at 0."""
@@ -67,9 +68,7 @@ class Int8:
 
   def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
     """(x n - zero sum x) scale, float32 [C, F]."""
-    n_FD = parts["value"].astype(x_CD.dtype)
-    # a transposed second operand: of one row, XLA then converts the numbers as it multiplies them on a CPU, too
-    y_CF = jnp.dot(x_CD, n_FD.T, preferred_element_type=jnp.float32)
+    y_CF = multiply(x_CD, parts["value"])
     if not self.symmetric:
       sum_C1 = jnp.sum(x_CD.astype(jnp.float32), axis=1, keepdims=True)
       y_CF -= sum_C1 * parts["zero"].astype(jnp.float32).swapaxes(0, 1)
