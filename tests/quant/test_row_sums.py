@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.ops import rows
 from jaxllm.ops.call import Device
-from jaxllm.quant import SCHEMES
+from jaxllm.quant import SCHEMES, codebook
 
 D, F = 256, 96
 SUMS = [name for name in SCHEMES if name not in ("w8a8", "zeroquant", "llm_int8")]
@@ -16,7 +16,8 @@ SUMS = [name for name in SCHEMES if name not in ("w8a8", "zeroquant", "llm_int8"
 @pytest.mark.parametrize("platform", ["cuda", "cpu"])
 @pytest.mark.parametrize("name", SUMS)
 def test_a_row_is_multiplied_as_the_dequantized_weight_is(name, platform, monkeypatch):
-  monkeypatch.setattr(rows, "current_device", lambda: Device(platform))
+  for module in (rows, codebook):
+    monkeypatch.setattr(module, "current_device", lambda: Device(platform))
   scheme, rng = SCHEMES[name](), np.random.default_rng(0)
   parts = scheme.quantize(jnp.asarray(rng.normal(size=(D, F)), jnp.float32))
   x = rng.normal(size=(1, D)).astype(np.float32)
