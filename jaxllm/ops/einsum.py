@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.leaf import LoRA, Matrix, QTensor
+from jaxllm.ops.device import current_device
 from jaxllm.ops.quantized import product
 
 
@@ -52,7 +53,7 @@ def _is_slow_row(equation: str, operands: tuple[jax.Array | Matrix, ...]) -> boo
     and x.size == x.shape[-1]
     and w.ndim == 2
     and x.dtype.itemsize == 2
-    and jax.default_backend() == "cpu"
+    and current_device().platform == "cpu"
   )
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.leaf import Matrix, QTensor
-from jaxllm.ops.call import current_device
+from jaxllm.ops.device import current_device
+from jaxllm.ops.quantized import product, product_transposed
 
 BLOCK = {"cpu": 32}
 """Rows that are multiplied at once, by platform; 128 on all that are not named."""
@@ -74,9 +75,11 @@ def grouped_dot(
   Source: the block-sparse products of Gale et al. (2022), MegaBlocks, section 4.
   """
   if isinstance(w_GDF, QTensor):
-    one_of = lambda g: functools.partial(w_GDF.scheme.product, parts=w_GDF[g].parts)
+    x_RD, sizes_G = map(jnp.asarray, (x_RD, sizes_G))
     block = BLOCK.get(current_device().platform, 128)
-    return _loops(jnp.asarray(x_RD), sizes_G, block, w_GDF.shape[2], one_of).astype(out_dtype)
+    if block < 128:  # a CPU multiplies integers with few rows
+      block = min(block, max(1, 2 * len(x_RD) // len(sizes_G)))
+    return _quantized(x_RD, w_GDF, sizes_G, block).astype(out_dtype)
   value, stored = (w_GDF.value, w_GDF.stored) if isinstance(w_GDF, Matrix) else (w_GDF, "io")
   x_RD, value, sizes_G = map(jnp.asarray, (x_RD, value, sizes_G))
   platform = current_device().platform
@@ -105,6 +108,25 @@ def _blocks(x_RD: jax.Array, value: jax.Array, sizes_G: jax.Array, stored: str, 
     return lambda x: jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
 
   return _loops(x_RD, sizes_G, block, value.shape[2 if stored == "io" else 1], one_of)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _quantized(x_RD: jax.Array, w_GDF: QTensor, sizes_G: jax.Array, block: int) -> jax.Array:
+  """The product with integers in such loops, float32; its gradient is that of `ops.quantized.product`, the weight has none."""
+  return _loops(x_RD, sizes_G, block, w_GDF.shape[2], lambda g: lambda x: product(x, w_GDF[g]))
+
+
+def _quantized_forward(x_RD, w_GDF, sizes_G, block):
+  return _quantized(x_RD, w_GDF, sizes_G, block), (w_GDF, sizes_G, x_RD[:0])
+
+
+def _quantized_backward(block, kept, g_RF):
+  w_GDF, sizes_G, like = kept
+  one_of = lambda g: lambda g_CF: product_transposed(g_CF, w_GDF[g], like.dtype)
+  return _loops(g_RF, sizes_G, block, w_GDF.shape[1], one_of).astype(like.dtype), None, None
+
+
+_quantized.defvjp(_quantized_forward, _quantized_backward)
 
 
 def _loops(x_RD: jax.Array, sizes_G: jax.Array, block: int, features: int, one_of) -> jax.Array:

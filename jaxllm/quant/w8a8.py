@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import QuantError
+from jaxllm.ops.device import current_device
 from jaxllm.quant.int8 import LARGEST, Int8
 
 MOST = (2**31 - 1) // LARGEST**2
@@ -42,7 +43,7 @@ def dot(n_CD: jax.Array, value_FD: jax.Array) -> jax.Array:
   Unsigned numbers, int16 and int32 have no such product: 2.2 ms or more for 8 rows.
   """
   rows = len(n_CD)
-  if rows == 1 and jax.default_backend() == "cpu":
+  if rows == 1 and current_device().platform == "cpu":
     n_CD = jnp.broadcast_to(n_CD, (2, n_CD.shape[1]))
   y_CF = jax.lax.dot_general(n_CD, value_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
   return y_CF[:rows]
