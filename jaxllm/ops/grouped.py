@@ -65,7 +65,7 @@ def grouped_dot(
   """y[r] = x[r] w[g], g the group of row r: [R, F], of rows that are sorted by group, sizes_G of each; all R rows are in one.
 
   w is cast to the type of x, products are accumulated in float32.  A `leaf.Matrix` [G, F, D] is multiplied as it is stored, a
-  `leaf.QTensor` by its scheme.
+  `leaf.QTensor` as `ops.quantized.product` has it: it has no gradient, and rows have that of the weight as it is held.
   Memory beside operands and result is one matrix, whatever the sizes are.
 
   On a TPU it is `lax.ragged_dot_general`, a kernel there.  XLA expands that on a CPU to all rows with all G matrices (measured
@@ -77,7 +77,9 @@ def grouped_dot(
   if isinstance(w_GDF, QTensor):
     x_RD, sizes_G = map(jnp.asarray, (x_RD, sizes_G))
     block = BLOCK.get(current_device().platform, 128)
-    if block < 128:  # a CPU multiplies integers with few rows
+    if (
+      current_device().platform == "cpu"
+    ):  # few rows are multiplied one by one there, those of other groups for nothing
       block = min(block, max(1, 2 * len(x_RD) // len(sizes_G)))
     return _quantized(x_RD, w_GDF, sizes_G, block).astype(out_dtype)
   value, stored = (w_GDF.value, w_GDF.stored) if isinstance(w_GDF, Matrix) else (w_GDF, "io")

@@ -1,6 +1,7 @@
 """Quantized experts on a mesh: each device multiplies with its part of their numbers and scales."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_cases import MODELS
@@ -11,6 +12,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.leaf import QTensor
 from jaxllm.nn import Transformer
 from jaxllm.ops.experts import experts_on_mesh
+from jaxllm.train import lora
 
 CFG = MODELS["experts"]
 IDS = np.arange(24).reshape(4, 6)
@@ -25,6 +27,23 @@ def test_experts_are_computed_where_they_lie(name):
   with jax.set_mesh(mesh):
     found = run(parallel.shard(params, mesh, parallel.RULES["fsdp_tensor"], CFG))
   assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_gradients_go_through_experts_where_they_lie():
+  """Of LoRA's factors on attention, as on one device."""
+  params = quant.apply(params_of(CFG), quant.SCHEMES["int8"]())
+  params = lora.apply(params, [(r"layers/\d+/attn/[qv]/w", True)], rank=2, alpha=4.0, key=jax.random.key(0))
+  run = lambda adapters, params: Transformer(CFG).apply(
+    {"params": lora.with_adapters(params, adapters)}, IDS
+  )[0]
+  gradient = jax.jit(jax.grad(lambda adapters, params: jnp.mean(jnp.square(run(adapters, params)))))
+  expected = gradient(lora.adapters(params), params)
+  mesh = parallel.make_mesh("fsdp=2,tensor=4")
+  with jax.set_mesh(mesh):
+    params = parallel.shard(params, mesh, parallel.RULES["fsdp_tensor"], CFG)
+    found = gradient(lora.adapters(params), params)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert np.abs(a - b).max() <= 1e-4 * max(np.abs(x).max() for x in jax.tree.leaves(expected))
 
 
 def test_blocks_that_a_mesh_would_leave_whole_beside_numbers_that_it_cuts_are_refused():
