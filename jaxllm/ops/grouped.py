@@ -76,10 +76,9 @@ def grouped_dot(
   """
   if isinstance(w_GDF, QTensor):
     x_RD, sizes_G = map(jnp.asarray, (x_RD, sizes_G))
-    block = BLOCK.get(current_device().platform, 128)
-    if (
-      current_device().platform == "cpu"
-    ):  # few rows are multiplied one by one there, those of other groups for nothing
+    platform = current_device().platform
+    block = BLOCK.get(platform, 128)
+    if platform == "cpu":  # few rows are multiplied one by one, and those of the next group for nothing
       block = min(block, max(1, 2 * len(x_RD) // len(sizes_G)))
     return _quantized(x_RD, w_GDF, sizes_G, block).astype(out_dtype)
   value, stored = (w_GDF.value, w_GDF.stored) if isinstance(w_GDF, Matrix) else (w_GDF, "io")
