@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.call import current_device
+from jaxllm.ops.device import current_device
 
 FEW = 16
 """Up to so many rows a CPU multiplies the weight with them rather than them with the weight, where it unpacks it."""
