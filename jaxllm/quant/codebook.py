@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError, QuantError, check_choice
 from jaxllm.leaf import QTensor
-from jaxllm.ops.call import current_device
+from jaxllm.ops.device import current_device
 from jaxllm.ops.quantized import product
 from jaxllm.ops.rows import unpacked
 from jaxllm.quant import dynamic
