@@ -364,6 +364,8 @@ def main(f) -> int:
     try:
       if f.model is None:
         loading.in_own_process(f"make({directory!r}, {f.size!r}, {dtype!r})")
+      if f.llama_cpp:
+        llama_cpp.gguf_names(directory)  # here, where what it refuses is told as an error of the user's
       judged = where["platform"] == "cpu" and f.quant == "none" and loading.parameters(directory) >= LARGE
       for batch in map(int, f.batches.split(",")):
         found = measure(directory, dtype, batch, where["platform"], gguf, f)

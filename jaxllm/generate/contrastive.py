@@ -42,7 +42,7 @@ def generate(
   *,
   alpha: float = 0.6,
   top_k: int = 4,
-  max_new_tokens: int = 128,
+  max_new_tokens: int = request.NEW_TOKENS,
   stop_ids: Iterable[int] | None = None,
   store: Full | Quantized = STORES["full"],
 ) -> Generated:

@@ -62,7 +62,7 @@ def generate(
   *,
   sampler: Sampler = Greedy(),  # noqa: B008 (a frozen value)
   key: jax.Array | None = None,
-  max_new_tokens: int = 128,
+  max_new_tokens: int = request.NEW_TOKENS,
   stop_ids: Iterable[int] | None = None,
   rope: PositionTables | None = None,
   chunk: int = 32,
