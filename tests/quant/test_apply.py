@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from model_cases import MODELS
 from model_cases import params as params_of
+from quantization_table import refused
 
 from jaxllm import quant, tree
 from jaxllm.errors import ConfigError, QuantError
@@ -142,8 +143,9 @@ def test_the_report_counts_scales_and_tells_errors(model):
   ],
 )
 def test_rules_that_do_not_fit_are_refused(model, rules, error, message):
-  with pytest.raises(error, match=message):
+  with pytest.raises(error, match=message) as caught:
     quant.apply(model[1], INT8, rules)
+  refused(f"rules={rules}", caught.value)
 
 
 def test_weights_that_are_no_numbers_or_held_already_are_refused(model):
@@ -167,5 +169,6 @@ def test_weights_that_are_no_numbers_or_held_already_are_refused(model):
   ],
 )
 def test_what_is_no_scheme_or_rule_is_refused(model, scheme, rules, message):
-  with pytest.raises(ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message) as caught:
     quant.apply(model[1], scheme, rules)
+  refused(f"scheme={scheme!r}, rules={rules}", caught.value)
