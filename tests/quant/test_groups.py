@@ -118,7 +118,7 @@ def test_the_product_is_that_of_the_weight_that_is_held(name, dtype, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17])
-@pytest.mark.parametrize("columns", [8, 64, 312, 1536])
+@pytest.mark.parametrize("columns", [8, pytest.param(64, marks=pytest.mark.slow), 312, 1536])
 @pytest.mark.parametrize("name", ["int4", "int3_asym"])
 def test_pieces_are_the_whole_product(name, columns, rows):
   q, x = held(name, weights((48, columns))), weights((rows, 48), 2)

@@ -65,13 +65,17 @@ def trained(params, seed=1):
   return lora.with_adapters(params, jax.tree.map(draw, lora.adapters(params)))
 
 
+@jax.jit
 def logits(params):
-  return jax.jit(lambda p: Transformer(CFG).apply({"params": p}, IDS)[0])(params)
+  return Transformer(CFG).apply({"params": params}, IDS)[0]
 
 
 def loss_of(params):
   hidden_BTD, _ = Transformer(CFG).apply({"params": params}, IDS[:, :-1], logits=None)
   return jnp.mean(cross_entropy(hidden_BTD, head(CFG, params), IDS[:, 1:])[0])
+
+
+gradient = jax.jit(jax.grad(loss_of))
 
 
 def same(a, b):
@@ -140,7 +144,7 @@ def test_gradients_are_of_the_factors_and_those_of_the_merged_weights(base):
   whole = jax.tree.map(
     lambda x: jnp.asarray(dense(x), jnp.float32), params, is_leaf=lambda x: isinstance(x, LoRA)
   )
-  expected = tree.flatten(jax.jit(jax.grad(loss_of))(whole))
+  expected = tree.flatten(gradient(whole))
   tolerance = 0.05 if base == "bfloat16" else 1e-4
   for path, leaf in tree.flatten(params).items():
     if isinstance(leaf, LoRA):
@@ -153,7 +157,7 @@ def test_gradients_are_of_the_factors_and_those_of_the_merged_weights(base):
 
 def test_no_gradient_reaches_a_base():
   params = trained(applied("arrays"))
-  grads = tree.flatten(jax.jit(jax.grad(loss_of))(params))
+  grads = tree.flatten(gradient(params))
   held = [g for g in grads.values() if isinstance(g, LoRA)]
   assert held and not any(np.any(g.base) for g in held) and all(np.any(g.a) and np.any(g.b) for g in held)
   assert np.any(grads["embed"]) and np.any(grads["layers/0/attn_norm/scale"])
@@ -202,8 +206,8 @@ def test_scanned_layers_have_it():
   params = trained(applied("int8"))
   stacked = tree.stack_layers(params, 1)
   assert stacked["blocks"]["0"]["mlp"]["up"]["w"].shape == (2, 24, 40)
-  run = lambda scan, p: jax.jit(lambda p: Transformer(CFG, scan=scan).apply({"params": p}, IDS)[0])(p)
-  found, expected = run(True, stacked), run(False, params)
+  found = jax.jit(lambda p: Transformer(CFG, scan=True).apply({"params": p}, IDS)[0])(stacked)
+  expected = logits(params)
   assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
   same(lora.adapters(tree.unstack_layers(stacked)), lora.adapters(params))
 
@@ -282,7 +286,7 @@ def test_outputs_and_merged_weights_are_those_of_peft(tmp_path):
       new |= {f"{path}/a": a.detach().numpy().T, f"{path}/b": b.detach().numpy().T}
   params = lora.with_adapters(params, tree.unflatten(new))
   ids = np.random.default_rng(0).integers(0, 31, (2, 9))
-  run = lambda params: np.asarray(Transformer(cfg).apply({"params": params}, ids)[0])
+  run = jax.jit(lambda params: Transformer(cfg).apply({"params": params}, ids)[0])
   with torch.no_grad():
     expected = adapted(torch.tensor(ids)).logits.numpy()
   close("peft: LoRA, logits", run(params), expected, 1e-5, whole=True)
