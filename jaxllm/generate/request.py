@@ -44,9 +44,6 @@ VOCABULARY = {"embed": 0, "head": 1, "head_bias": 0}
 WHOLE = 512
 """The longest prompt that is padded to a power of two; a longer one to an eighth of it."""
 
-NEW_TOKENS = 128
-"""max_new_tokens where a caller gives none."""
-
 MOST = 2**31 - 1
 """The most tokens of a row, as positions are int32."""
 
