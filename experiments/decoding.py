@@ -53,23 +53,6 @@ THIRD = (
   ("ratio", "llama_cpp prefill ratio"),
 )
 """Columns of --llama_cpp, and their numbers."""
-SCHEMES = (
-  "int8",
-  "int8_tensor",
-  "int8_asym",
-  "int4",
-  "int4_asym",
-  "int3",
-  "int3_asym",
-  "w8a8",
-  "zeroquant",
-  "nf4",
-  "fp4",
-  "glm_int8",
-  "glm_int4",
-  "llm_int8",
-)
-"""Names of `jaxllm.quant.SCHEMES`, which this process does not import: its children have the processor to themselves."""
 FLAGS = flags.FlagValues()
 
 flags.DEFINE_string("model", None, "directory of a checkpoint; default: a random Llama", flag_values=FLAGS)
@@ -80,11 +63,11 @@ flags.DEFINE_integer("prompt", 128, "tokens of a prompt", flag_values=FLAGS)
 flags.DEFINE_integer("new", 64, "tokens to generate", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 2, "processes of each side", flag_values=FLAGS)
 flags.DEFINE_integer("reads", 3, "readings of a process", flag_values=FLAGS)
-flags.DEFINE_enum(
+flags.DEFINE_string(
   "quant",
   "none",
-  ["none", *SCHEMES],
-  "how jaxllm holds its weights, read as float32 on a CPU; those of transformers are of --dtypes, and no bars count",
+  "how jaxllm holds its weights (a name of jaxllm.quant.SCHEMES), read as float32 on a CPU; those of transformers are of "
+  "--dtypes, and no bars count",
   flag_values=FLAGS,
 )
 flags.DEFINE_bool(
@@ -118,6 +101,11 @@ def check(f) -> None:
     raise ConfigError(f"--new={f.new}: expected at least 2, as the first token belongs to the prompt")
   if not all(one.strip().isdigit() and int(one) for one in f.batches.split(",")):
     raise ConfigError(f"--batches={f.batches}: expected numbers of rows, as in 1,8")
+  from jaxllm import quant  # not for --help, which it would delay
+
+  if f.quant not in (known := ["none", *quant.SCHEMES]):
+    near = choices.nearest(f.quant, known)
+    raise ConfigError(f"--quant={f.quant}: not known{near}; allowed: {', '.join(known)}")
   if f.quantize_head and f.quant == "none":
     raise ConfigError(
       "--quantize_head without --quant: there is no scheme for it; give --quant, or leave it out"
@@ -364,6 +352,8 @@ def main(f) -> int:
     try:
       if f.model is None:
         loading.in_own_process(f"make({directory!r}, {f.size!r}, {dtype!r})")
+      if f.llama_cpp:
+        llama_cpp.gguf_names(directory)  # here, where what it refuses is told as an error of the user's
       judged = where["platform"] == "cpu" and f.quant == "none" and loading.parameters(directory) >= LARGE
       for batch in map(int, f.batches.split(",")):
         found = measure(directory, dtype, batch, where["platform"], gguf, f)

@@ -36,24 +36,52 @@ def missing() -> list[str]:
   return [package for package, module in needed.items() if importlib.util.find_spec(module) is None]
 
 
+def gguf_names(directory: str) -> dict[str, str]:
+  """Its tensors' names in GGUF, by those of Hugging Face; raises ConfigError for what llama.cpp would compute otherwise."""
+  from jaxllm.hf.files import Checkpoint
+
+  def refused(found: str, expected: str) -> ConfigError:
+    return ConfigError(f"--llama_cpp: {directory}: found {found}, expected {expected}; leave the flag out")
+
+  plain = _config(directory)
+  if (kind := plain.get("model_type")) != "llama":
+    raise refused(f"model_type = {kind!r}", "'llama'")
+  scaling = _rope(plain).get("rope_scaling") or _rope(plain)
+  if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
+    raise refused(f"RoPE of {kind}", "the default")
+  found = {}
+  for name in Checkpoint(directory).tensors:
+    pattern = next((pattern for pattern in NAMES if re.fullmatch(pattern, name)), None)
+    if pattern is None:
+      raise refused(name, "the tensors of a Llama")
+    found[name] = re.sub(pattern, NAMES[pattern], name)
+  return found
+
+
+def _config(directory: str) -> dict:
+  return json.loads((Path(directory) / "config.json").read_text())
+
+
+def _rope(plain: dict) -> dict:
+  """Where config.json has RoPE's settings: apart, or among the others as older ones do."""
+  return plain.get("rope_parameters") or plain
+
+
 def write(directory: str, path: str) -> None:
   """The checkpoint as the GGUF file `path`, all its matrices in Q8_0: 32 numbers of 8 bits with a scale of 16.
 
   llama.cpp turns neighbouring coordinates where Hugging Face turns halves of a head, so rows of q and k change places.
+  Raises ConfigError as `gguf_names` does.
   """
+  theirs = gguf_names(directory)
   import gguf
   import numpy as np
 
   from jaxllm.hf.files import Checkpoint
 
-  plain = json.loads((Path(directory) / "config.json").read_text())
+  plain = _config(directory)
   heads = {"q": plain["num_attention_heads"], "k": plain["num_key_value_heads"]}
   head_dim = plain.get("head_dim") or plain["hidden_size"] // heads["q"]
-  rope = plain.get("rope_parameters") or plain
-  if (kind := (rope.get("rope_scaling") or rope).get("rope_type", "default")) != "default":
-    raise ConfigError(
-      f"--llama_cpp: {directory}: found RoPE of {kind}, expected the default; leave the flag out"
-    )
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_vocab_size(plain["vocab_size"])
   writer.add_tokenizer_model("none")
@@ -66,25 +94,19 @@ def write(directory: str, path: str) -> None:
   writer.add_rope_dimension_count(head_dim)
   writer.add_key_length(head_dim)
   writer.add_value_length(head_dim)
-  writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
+  writer.add_rope_freq_base(_rope(plain).get("rope_theta", 10_000.0))
   writer.add_layer_norm_rms_eps(plain.get("rms_norm_eps", NORM))
   checkpoint = Checkpoint(directory)
-  for name in checkpoint.tensors:
+  for name, own in theirs.items():
     value = checkpoint.view(name).astype(np.float32)
-    pattern = next((pattern for pattern in NAMES if re.fullmatch(pattern, name)), None)
-    if pattern is None:
-      raise ConfigError(
-        f"--llama_cpp: {directory}: found {name}, expected the tensors of a Llama; leave the flag out"
-      )
-    theirs = re.sub(pattern, NAMES[pattern], name)
-    if turned := re.search(r"attn_([qk])\.", theirs):
+    if turned := re.search(r"attn_([qk])\.", own):
       halves = value.reshape(heads[turned[1]], 2, head_dim // 2, -1)
       value = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(value.shape)
     if value.ndim == 1:
-      writer.add_tensor(theirs, value)
+      writer.add_tensor(own, value)
     else:
       q8 = gguf.GGMLQuantizationType.Q8_0
-      writer.add_tensor(theirs, gguf.quantize(value, q8), raw_dtype=q8)
+      writer.add_tensor(own, gguf.quantize(value, q8), raw_dtype=q8)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

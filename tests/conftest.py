@@ -1,4 +1,4 @@
-"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; three tables."""
+"""One setting for all tests: eight CPU devices, exact products, no implicit rank promotion, quick compilation; tables."""
 
 import gc
 import importlib
@@ -41,32 +41,19 @@ def programs_are_forgotten_in_time():
     gc.collect()
 
 
+TABLES = {
+  "components": ("components", "a row a component: file, source, golden error, tests"),
+  "families": ("family_table", "a row a model family: file, variants, errors, of `pytest tests/hf`"),
+  "generation": ("generation_table", "what was measured of generated text, in numbered tables"),
+  "quantization": ("quantization_table", "what was measured of quantized weights, in numbered tables"),
+}
+"""Each option that prints tables after a run: the module that makes them, and what is in them."""
+
+
 def pytest_addoption(parser):
-  parser.addoption(
-    "--components",
-    nargs="?",
-    const="",
-    metavar="FILE.md",
-    help="after the run, print a row a component: file, source, golden error, tests; --components=FILE.md writes it too",
-  )
-  parser.addoption(
-    "--families",
-    nargs="?",
-    const="",
-    metavar="FILE.md",
-    help="after `pytest tests/hf`, print a row a model family: file, variants, errors; --families=FILE.md writes it too",
-  )
-  parser.addoption(
-    "--generation",
-    nargs="?",
-    const="",
-    metavar="FILE.md",
-    help="after the run, print what it measured of generated text, in numbered tables; --generation=FILE.md writes them too",
-  )
-
-
-TABLES = {"components": "components", "families": "family_table", "generation": "generation_table"}
-"""The module of each option that prints a table."""
+  for option, (_, text) in TABLES.items():
+    text = f"after the run, print {text}; --{option}=FILE.md writes it too"
+    parser.addoption(f"--{option}", nargs="?", const="", metavar="FILE.md", help=text)
 
 
 def pytest_itemcollected(item):
@@ -76,7 +63,7 @@ def pytest_itemcollected(item):
 
 
 def pytest_configure(config):
-  for option, module in TABLES.items():
+  for option, (module, _) in TABLES.items():
     path = config.getoption(f"--{option}")
     if path is None:
       continue

@@ -9,7 +9,9 @@ import pytest
 import tables
 from cache_cases import CACHES
 from components import ROOT
-from generation_table import ABOUT, KINDS, MEASURED, Table, measured
+from generation_table import KINDS, Table, measured
+
+ABOUT, MEASURED = "generation about", "generation measured"
 
 
 def report(*properties, passed=True):
@@ -67,14 +69,14 @@ def test_every_kind_of_cache_has_a_column():
   assert [kind.number for kind in KINDS.values()] == [1, 2, 3, 4, 6, 7, 8]
 
 
-def tables_of(directory, *args, plugin=""):
+def tables_of(directory, *args, plugin="", option="generation"):
   """(exit status, output, tables) of a run whose tests are in another process, with a plugin of that text."""
   path = directory / "tables.md"
   (directory / "sabotage_plugin.py").write_text(plugin)
   command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider", "-p", "sabotage_plugin"]
   environment = os.environ | {"PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"}
   run = subprocess.run(
-    [*command, f"--generation={path}", *args], cwd=ROOT, env=environment, capture_output=True, text=True
+    [*command, f"--{option}={path}", *args], cwd=ROOT, env=environment, capture_output=True, text=True
   )
   return run.returncode, run.stdout + run.stderr, path.read_text()
 

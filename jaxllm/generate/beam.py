@@ -72,7 +72,7 @@ def generate(
   length_penalty: float = 1.0,
   early_stopping: bool | Literal["never"] = False,
   num_return: int = 1,
-  max_new_tokens: int = 128,
+  max_new_tokens: int = loop.NEW_TOKENS,
   stop_ids: Iterable[int] | None = None,
   part: int = loop.PART,
   store: Full | Quantized = STORES["full"],

@@ -44,7 +44,7 @@ def generate(
   Source: Stiennon et al. (2020), section 3.3, with the likelihood as the score; OpenAI's `best_of`.
   """
   n = request.count("n", n)
-  most = request.count("max_new_tokens", arguments.get("max_new_tokens", 128))
+  most = request.count("max_new_tokens", arguments.get("max_new_tokens", loop.NEW_TOKENS))
   length_penalty = request.length_penalty(length_penalty, most)
   for name in ("copies", "logprobs"):
     if name in arguments:

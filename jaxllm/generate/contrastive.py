@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import ConfigError, SamplingError
-from jaxllm.generate import request
+from jaxllm.generate import loop, request
 from jaxllm.generate.output import ENDED, Generated
 from jaxllm.nn import STORES, Cache, Context, Transformer, init_cache
 from jaxllm.nn.store import Full, Quantized
@@ -42,7 +42,7 @@ def generate(
   *,
   alpha: float = 0.6,
   top_k: int = 4,
-  max_new_tokens: int = 128,
+  max_new_tokens: int = loop.NEW_TOKENS,
   stop_ids: Iterable[int] | None = None,
   store: Full | Quantized = STORES["full"],
 ) -> Generated:

@@ -22,6 +22,9 @@ from jaxllm.position import PositionTables
 from jaxllm.sampling import NOTHING, Greedy, Sampler, check_logits
 from jaxllm.sampling.base import log_probs
 
+NEW_TOKENS = 128
+"""max_new_tokens where a caller gives none."""
+
 PART = 512
 """Longer prompts are read so many tokens at a time, and layers with a window hold so many more than it."""
 
@@ -62,7 +65,7 @@ def generate(
   *,
   sampler: Sampler = Greedy(),  # noqa: B008 (a frozen value)
   key: jax.Array | None = None,
-  max_new_tokens: int = 128,
+  max_new_tokens: int = NEW_TOKENS,
   stop_ids: Iterable[int] | None = None,
   rope: PositionTables | None = None,
   chunk: int = 32,

@@ -65,7 +65,7 @@ def generate(
   gamma: int = 4,
   sampler: Sampler = Greedy(),  # noqa: B008 (a frozen value)
   key: jax.Array | None = None,
-  max_new_tokens: int = 128,
+  max_new_tokens: int = loop.NEW_TOKENS,
   stop_ids: Iterable[int] | None = None,
   part: int = loop.PART,
   store: Full | Quantized = STORES["full"],

@@ -9,7 +9,6 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import decoding
-from jaxllm import quant
 from jaxllm.errors import ConfigError
 
 FOUND = {
@@ -22,10 +21,6 @@ FOUND = {
   "prefill ratio": 0.8,
   "first token s": 4.0,
 }
-
-
-def test_every_scheme_can_be_timed():
-  assert set(decoding.SCHEMES) == set(quant.SCHEMES)
 
 
 def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
@@ -83,6 +78,7 @@ def test_a_third_side_has_columns_of_its_own_where_it_was_read():
     ("--batches=1,x", "expected numbers of rows"),
     ("--batches=0", "expected numbers of rows"),
     ("--new=1", "expected at least 2"),
+    ("--quant=int5", "--quant=int5: not known; did you mean int8 or int4 or int3.*allowed: none, int8, "),
     ("--quantize_head", "--quantize_head without --quant"),
     ("--rounds=0", "--rounds=0"),
   ],

@@ -1,11 +1,11 @@
 """What a caller can get wrong, and what the message says of it."""
 
+import generation_table
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import compilations
-from generation_table import about, measured
 from method_cases import learned
 
 from jaxllm.errors import ConfigError, DataError, SamplingError, TokenizerError
@@ -116,18 +116,11 @@ def right(shallow):
 
 def refused(row, error, message, call):
   """A call is refused for that reason, and compiles nothing before."""
-  about("bad input", row)
+  generation_table.about("bad input", row)
   with compilations() as seen, pytest.raises(error, match=message) as caught:
     call()
   assert not seen
-  says = " ".join(str(caught.value).split())
-  measured(
-    "bad input",
-    row,
-    compiled=len(seen),
-    error=error.__name__,
-    says=says if len(says) < 100 else f"{says[:96]} ...",
-  )
+  generation_table.refused(row, caught.value, compiled=len(seen))
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), WRONG)
@@ -189,7 +182,7 @@ def test_logits_that_nothing_can_be_drawn_from_are_refused(shallow, prompts, whe
       on_tokens=lambda *x: told.append(x),
     )
   assert len(told) <= 2 * len(prompts)  # the loop ended
-  measured("bad input", f"weights with {value}", error="SamplingError", says=f"{str(caught.value)[:96]} ...")
+  generation_table.refused(f"weights with {value}", caught.value)
 
 
 @pytest.fixture

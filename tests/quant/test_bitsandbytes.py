@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantization_table import equal
 
 from jaxllm import quant
 from jaxllm.quant import dynamic
@@ -60,10 +61,11 @@ def theirs(name, w_FD, block, nested=False):
 def test_bytes_absmax_and_weights_are_theirs_bit_by_bit(name, block, kind):
   w = between(name, block) if kind == "between" else {"normal": normal, "scaled": scaled}[kind]()
   (parts, found), (packed, state, expected) = ours(name, w, block=block), theirs(name, w, block)
-  np.testing.assert_array_equal(parts["value"].reshape(-1), packed.reshape(-1))
-  np.testing.assert_array_equal(parts["scale"].reshape(-1), state.absmax.numpy())
-  np.testing.assert_array_equal(found, expected)
-  np.testing.assert_array_equal(TABLES[name], state.code.numpy())
+  row = f"bitsandbytes: {name}, block {block}, "
+  equal(row + "packed bytes", parts["value"].reshape(-1), packed.reshape(-1))
+  equal(row + "absmax", parts["scale"].reshape(-1), state.absmax.numpy())
+  equal(row + "weights", found, expected)
+  equal(f"bitsandbytes: {name}, levels", TABLES[name], state.code.numpy())
 
 
 def test_the_other_order_of_nibbles_would_not_be_theirs():
@@ -89,19 +91,21 @@ def test_double_quantization_is_theirs_bit_by_bit(name, block):
   w = np.round(normal() * 256) / np.float32(256)
   parts, found = ours(name, w, block=block, double_quant=True)
   packed, state, expected = theirs(name, w, block, nested=True)
-  np.testing.assert_array_equal(dynamic.LEVELS, state.state2.code.numpy())
-  np.testing.assert_array_equal(parts["value"].reshape(-1), packed.reshape(-1))
-  assert parts["mean_scale"].item() == state.offset.item()
-  np.testing.assert_array_equal(parts["nested_scale"][0], state.state2.absmax.numpy())
+  row = f"bitsandbytes: {name}, double, block {block}, "
+  equal("bitsandbytes: levels of 8 bits", dynamic.LEVELS, state.state2.code.numpy())
+  equal(row + "packed bytes", parts["value"].reshape(-1), packed.reshape(-1))
+  equal(row + "mean of absmax", parts["mean_scale"].reshape(()), state.offset.numpy())
+  equal(row + "absmax of absmax", parts["nested_scale"][0], state.state2.absmax.numpy())
   absmax = theirs(name, w, block)[1].absmax - state.offset
   searched, _ = torch.ops.bitsandbytes.quantize_blockwise(absmax.double(), state.state2.code, NESTED)
   scale = parts["scale"].reshape(-1)
-  np.testing.assert_array_equal(scale, searched.numpy())
+  equal(row + "8-bit absmax", scale, searched.numpy())
 
   tabled = state.absmax.numpy()
   nested = np.repeat(parts["nested_scale"][0], NESTED)[: scale.size]
   np.testing.assert_array_equal(tabled, looked_up(absmax.numpy() * (1 / nested)))
-  assert np.mean(scale != tabled) < 0.01 and np.abs(scale.astype(int) - tabled).max() <= 1
+  equal(row + "8-bit absmax by their table", scale, tabled, most=0.01 * scale.size)
+  assert np.abs(scale.astype(int) - tabled).max() <= 1
   same = np.repeat(scale == tabled, block).reshape(SHAPE)
   np.testing.assert_allclose(found[same], expected[same], rtol=3e-7)
 
@@ -116,7 +120,10 @@ def test_int8_has_their_rows(make):
   differ = n != rows.numpy()
   halfway = np.abs(np.abs(w / parts["scale"] - np.trunc(w / parts["scale"])) - 0.5) < 1e-5
   assert outliers is None and np.abs(n - rows.numpy()).max() <= 1 and not np.any(differ & ~halfway)
-  assert differ.sum() <= halfway.sum() <= 10
+  assert halfway.sum() <= 10
+  equal(
+    "bitsandbytes: int8, numbers (either way at halves)", parts["value"], rows.numpy(), most=halfway.sum()
+  )
   np.testing.assert_allclose(parts["scale"][:, 0] * 127, stats.numpy(), rtol=2e-7)
   expected = bnb.int8_vectorwise_dequant(rows, stats).numpy()
   np.testing.assert_allclose(found[~differ], expected[~differ], rtol=3e-7)

@@ -19,7 +19,7 @@ IDS = np.arange(24).reshape(4, 6)
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["int8", "int8_asym"])
+@pytest.mark.parametrize("name", [pytest.param("int8", marks=pytest.mark.slow), "int8_asym"])
 def test_experts_are_computed_where_they_lie(name):
   params = quant.apply(params_of(CFG), quant.SCHEMES[name]())
   run = jax.jit(lambda params: Transformer(CFG).apply({"params": params}, IDS)[0])

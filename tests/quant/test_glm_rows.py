@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantization_table import equal
 
 from jaxllm import quant, tree
 from jaxllm.errors import ConfigError, QuantError
@@ -51,9 +52,10 @@ def test_bytes_and_scales_are_the_published_ones(name, bits, scale):
   """Of 3e-4 the scales of 8 bits are subnormal numbers of half precision."""
   w = weights((600, 64), scale=scale)
   q, (weight, weight_scale) = held(name, w.T), published(w, bits)
-  np.testing.assert_array_equal(q.parts["value"], weight)
-  np.testing.assert_array_equal(q.parts["scale"][:, 0], weight_scale)
-  np.testing.assert_array_equal(quant.dequantize(q).T, decoded(weight, weight_scale, bits))
+  row = f"published code: {name}, "
+  equal(row + "packed bytes", q.parts["value"], weight)
+  equal(row + "scales", q.parts["scale"][:, 0], weight_scale)
+  equal(row + "weights", quant.dequantize(q).T, decoded(weight, weight_scale, bits))
   assert q.shape == (64, 600) and q.dtype == jnp.int8 and q.parts["scale"].dtype == jnp.float16
   assert 8 * q.nbytes / q.size == bits + 16 / 64
 

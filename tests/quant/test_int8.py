@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantization_table import equal, nearest
 
 from jaxllm import quant
 from jaxllm.errors import ConfigError
@@ -42,9 +43,10 @@ def test_numbers_and_scales_are_those_of_the_definition(name, shape):
   assert q.shape == shape and q.dtype == jnp.int8 and q.size == w.size
   np.testing.assert_allclose(np.swapaxes(q.parts["scale"], -1, -2), scale, rtol=1e-6)
   found = np.swapaxes(q.parts["value"], -1, -2).astype(int)
-  assert np.abs(found).max() == 127 and np.abs(found - n).max() <= 0.5 + 1e-4
+  assert np.abs(found).max() == 127
+  nearest(f"definition: {name}, numbers", found, n)
   if name == "int8_asym":
-    np.testing.assert_array_equal(np.swapaxes(q.parts["zero"], -1, -2), zero)
+    equal(f"definition: {name}, zero points", np.swapaxes(q.parts["zero"], -1, -2), zero.astype(np.int8))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from model_cases import MODELS
 from model_cases import params as params_of
+from quantization_table import measured
 
 from jaxllm import parallel, quant
 from jaxllm.generate import loop
@@ -136,6 +137,8 @@ def test_no_scheme_copies_a_weight(name, options, shape, rows):
   """Neither as floats nor its numbers one a byte where they are packed, of no width, with a loop around the product."""
   share, large = in_a_loop(quant.SCHEMES[name](**options), rows, shape)
   assert share < MOST and not large
+  row = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
+  measured("products", row, share_of_a_float_copy=share, large_arrays=len(large), programs=1)
 
 
 def test_a_scheme_that_copies_is_found():

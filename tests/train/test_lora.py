@@ -10,6 +10,7 @@ import optax
 import pytest
 from model_cases import MODELS
 from model_cases import params as params_of
+from quantization_table import about, close, differ, measured, refused
 
 from jaxllm import hf, parallel, quant, tree
 from jaxllm.errors import CheckpointError, ConfigError, QuantError
@@ -64,13 +65,17 @@ def trained(params, seed=1):
   return lora.with_adapters(params, jax.tree.map(draw, lora.adapters(params)))
 
 
+@jax.jit
 def logits(params):
-  return jax.jit(lambda p: Transformer(CFG).apply({"params": p}, IDS)[0])(params)
+  return Transformer(CFG).apply({"params": params}, IDS)[0]
 
 
 def loss_of(params):
   hidden_BTD, _ = Transformer(CFG).apply({"params": params}, IDS[:, :-1], logits=None)
   return jnp.mean(cross_entropy(hidden_BTD, head(CFG, params), IDS[:, 1:])[0])
+
+
+gradient = jax.jit(jax.grad(loss_of))
 
 
 def same(a, b):
@@ -80,12 +85,15 @@ def same(a, b):
 @pytest.mark.core
 @each_base
 def test_it_is_the_identity_at_first_and_unmerged_it_is_the_base(base):
+  about("lora", base)
   params, plain = applied(base), BASES[base](params_of(CFG))
-  np.testing.assert_array_equal(logits(params), logits(plain))
+  found, expected = logits(params), logits(plain)
+  assert differ(found, expected) == 0
   assert sum(isinstance(x, LoRA) for x in tree.flatten(params).values()) == 7 * 2 + 1
   assert tree.diff(plain, params) == []
-  assert np.abs(logits(trained(params)) - logits(plain)).max() > 0.1  # factors that are trained do change it
+  assert np.abs(logits(trained(params)) - expected).max() > 0.1  # factors that are trained do change it
   same(lora.unmerge(trained(params)), plain)
+  measured("lora", base, logits=found.size, differ=0, unmerged=len(jax.tree.leaves(plain)), differ_of_it=0)
   with pytest.raises(ConfigError, match=r"found no weight with LoRA, .* not a merged tree"):
     lora.unmerge(lora.merge(params))
 
@@ -106,6 +114,7 @@ def test_the_first_factor_is_uniform_within_the_width_and_of_its_path_alone():
 @pytest.mark.core
 @each_base
 def test_merged_it_computes_the_same(base):
+  about("lora", base)
   params = trained(applied(base))
   merged, found = lora.merge(params), logits(params)
   for path, leaf in tree.flatten(params).items():
@@ -122,7 +131,9 @@ def test_merged_it_computes_the_same(base):
         kept.dtype,
       )
   if base != "bfloat16":
-    assert np.abs(logits(merged) - found).max() <= 1e-5 * np.abs(found).max()
+    error = np.abs(logits(merged) - found).max() / np.abs(found).max()
+    assert error <= 1e-5
+    measured("lora", base, merged=error)
 
 
 @each_base
@@ -133,7 +144,7 @@ def test_gradients_are_of_the_factors_and_those_of_the_merged_weights(base):
   whole = jax.tree.map(
     lambda x: jnp.asarray(dense(x), jnp.float32), params, is_leaf=lambda x: isinstance(x, LoRA)
   )
-  expected = tree.flatten(jax.jit(jax.grad(loss_of))(whole))
+  expected = tree.flatten(gradient(whole))
   tolerance = 0.05 if base == "bfloat16" else 1e-4
   for path, leaf in tree.flatten(params).items():
     if isinstance(leaf, LoRA):
@@ -146,7 +157,7 @@ def test_gradients_are_of_the_factors_and_those_of_the_merged_weights(base):
 
 def test_no_gradient_reaches_a_base():
   params = trained(applied("arrays"))
-  grads = tree.flatten(jax.jit(jax.grad(loss_of))(params))
+  grads = tree.flatten(gradient(params))
   held = [g for g in grads.values() if isinstance(g, LoRA)]
   assert held and not any(np.any(g.base) for g in held) and all(np.any(g.a) and np.any(g.b) for g in held)
   assert np.any(grads["embed"]) and np.any(grads["layers/0/attn_norm/scale"])
@@ -195,8 +206,8 @@ def test_scanned_layers_have_it():
   params = trained(applied("int8"))
   stacked = tree.stack_layers(params, 1)
   assert stacked["blocks"]["0"]["mlp"]["up"]["w"].shape == (2, 24, 40)
-  run = lambda scan, p: jax.jit(lambda p: Transformer(CFG, scan=scan).apply({"params": p}, IDS)[0])(p)
-  found, expected = run(True, stacked), run(False, params)
+  found = jax.jit(lambda p: Transformer(CFG, scan=True).apply({"params": p}, IDS)[0])(stacked)
+  expected = logits(params)
   assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
   same(lora.adapters(tree.unstack_layers(stacked)), lora.adapters(params))
 
@@ -217,8 +228,9 @@ def test_scanned_layers_have_it():
   ],
 )
 def test_what_cannot_be_is_refused(change, message):
-  with pytest.raises(ConfigError, match=message):
+  with pytest.raises(ConfigError, match=message) as caught:
     applied("arrays", **change)
+  refused(f"lora, {change}", caught.value)
 
 
 def test_other_trees_and_weights_that_have_it_are_refused(tmp_path):
@@ -274,15 +286,13 @@ def test_outputs_and_merged_weights_are_those_of_peft(tmp_path):
       new |= {f"{path}/a": a.detach().numpy().T, f"{path}/b": b.detach().numpy().T}
   params = lora.with_adapters(params, tree.unflatten(new))
   ids = np.random.default_rng(0).integers(0, 31, (2, 9))
-  run = lambda params: np.asarray(Transformer(cfg).apply({"params": params}, ids)[0])
+  run = jax.jit(lambda params: Transformer(cfg).apply({"params": params}, ids)[0])
   with torch.no_grad():
     expected = adapted(torch.tensor(ids)).logits.numpy()
-  assert np.abs(run(params) - expected).max() <= 1e-5 * np.abs(expected).max()
+  close("peft: LoRA, logits", run(params), expected, 1e-5, whole=True)
   assert np.abs(run(lora.unmerge(params)) - expected).max() > 0.1 * np.abs(expected).max()
   adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
   assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 31
   merged = tree.flatten(hf.load(tmp_path / "merged")[1])
   for path, leaf in tree.flatten(lora.merge(params)).items():
-    np.testing.assert_allclose(
-      dense(leaf), dense(merged[path]), rtol=0, atol=2e-7 * np.abs(dense(leaf)).max()
-    )
+    close("peft: LoRA, merged weights", dense(leaf), dense(merged[path]), 2e-7, whole=True)
