@@ -30,6 +30,14 @@ from jaxllm.study import rows as rows_lib
 from jaxllm.study.files import write_results
 
 SIZES = {  # settings of LlamaConfig; 3b has the shape of Llama 3.2, 1b that of TinyLlama; heads of 3b and 213m are tied
+  "half_7b": dict(  # 16 of the 32 layers of Llama 2
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+  ),
   "3b": dict(
     vocab_size=128256,
     hidden_size=3072,

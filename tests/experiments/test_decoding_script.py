@@ -24,20 +24,64 @@ FOUND = {
 
 
 def test_numbers_at_their_bars_pass_and_lower_ones_are_told():
-  assert decoding.missed("float32", 1, FOUND) == []
-  assert decoding.missed("float32", 1, FOUND | {"decode ratio": 1.49}) == [
+  assert decoding.missed("float32", 1, FOUND, "none", "cpu") == []
+  assert decoding.missed("float32", 1, FOUND | {"decode ratio": 1.49}, "none", "cpu") == [
     "decode ratio 1.49, expected at least 1.5"
   ]
-  assert decoding.missed("bfloat16", 1, FOUND | {"decode ratio": 1.2, "prefill ratio": 0.79}) == [
-    "prefill ratio 0.79, expected at least 0.8"
-  ]
-  assert decoding.missed("bfloat16", 1, FOUND | {"first token s": 4.1}) == [
+  assert decoding.missed(
+    "bfloat16", 1, FOUND | {"decode ratio": 1.2, "prefill ratio": 0.79}, "none", "cpu"
+  ) == ["prefill ratio 0.79, expected at least 0.8"]
+  assert decoding.missed("bfloat16", 1, FOUND | {"first token s": 4.1}, "none", "cpu") == [
     "first token after 4.1 s, expected at most 4.0"
   ]
   assert (
     decoding.line("float32", 8, FOUND)
     == "| float32 | 8 | 30.0 | 20.0 | 1.50 | 62% | 80.0 | 100.0 | 0.80 | 4.00 |"
   )
+
+
+def test_each_scheme_has_bars_of_its_own_where_they_hold():
+  missed = lambda quant, platform, batch, **found: decoding.missed(
+    "bfloat16", batch, FOUND | {name.replace("_", " "): x for name, x in found.items()}, quant, platform
+  )
+  assert missed("int8", "cpu", 1, decode_ratio=3.0) == []
+  found = FOUND | {"decode ratio": 2.99, "llama_cpp decode ratio": 0.79}
+  assert decoding.missed("bfloat16", 1, found, "int8", "cpu") == [
+    "decode ratio 2.99, expected at least 3.0",
+    "llama_cpp decode ratio 0.79, expected at least 0.8",
+  ]
+  assert missed("w8a8", "cpu", 8, decode_ratio=1.9) == [
+    "decode ratio 1.90, expected at least 2.0",
+    "prefill ratio 0.80, expected at least 1.0",
+  ]
+  assert missed("int8", "gpu", 1, own_decode_ratio=1.5) == ["own decode ratio 1.50, expected at least 1.6"]
+  assert (
+    missed("int8", "gpu", 1, own_decode_ratio=1.6)
+    == missed("int8", "cpu", 8)
+    == missed("nf4", "cpu", 1)
+    == []
+  )
+
+
+def test_quantized_weights_are_read_beside_those_that_are_not_on_a_gpu(monkeypatch):
+  class f:
+    rounds, reads, prompt, new, cache_implementation = 1, 1, 16, 5, "dynamic"
+    quant, quantize_head = "int8", False
+
+  seen = []
+
+  def read(name, *arguments):
+    seen.append((name, *arguments[6:]))
+    return {"first": 1.0, "reads": [[1.0, 2.0 if "int8" in arguments else 3.0]], "floor": 0.1}
+
+  monkeypatch.setattr(decoding, "in_own_process", read)
+  found = decoding.measure("", "bfloat16", 1, "gpu", None, f)
+  assert [side for side in seen if side[0] == "jaxllm_side"] == [
+    ("jaxllm_side", "int8", False),
+    ("jaxllm_side", "none", False),
+  ]
+  assert found["own decode ratio"] == 1.5
+  assert decoding.line("bfloat16", 1, found, decoding.OWN).endswith("| 1.33 | 1.50 |")
 
 
 def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch):
@@ -64,10 +108,10 @@ def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch
 def test_a_third_side_has_columns_of_its_own_where_it_was_read():
   numbers = {"llama_cpp decode tok/s": 40.0, "llama_cpp decode ratio": 0.75}
   numbers |= {"llama_cpp prefill tok/s": 160.0, "llama_cpp prefill ratio": 0.5}
-  assert decoding.line("float32", 1, FOUND | numbers, True).endswith(
+  assert decoding.line("float32", 1, FOUND | numbers, decoding.THIRD).endswith(
     "| 4.00 | 40.00 | 0.75 | 160.00 | 0.50 |"
   )
-  assert decoding.line("float32", 8, FOUND, True).endswith("| 4.00 | - | - | - | - |")
+  assert decoding.line("float32", 8, FOUND, decoding.THIRD).endswith("| 4.00 | - | - | - | - |")
 
 
 @pytest.mark.parametrize(
