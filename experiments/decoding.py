@@ -11,11 +11,12 @@ the first token of a process that finds its programs in the compilation cache wi
 beside transformers in bfloat16: int8 decodes one row at least 3 times as fast, and 0.8 times as fast as llama.cpp; w8a8 decodes
 eight rows at least 2 times as fast, and reads their prompts as fast.  On a GPU int8 decodes one row at least 1.6 times as fast
 as this project does in bfloat16, which --quant measures there, too.  Exits with 1 where a bar is missed, as far as the model
-has 100 million parameters.
+has 100 million parameters (on a GPU, a billion).
 """
 
 import importlib.util
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -40,7 +41,7 @@ QUANT_BARS = {
   ("int8", "gpu", 1): {"own decode ratio": 1.6},
 }
 """Of --quant, where jaxllm runs, and the number of rows: the least of numbers of a line in bfloat16."""
-LARGE = 100_000_000
+LARGE = {"cpu": 10**8, "gpu": 10**9}
 """Parameters from which the bars count: of less, it is not the model that takes the time."""
 COLUMNS = ("model", "quant", "dtype", "batch", "metric", "value", *rows_lib.OUTCOME[1:])
 HEADER = (
@@ -375,7 +376,7 @@ def main(f) -> int:
         loading.in_own_process(f"make({directory!r}, {f.size!r}, {dtype!r})")
       if f.llama_cpp:
         llama_cpp.gguf_names(directory)  # here, where what it refuses is told as an error of the user's
-      judged = loading.parameters(directory) >= LARGE
+      judged = loading.parameters(directory) >= LARGE.get(where["platform"], math.inf)
       for batch in map(int, f.batches.split(",")):
         found = measure(directory, dtype, batch, where["platform"], gguf, f)
         print(line(dtype, batch, found, more), flush=True)
