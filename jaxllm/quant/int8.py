@@ -15,10 +15,18 @@ from jaxllm.ops.rows import multiply
 LARGEST = 127
 """-128 is left out: it has no counterpart, |-128| is not an int8, and a symmetric range keeps 0 at 0."""
 
+TINY = 1e-36
+"""Below it 127 / x has no float32: such a maximum counts as 0."""
+
+
+def inverse(largest: jax.Array) -> jax.Array:
+  """127 / largest by the reciprocal, as torch divides a constant: numbers halfway between two integers go as bitsandbytes' do."""
+  return LARGEST * (1 / largest)
+
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-  """w ~ scale n, n = round(w / scale) in [-127, 127], scale = max |w| / 127 of a column (or of the whole matrix).
+  """w ~ scale n, n = round(w 127 / max |w|) in [-127, 127], scale = max |w| / 127 of a column (or of the whole matrix).
 
   Not symmetric: w ~ scale (n - zero), scale = (max w - min w) / 254 over a range that is made to hold 0, zero = -127 -
   round(min w / scale): 0 is exact, and a column of one sign takes the whole range.  Every weight is off by scale / 2 at most.
@@ -41,18 +49,17 @@ class Int8:
     w_FD = jnp.swapaxes(w, -1, -2).astype(jnp.float32)
     over = dict(axis=-1 if self.per == "column" else (-1, -2), keepdims=True)
     if self.symmetric:
-      scale = jnp.max(jnp.abs(w_FD), **over) / LARGEST
-      zero = 0
+      largest = jnp.max(jnp.abs(w_FD), **over)
+      some = largest > TINY
+      n = jnp.round(w_FD * jnp.where(some, inverse(jnp.where(some, largest, 1)), 0))
+      parts = {"scale": jnp.where(some, largest / LARGEST, 1)}
     else:
       low, high = jnp.minimum(jnp.min(w_FD, **over), 0), jnp.maximum(jnp.max(w_FD, **over), 0)
-      scale = (high - low) / (2 * LARGEST)
-    scale = jnp.where(scale > 0, scale, 1)  # nothing but zeros
-    parts = {"scale": scale}
-    if not self.symmetric:
+      scale = jnp.where(high - low > TINY, (high - low) / (2 * LARGEST), 1)
       zero = -LARGEST - jnp.round(low / scale)
-      parts["zero"] = zero.astype(jnp.int8)
-    n = jnp.clip(jnp.round(w_FD / scale) + zero, -LARGEST, LARGEST)
-    return {"value": n.astype(jnp.int8)} | parts
+      n = jnp.round(w_FD / scale) + zero
+      parts = {"scale": scale, "zero": zero.astype(jnp.int8)}
+    return {"value": jnp.clip(n, -LARGEST, LARGEST).astype(jnp.int8)} | parts
 
   def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
     """[..., in, out] of the weight."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxllm.errors import QuantError
 from jaxllm.ops.device import current_device
-from jaxllm.quant.int8 import LARGEST, Int8
+from jaxllm.quant.int8 import LARGEST, TINY, Int8, inverse
 
 MOST = (2**31 - 1) // LARGEST**2
 """So many products of two numbers are sure to fit an int32: 133,144."""
@@ -30,8 +30,7 @@ def per_token(x_CD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(n int8 [C, D], scale float32 [C, 1]) of rows: n = round(x 127 / max |x|) in [-127, 127], scale = max |x| / 127."""
   x_CD = x_CD.astype(jnp.float32)
   largest_C1 = jnp.max(jnp.abs(x_CD), axis=-1, keepdims=True)
-  # below 1e-36 the quotient has no float32; a row of zeros has n = 0
-  n_CD = jnp.round(x_CD * (LARGEST / jnp.maximum(largest_C1, 1e-36)))
+  n_CD = jnp.round(x_CD * inverse(jnp.maximum(largest_C1, TINY)))
   return n_CD.astype(jnp.int8), largest_C1 / LARGEST
 
 

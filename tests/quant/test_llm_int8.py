@@ -45,7 +45,7 @@ def reference(x, q, threshold=6.0, most=None):
   for d in features:
     inner[np.abs(x[:, d]) >= threshold, d] = 0
   rows = np.abs(inner).max(-1, keepdims=True)
-  n = np.round(inner * (np.float32(127) / np.maximum(rows, np.float32(1e-36)))).astype(int)
+  n = np.round(inner * (np.float32(127) * (1 / np.maximum(rows, np.float32(1e-36))))).astype(int)
   n[:, features] = 0
   value, scale = np.asarray(q.parts["value"], int), np.asarray(q.parts["scale"], np.float64)
   y = (n @ value.T) * (rows.astype(np.float64) / 127) * scale.T

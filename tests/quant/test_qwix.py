@@ -34,7 +34,10 @@ def tiles(w):
 
 
 def test_int8_by_channel_is_theirs_over_a_range_to_127():
-  """qwix's goes to 127.5, so that its last number is as wide as the others: by 127 / 127.5 of our scale."""
+  """qwix's goes to 127.5, so that its last number is as wide as the others: by 127 / 127.5 of our scale.
+
+  It divides by that scale, so that a weight halfway between two numbers to the last bit may go either way; here none is.
+  """
   w = weights()
   q, other = held("int8", w), theirs(w, jnp.int8, method=f"absmax,{127.5 / 127}")
   equal("qwix: int8 by channel, numbers", q.parts["value"].T, other.qvalue)

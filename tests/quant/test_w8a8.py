@@ -32,7 +32,7 @@ def held(w, scheme=SCHEME):
 def integers(x):
   """(n, scale) of rows by the definition, in float32 as it is computed there, n int64."""
   largest = np.abs(x).max(-1, keepdims=True)
-  n = np.round(x * (np.float32(127) / np.maximum(largest, np.float32(1e-36))))
+  n = np.round(x * (np.float32(127) * (1 / np.maximum(largest, np.float32(1e-36)))))
   return n.astype(np.int64), largest.astype(np.float64) / 127
 
 
