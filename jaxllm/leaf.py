@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import check_choice
+from jaxllm.errors import QuantError, check_choice
 
 STORED = ("oi", "io")
 
@@ -89,8 +89,9 @@ class Scheme(Protocol):
 class QTensor:
   """A weight that is logically w [..., in, out] and held by a quantization scheme (`jaxllm.quant`) as its parts.
 
-  parts: arrays of as many axes as the weight, as [..., out, in], each dimension one that divides the weight's: "value" has its
-  numbers, or several of them in a byte, and others have one for each block ("scale", "zero").
+  parts: arrays of as many axes as the weight, [..., rows, n]; rows divides out, or is 1 for what all of out have in common.
+  "value" has the numbers, or several of them in a byte, and others what these are multiplied with and moved by: "scale" and
+  "zero" for each block, or what such scales are held by in turn (`quant.codebook`).
   table: it is a table of rows [out, in] instead, as an embedding is one, of which `[index]` are some, float32: no other row is
   computed.  Its transpose `T` is the weight of a tied head, with the same parts.
   """
@@ -135,10 +136,21 @@ class QTensor:
     return self
 
   def __getitem__(self, index: Any) -> Any:
-    """The weights of leading axes (stacked layers, experts), or the rows of a table, float32 [..., in]."""
+    """The weights of leading axes (stacked layers, experts), or the rows of a table, float32 [..., in].
+
+    Rows past the ends of a table are its first or last, as those of an array; negative numbers count from its end.  Raises
+    QuantError for an index of in or out.
+    """
     if not self.table:
+      leading = index if isinstance(index, tuple) else (index,)
+      if len(leading) > self.ndim - 2 or any(i is Ellipsis for i in leading):
+        raise QuantError(
+          f"found the index {index} of a weight {list(self.shape)} of {self.scheme}, expected one of the axes before in and "
+          "out; quant.dequantize gives an array that takes any"
+        )
       return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
-    step, flat = self.step, index.reshape(-1)
+    rows, step, index = self.shape[0], self.step, jnp.asarray(index).astype(jnp.int32)
+    flat = jnp.clip(jnp.where(index < 0, index + rows, index).reshape(-1), 0, rows - 1)
 
     def taken(part):
       if part.shape[0] == 1:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.leaf import Matrix, dense
-from jaxllm.ops.constrain import constrain
+from jaxllm.leaf import LoRA, Matrix, QTensor, dense
+from jaxllm.ops.constrain import compiler_axes, constrain
 from jaxllm.ops.einsum import einsum
+
+ROWS = 64
+"""The columns of a quantized head whose lengths are taken at a time."""
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -29,9 +33,16 @@ def shrink_gradient(w: jax.Array, share: float) -> jax.Array:
   return still + share * (w - still)
 
 
-def inverse_lengths(w_DV: jax.Array | Matrix) -> jax.Array:
-  """1 / max(||w_v||_2, 1e-12) of each column of w [D, V], float32 [V].  Source: torch.nn.functional.normalize."""
-  squares_V = jnp.sum(jnp.square(dense(w_DV).astype(jnp.float32)), axis=-2)
+def inverse_lengths(w_DV: jax.Array | Matrix | QTensor) -> jax.Array:
+  """1 / max(||w_v||_2, 1e-12) of each column of w [D, V], float32 [V].  Source: torch.nn.functional.normalize.
+
+  Of a `leaf.QTensor`, ROWS columns at a time become floats, but on a mesh, which cuts it already.
+  """
+  if isinstance(w_DV, QTensor) and math.prod(compiler_axes().values()) == 1:
+    table_VD, index_V = w_DV.T, jnp.arange(w_DV.shape[1])
+    squares_V = jax.lax.map(lambda v: jnp.sum(jnp.square(table_VD[v])), index_V, batch_size=ROWS)
+  else:
+    squares_V = jnp.sum(jnp.square(dense(w_DV).astype(jnp.float32)), axis=-2)
   # the maximum under the root, as the gradient of a root at 0 is infinite
   return jax.lax.rsqrt(jnp.maximum(squares_V, 1e-24))
 
@@ -39,7 +50,7 @@ def inverse_lengths(w_DV: jax.Array | Matrix) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """logits = soft_cap(scale (x w + bias)), float32; w [D, V], an array or a `leaf.Matrix`.
+  """logits = soft_cap(scale (x w + bias)), float32; w [D, V], an array, a `leaf.Matrix`, `QTensor` or `LoRA`.
 
   normed: each column of w counts as divided by its length, w_v / max(||w_v||_2, 1e-12), so that a logit is the hidden state's
   part along the token's direction.  Source of the normed head: Yang et al. (2023), Baichuan 2, NormHead.
@@ -47,13 +58,13 @@ class Head:
   vocab_size: how many logits there are, where w and bias were padded to a size that divides over a mesh; None: all of w's.
   """
 
-  w: jax.Array | Matrix
+  w: jax.Array | Matrix | QTensor | LoRA
   bias: jax.Array | None = None
   softcap: float | None = dataclasses.field(default=None, metadata=dict(static=True))
   scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
   vocab_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
   normed: bool = dataclasses.field(default=False, metadata=dict(static=True))
-  inner: jax.Array | Matrix | None = dataclasses.field(default=None, kw_only=True)
+  inner: jax.Array | Matrix | QTensor | LoRA | None = dataclasses.field(default=None, kw_only=True)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], computed in their type and accumulated in float32."""

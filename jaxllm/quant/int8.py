@@ -20,7 +20,7 @@ TINY = 1e-36
 
 
 def inverse(largest: jax.Array) -> jax.Array:
-  """127 / largest by the reciprocal, as torch divides a constant: numbers halfway between two integers go as bitsandbytes' do."""
+  """127 / largest by the reciprocal, as torch divides constants: numbers between two integers go as bitsandbytes' do."""
   return LARGEST * (1 / largest)
 
 

@@ -117,7 +117,9 @@ def halfway():
   absmax = np.exp(rng.uniform(-8, 8, (SHAPE[0], 1))).astype(np.float32)
   w = ((rng.integers(-127, 127, SHAPE) + 0.5) * (absmax.astype(np.float64) / 127)).astype(np.float32)
   for _ in range(2):
-    w = np.where(rng.random(SHAPE) < 0.5, w, np.nextafter(w, rng.choice([-1e9, 1e9], SHAPE).astype(np.float32)))
+    w = np.where(
+      rng.random(SHAPE) < 0.5, w, np.nextafter(w, rng.choice([-1e9, 1e9], SHAPE).astype(np.float32))
+    )
   w[:, :1] = absmax
   return w
 

@@ -50,6 +50,17 @@ def test_int8_by_channel_is_theirs_over_a_range_to_127():
   assert error(qwix.dequantize(wide)) == pytest.approx(error(quant.dequantize(q)), rel=0.02)
 
 
+def test_int8_halfway_between_two_numbers_is_theirs_where_scales_are_exact():
+  """Multiples of half a scale, which is a power of two: to the even number."""
+  rng = np.random.default_rng(4)
+  w = (rng.integers(-254, 255, (256, 96)) / 2).astype(np.float32)
+  w[0] = 127
+  w *= np.exp2(rng.integers(-9, 9, (1, 96))).astype(np.float32)
+  q, other = held("int8", w), theirs(w, jnp.int8, method=f"absmax,{127.5 / 127}")
+  np.testing.assert_array_equal(q.parts["value"].T, other.qvalue)
+  np.testing.assert_array_equal(q.parts["scale"].T, other.scale)
+
+
 def test_nf4_tiles_are_theirs_bit_by_bit():
   w = weights()
   q, other = held("nf4", w), theirs(w, "nf4", tile=64)

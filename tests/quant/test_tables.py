@@ -17,7 +17,9 @@ from jaxllm.generate.loop import generate
 from jaxllm.leaf import QTensor, dense
 from jaxllm.nn import Transformer
 from jaxllm.ops import quantized
+from jaxllm.ops.head import Head
 
+INT8 = quant.SCHEMES["int8"]()
 ONE = MODELS["rope"].layers[:1]
 CFG = dataclasses.replace(MODELS["rope"], num_layers=2, layers=ONE, vocab_size=30, embed_scale=2.0)
 TIED = dataclasses.replace(CFG, tie_embeddings=True, embed_gradient=0.1)
@@ -56,14 +58,43 @@ def test_rows_are_those_of_the_whole_table(name):
   w[7] *= 1000
   held = quant.apply({"embed": w}, quant.SCHEMES[name](), [("embed", True)])["embed"]
   assert held.table and held.shape == (40, 256) and held.T.shape == (256, 40) and held.size == w.size
-  index = jnp.array([[3, 39], [7, 0], [3, 3]])
+  index = np.array([[3, 39], [7, 0], [3, 3], [-1, -40], [40, 99], [-41, 41]])  # past the ends as of an array
   found = jax.jit(lambda held, index: held[index])(held, index)
-  assert found.shape == (3, 2, 256) and found.dtype == jnp.float32
-  np.testing.assert_allclose(found, np.asarray(dense(held))[index], rtol=1e-6)
+  assert found.shape == (6, 2, 256) and found.dtype == jnp.float32
+  np.testing.assert_allclose(found, dense(held)[index], rtol=1e-6)
   np.testing.assert_array_equal(dense(held), dense(held.T).T)
   if name != "int8_tensor":
     others = np.delete(np.arange(40), 7)
     assert np.linalg.norm((dense(held) - w)[others]) < 0.8 * np.linalg.norm(w[others])
+
+
+def test_an_index_of_a_weight_is_one_of_the_axes_before_in_and_out():
+  """Of a stack, not of a matrix: parts are [out, in], and their first axis would be the weight's last."""
+  w = np.random.default_rng(0).standard_normal((2, 3, 16, 8)).astype(np.float32)
+  held = quant.QTensor(jax.jit(INT8.quantize)(w), INT8)
+  for index in (1, slice(1, 2), (1, 2), np.array([1, 0])):
+    np.testing.assert_array_equal(dense(held[index]), dense(held)[index])
+  for bad, index in ((held, (0, 1, 2)), (held, (..., 0)), (held[0, 0], 0), (held[0, 0], slice(1))):
+    with pytest.raises(
+      QuantError, match=r"found the index .* of a weight \[.*, expected one of the axes before"
+    ):
+      bad[index]
+
+
+@pytest.mark.parametrize("name", ["int8", "int3_asym", "nf4"])
+def test_a_normed_head_is_that_of_the_weight_that_is_held_without_a_copy(name):
+  w = np.random.default_rng(0).standard_normal((128, 1056)).astype(np.float32) * np.geomspace(
+    0.01, 100, 1056, dtype=np.float32
+  )
+  scheme, x = quant.SCHEMES[name](), np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32)
+  held = quant.QTensor(jax.jit(scheme.quantize)(w), scheme)
+  long = np.asarray(dense(held), np.float64)
+  run = jax.jit(lambda w, x: Head(w, normed=True)(x)).lower(held, x).compile()
+  expected = x.astype(np.float64) @ (long / np.linalg.norm(long, axis=0))
+  assert np.abs(run(held, x) - expected).max() <= 2e-6 * np.abs(expected).max()
+  assert run.memory_analysis().temp_size_in_bytes < 4 * w.size
+  copied = jax.jit(lambda w: jnp.sum(jnp.square(dense(w)), axis=0)).lower(held).compile()
+  assert copied.memory_analysis().temp_size_in_bytes >= 4 * w.size
 
 
 @pytest.mark.core
