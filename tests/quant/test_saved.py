@@ -31,8 +31,8 @@ MESHES = {"fsdp=2,tensor=4": "fsdp_tensor", "tensor=2": "tensor"}
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
-def quantized(cfg, name="int8", rules=HEAD):
-  return quant.apply(params_of(cfg), quant.SCHEMES[name](), rules)
+def quantized(cfg, name="int8", rules=HEAD, **fields):
+  return quant.apply(params_of(cfg), quant.SCHEMES[name](**fields), rules)
 
 
 def bits(params):
@@ -51,11 +51,16 @@ def text(cfg, params):
   ).tokens
 
 
+FIELDS = [(name, {}) for name in quant.SCHEMES]
+FIELDS += [("nf4", dict(double_quant=True)), ("llm_int8", dict(features=(3, 200)))]
+
+
 @pytest.mark.core
-@pytest.mark.parametrize("name", quant.SCHEMES)
-def test_every_scheme_reopens_bit_equal_alone_and_on_two_meshes(tmp_path, name):
-  about("saved", name)
-  params = quantized(WIDE, name)
+@pytest.mark.parametrize(("name", "fields"), FIELDS)
+def test_every_scheme_reopens_bit_equal_alone_and_on_two_meshes(tmp_path, name, fields):
+  row = " ".join([name, *fields])
+  about("saved", row)
+  params = quantized(WIDE, name, **fields)
   expected = bits(params)
   hf.save(tmp_path, WIDE, params)
   cfg, found = hf.load(tmp_path)
@@ -68,7 +73,7 @@ def test_every_scheme_reopens_bit_equal_alone_and_on_two_meshes(tmp_path, name):
     assert [x.sharding for x in jax.tree.leaves(placed)] == [x.sharding for x in jax.tree.leaves(wanted)]
     trees.append(bits(parallel.unpad(placed, WIDE)))
   assert trees == [expected] * 3
-  measured("saved", name, arrays=3 * len(jax.tree.leaves(params)), differ=0, meshes=len(MESHES))
+  measured("saved", row, arrays=3 * len(jax.tree.leaves(params)), differ=0, meshes=len(MESHES))
 
 
 @pytest.mark.parametrize(
