@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -42,6 +42,25 @@ def first_match(rules: Iterable[tuple[str, Any]], path: str) -> Any:
     if re.fullmatch(pattern, path):
       return value
   raise ConfigError(f"no rule matches the parameter {path!r}; rules: {', '.join(p for p, _ in rules)}")
+
+
+def check_rules(
+  rules: Iterable[Any], paths: Collection[str], is_value: Callable[[Any], bool], expected: str
+) -> None:
+  """Raise ConfigError for what is no rule, no regular expression, no value as `expected` says, or matches none of the paths."""
+  for rule in rules:
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+      raise ConfigError(f"rules: found {rule!r}, expected pairs of a regular expression and {expected}")
+    pattern, value = rule
+    if not is_value(value):
+      raise ConfigError(f"rules: found {value!r} for {pattern!r}, expected {expected}")
+    try:
+      re.compile(pattern)
+    except re.error as e:
+      raise ConfigError(f"rules: found {pattern!r}, expected a regular expression: {e}") from None
+    if not any(re.fullmatch(pattern, path) for path in paths):
+      some = ", ".join([*paths][:6])
+      raise ConfigError(f"rules: {pattern!r} matches no parameter; they are {some}, ...")
 
 
 def diff(expected: Tree, found: Tree, dtypes: bool = True) -> list[str]:

@@ -24,6 +24,9 @@ DEFAULT = (
 MATRICES, TABLES = r".+/w|head|embed_in|embed_out", "embed"
 """What can be quantized: matrices that rows are multiplied with, and tables of rows, of which a tied head is the transpose."""
 
+VOCABULARY = ("embed", "head")
+"""Those that a mesh may pad with tokens of zeros."""
+
 
 def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
   """The tree with a `leaf.QTensor` in place of each weight that the rules choose.
@@ -31,29 +34,16 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
   rules: (regular expression of a whole path, True: `scheme` holds the weight, False: it stays as it is, or a scheme of its
   own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
   Raises ConfigError for what is no scheme, a value that is none of these, and a rule that matches no parameter; QuantError for
-  a weight that is quantized already, is no matrix, has NaN or infinity, or a shape that the scheme's groups do not divide.
+  a weight that is quantized already, is no matrix of floats, has NaN or infinity, a shape that the scheme's groups do not
+  divide, or padding of a mesh that a scheme of one mean for all (double_quant) would count.
   """
   flat = tree.flatten(params)
   if not _is_scheme(scheme):
     raise ConfigError(
       f"scheme: found {scheme!r}, expected a value such as quant.SCHEMES[name](), with the parentheses"
     )
-  for rule in rules:
-    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
-      raise ConfigError(
-        f"rules: found {rule!r}, expected pairs of a regular expression and True, False or a scheme"
-      )
-  for pattern, value in rules:
-    if not (value is True or value is False or _is_scheme(value)):
-      raise ConfigError(
-        f"rules: found {value!r} for {pattern!r}, expected True, False or a scheme (quant.SCHEMES[name]())"
-      )
-    try:
-      re.compile(pattern)
-    except re.error as e:
-      raise ConfigError(f"rules: found {pattern!r}, expected a regular expression: {e}") from None
-    if not any(re.fullmatch(pattern, path) for path in flat):
-      raise ConfigError(f"rules: {pattern!r} matches no parameter; they are {', '.join(list(flat)[:6])}, ...")
+  is_value = lambda value: value is True or value is False or _is_scheme(value)
+  tree.check_rules(rules, flat, is_value, "True, False or a scheme (quant.SCHEMES[name]())")
   chosen = {}
   for path in flat:
     value = tree.first_match([*rules, *DEFAULT, (".+", False)], path)
@@ -76,10 +66,19 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
       f"{path}: found a weight with LoRA, expected one without; quantize it before lora.apply, or merge it first"
     )
   table = re.fullmatch(TABLES, path) is not None
-  if not (table or re.fullmatch(MATRICES, path)) or leaf.ndim < 2:
+  if not (table or re.fullmatch(MATRICES, path)) or leaf.ndim < 2 or 0 in leaf.shape:
     raise QuantError(
       f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}), or a table of rows "
       f"({TABLES}); leave it out by a rule"
+    )
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    raise QuantError(
+      f"{path}: found a weight of {leaf.dtype}, expected floats; it is quantized already, or leave it out by a rule"
+    )
+  if getattr(scheme, "double_quant", False) and path in VOCABULARY and _padded(leaf, table):
+    raise QuantError(
+      f"{path}: found padding of a mesh at the end of the vocabulary, which the mean of {scheme} would count, expected none; "
+      "take parallel.unpad(params, cfg) first, or quantize before parallel.shard"
     )
   try:
     parts, finite = _quantize(leaf, scheme, table)
@@ -96,6 +95,13 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
       f"{path}: found a table of {leaf.shape[0]} rows, expected a number that parts of {scheme} divide; leave it out by a rule"
     )
   return held
+
+
+def _padded(leaf: Any, table: bool) -> bool:
+  """Whether a weight on several devices ends with a token of nothing but zeros, as `parallel.shard` pads the vocabulary."""
+  w = dense(leaf)
+  on = len(w.sharding.device_set) if isinstance(w, jax.Array) else 1
+  return on > 1 and not bool(jnp.any(w[-1] if table else w[:, -1]))
 
 
 @functools.partial(jax.jit, static_argnames=("scheme", "table"))

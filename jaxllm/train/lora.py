@@ -44,8 +44,8 @@ def apply(
   sqrt(5), and b = 0: the weight keeps its form (an array, a `Matrix`, a `QTensor`) as the base.
   rules: (regular expression of a whole path, whether the weight gets LoRA); the first that matches counts, and all others do
   not.  A weight's `a` depends on the key and its path only.
-  Raises ConfigError for a rule that matches no parameter, for a weight that has LoRA already or is no matrix, and for a rank
-  that is not from 1 to the smaller dimension of each.
+  Raises ConfigError for what is no rule, or one that matches no parameter, for a weight that has LoRA already or is no matrix,
+  and for a rank that is not from 1 to the smaller dimension of each.
   Source: Hu et al. (2021), LoRA, section 4.1; the range of `a` as in peft.
   """
   if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
@@ -53,11 +53,8 @@ def apply(
       f"alpha: found {alpha!r}, expected a finite number above 0; often it is rank, or twice it"
     )
   flat = tree.flatten(params)
-  for pattern, value in rules:
-    if not isinstance(value, bool):
-      raise ConfigError(f"rules: found {value!r} for {pattern!r}, expected True or False")
-    if rules is not ALL_LINEAR and not any(re.fullmatch(pattern, path) for path in flat):
-      raise ConfigError(f"rules: {pattern!r} matches no parameter; they are {', '.join(list(flat)[:6])}, ...")
+  if rules is not ALL_LINEAR:
+    tree.check_rules(rules, flat, lambda value: isinstance(value, bool), "True or False")
   chosen = [path for path in flat if tree.first_match([*rules, (".+", False)], path)]
   if not chosen:
     raise ConfigError("rules: no parameter gets LoRA; leave apply out, or give a rule with True")

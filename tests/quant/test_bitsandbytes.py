@@ -90,6 +90,7 @@ def test_double_quantization_is_theirs_bit_by_bit(name, block):
   The weights are multiples of 1 / 256, of which the sum is exact in any order.
   """
   w = np.round(normal() * 256) / np.float32(256)
+  w[5, :256], w[-3:] = 0, 0  # blocks of nothing, at the end, too, count in the mean
   parts, found = ours(name, w, block=block, double_quant=True)
   packed, state, expected = theirs(name, w, block, nested=True)
   row = f"bitsandbytes: {name}, double, block {block}, "

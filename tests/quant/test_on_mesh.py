@@ -9,7 +9,7 @@ from model_cases import MODELS
 from model_cases import params as params_of
 
 from jaxllm import parallel, quant, tree
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, QuantError
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 
@@ -52,8 +52,9 @@ OPTIONS = {
   **{name: dict(group=16) for name in ("int3_asym", "zeroquant")},
   "nf4": dict(block=8),
   "fp4": dict(block=16, double_quant=True),
+  "llm_int8": dict(features=(3, 17)),
 }
-"""Of schemes whose groups would not divide the small widths here."""
+"""Groups that divide the small widths here, and parts that a scheme has by a field only."""
 SLOW = ("int8", "int8_tensor", "int8_asym", "int4_asym", "int3", "w8a8", "nf4", "glm_int8")
 MARKS = {"int4": pytest.mark.core} | dict.fromkeys(SLOW, pytest.mark.slow)
 WIDE = dataclasses.replace(MODELS["rope"], embed_dim=32, mlp_dim=64, num_layers=1, layers=ONE)
@@ -82,6 +83,25 @@ def test_every_scheme_lies_on_eight_devices_and_has_the_logits_of_one(name):
   exact = name not in ("w8a8", "zeroquant", "llm_int8")
   expected = logits(alone)
   assert np.linalg.norm(found - expected) <= (1e-5 if exact else 1e-2) * np.linalg.norm(expected)
+
+
+def test_the_mean_of_scales_does_not_depend_on_the_mesh():
+  """Padded to 32 tokens it would be of the padding, too, which is refused, and cut before it is that of one device."""
+  params, rules = params_of(CFG), parallel.RULES["fsdp_tensor"]
+  mesh, scheme = parallel.make_mesh("fsdp=2,tensor=4"), quant.SCHEMES["nf4"](block=8, double_quant=True)
+  alone = quant.apply(params, scheme, HEAD)
+  placed = parallel.shard(params, mesh, rules, CFG)
+  with pytest.raises(
+    QuantError, match=r"head: found padding of a mesh .* parallel.unpad\(params, cfg\) first"
+  ):
+    quant.apply(placed, scheme, HEAD)
+  cut = quant.apply(parallel.unpad(placed, CFG), scheme, HEAD)
+  same(cut, alone)
+  same(parallel.shard(cut, mesh, rules, CFG), parallel.shard(alone, mesh, rules, CFG))
+  same(parallel.unpad(parallel.shard(alone, mesh, rules, CFG), CFG), alone)
+  padded = np.pad(params["head"], [(0, 0), (0, 2)])  # of one device, so that it is a weight as any other
+  wrong = quant.apply(params | {"head": padded}, scheme, HEAD)["head"]
+  assert wrong.parts["mean_scale"].item() < 0.95 * alone["head"].parts["mean_scale"].item()
 
 
 @pytest.mark.slow
