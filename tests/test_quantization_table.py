@@ -53,7 +53,7 @@ def test_an_error_is_a_row_without_the_directory_of_its_test(said, tmp_path):
 
 def test_a_run_prints_and_writes_the_tables(tmp_path):
   status, output, text = tables_of(
-    tmp_path, "tests/quant/test_apply.py", "-n", "0", "-k", "no_scheme_or_rule", option="quantization"
+    tmp_path, "tests/quant/test_bad_input.py", "-n", "0", "-k", "no_scheme_or_rule", option="quantization"
   )
   assert status == 0 and "8. Bad input" in output and "failed" not in text, output
   assert "| scheme='int8', rules=() | ConfigError | scheme: found 'int8', expected a value such as" in text

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from model_cases import MODELS
 from model_cases import params as params_of
-from quantization_table import refused
 
 from jaxllm import quant, tree
-from jaxllm.errors import ConfigError, QuantError
 from jaxllm.generate.loop import generate
 from jaxllm.leaf import Matrix, QTensor
 from jaxllm.nn import Transformer
@@ -137,45 +135,3 @@ def test_the_report_counts_scales_and_tells_errors(model):
   assert len(rows) == len(held(quant.apply(params, INT8)))
   assert rows[0]["bits"] == 8 + 32 / w.shape[0] and rows[0]["bytes"] == w.size + 4 * w.shape[1]
   assert all(0.001 < row["error"] < 0.02 for row in rows)
-
-
-@pytest.mark.parametrize(
-  ("rules", "error", "message"),
-  [
-    ([("layers/9/.+", False)], ConfigError, "'layers/9/.\\+' matches no parameter"),
-    ([("head", "int8")], ConfigError, "found 'int8' for 'head', expected True, False or a scheme"),
-    ([(".+", False)], ConfigError, "no parameter is to be quantized"),
-    ([("final_norm/scale", True)], QuantError, "final_norm/scale: found .*, expected a matrix"),
-    ([("final_norm/.+", True)], QuantError, "expected a matrix .* or a table of rows .embed."),
-  ],
-)
-def test_rules_that_do_not_fit_are_refused(model, rules, error, message):
-  with pytest.raises(error, match=message) as caught:
-    quant.apply(model[1], INT8, rules)
-  refused(f"rules={rules}", caught.value)
-
-
-def test_weights_that_are_no_numbers_or_held_already_are_refused(model):
-  _, params = model
-  with pytest.raises(QuantError, match=r"layers/0/attn/.*: found a weight of Int8.*expected one that is not"):
-    quant.apply(quant.apply(params, INT8), INT8)
-  flat = tree.flatten(params)
-  flat["layers/1/mlp/up/w"] = np.where(np.eye(24, 40) > 0, np.nan, flat["layers/1/mlp/up/w"])
-  with pytest.raises(QuantError, match="layers/1/mlp/up/w: found NaN or infinity"):
-    quant.apply(tree.unflatten(flat), INT8)
-
-
-@pytest.mark.parametrize(
-  ("scheme", "rules", "message"),
-  [
-    ("int8", (), r"scheme: found 'int8', expected a value such as quant.SCHEMES\[name\]\(\)"),
-    (type(INT8), (), "scheme: found <class .*, with the parentheses"),
-    (INT8, [("head", type(INT8))], "rules: found <class .* for 'head', expected True, False or a scheme"),
-    (INT8, ["head"], "rules: found 'head', expected pairs"),
-    (INT8, [("*", True)], r"rules: found '\*', expected a regular expression: nothing to repeat"),
-  ],
-)
-def test_what_is_no_scheme_or_rule_is_refused(model, scheme, rules, message):
-  with pytest.raises(ConfigError, match=message) as caught:
-    quant.apply(model[1], scheme, rules)
-  refused(f"scheme={scheme!r}, rules={rules}", caught.value)

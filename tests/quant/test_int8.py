@@ -7,7 +7,6 @@ import pytest
 from quantization_table import equal, nearest
 
 from jaxllm import quant
-from jaxllm.errors import ConfigError
 
 NAMES = ("int8", "int8_tensor", "int8_asym")
 SHAPES = ((48, 32), (3, 16, 8))
@@ -93,10 +92,3 @@ def test_long_sums_do_not_wrap():
   q = held("int8", np.ones((16384, 1), np.float32))
   found = q.scheme.product(jnp.full((1, 16384), 127, jnp.float32), q.parts)
   np.testing.assert_allclose(found, [[16384 * 127]], rtol=1e-6)
-
-
-def test_settings_that_are_unknown_are_refused():
-  with pytest.raises(ConfigError, match=r"Int8.per: found 'row', expected one of column, tensor"):
-    quant.SCHEMES["int8"](per="row")
-  with pytest.raises(ConfigError, match=r"Int8.symmetric: found 1, expected one of True, False"):
-    quant.SCHEMES["int8"](symmetric=1)

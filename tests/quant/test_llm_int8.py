@@ -7,7 +7,6 @@ import pytest
 from quantization_table import about, close, measured
 
 from jaxllm import quant
-from jaxllm.errors import ConfigError
 from jaxllm.ops import quantized
 
 PLANTED = (3, 50, 51)
@@ -163,18 +162,3 @@ def test_rows_of_zeros_and_no_numbers():
   x[1, 0], x[2, 0], x[2, 1] = 7, np.nan, 1
   found = product(x, held(random((128, 64))))
   assert not found[0].any() and np.isfinite(found[1]).all() and not np.isfinite(found[2]).any()
-
-
-@pytest.mark.parametrize(
-  ("kwargs", "message"),
-  [
-    (dict(threshold=0), "LlmInt8.threshold: found 0, expected a number above 0"),
-    (dict(threshold=float("nan")), "LlmInt8.threshold: found nan"),
-    (dict(threshold="6"), "LlmInt8.threshold: found '6'"),
-    (dict(outliers=0), "LlmInt8.outliers: found 0, expected None or an integer of at least 1"),
-    (dict(outliers=True), "LlmInt8.outliers: found True"),
-  ],
-)
-def test_settings_that_are_unknown_are_refused(kwargs, message):
-  with pytest.raises(ConfigError, match=message):
-    quant.SCHEMES["llm_int8"](**kwargs)

@@ -10,8 +10,7 @@ from model_cases import MODELS
 from model_cases import params as params_of
 from quantization_table import close, equal
 
-from jaxllm import quant, tree
-from jaxllm.errors import QuantError
+from jaxllm import quant
 from jaxllm.generate.loop import generate
 from jaxllm.nn import Transformer
 from jaxllm.ops import quantized
@@ -83,10 +82,6 @@ def test_sums_are_of_32_bits():
   assert MOST == 133144 and MOST * 127**2 < 2**31 <= (MOST + 1) * 127**2
   most = held(np.ones((MOST, 1), np.float32))
   np.testing.assert_allclose(quantized.product(jnp.ones((2, MOST)), most), MOST, rtol=1e-6)
-  with pytest.raises(
-    QuantError, match=r"layers/0/mlp/up/w: .*a sum of 133145 products, expected at most 133144"
-  ):
-    quant.apply(tree.unflatten({"layers/0/mlp/up/w": np.ones((MOST + 1, 1), np.float32)}), SCHEME)
 
 
 @dataclasses.dataclass(frozen=True)
