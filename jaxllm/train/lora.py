@@ -3,6 +3,8 @@
 params = lora.apply(params, rank=16, alpha=32, key=jax.random.key(0))
 loss = lambda adapters: loss_of(lora.with_adapters(params, adapters))
 grads = jax.grad(loss)(lora.adapters(params))
+
+`train.step` does so with parameters that have LoRA: make_step(model, config)(init_state(model, config, seed, params), tokens).
 """
 
 from __future__ import annotations
@@ -101,6 +103,26 @@ def with_adapters(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dic
   return tree.unflatten({path: put(path, x) if isinstance(x, LoRA) else x for path, x in flat.items()})
 
 
+def trained(params: Mapping[str, Any]) -> Mapping[str, Any]:
+  """What an optimizer changes: the `adapters` where there are some, else all parameters; ConfigError if these are quantized."""
+  if _has(params):
+    return adapters(params)
+  if held := [path for path, x in tree.flatten(params).items() if isinstance(x, QTensor)]:
+    raise ConfigError(
+      f"{held[0]}: found a quantized weight without LoRA, expected floats to train; take lora.apply(params, ...) first"
+    )
+  return params
+
+
+def with_trained(params: Mapping[str, Any], trained: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The tree with other values of what `trained` gave."""
+  return with_adapters(params, trained) if _has(params) else trained
+
+
+def _has(params: Mapping[str, Any]) -> bool:
+  return any(isinstance(x, LoRA) for x in tree.flatten(params).values())
+
+
 def merge(params: Mapping[str, Any]) -> dict[str, Any]:
   """The tree with base + scale a b in place of each LoRA, in the type and the layout of its base; of a `QTensor` float32."""
   return _each(params, _merged)
@@ -116,7 +138,7 @@ def unmerge(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _each(params: Mapping[str, Any], change: Any) -> dict[str, Any]:
   flat = tree.flatten(params)
-  if not any(isinstance(x, LoRA) for x in flat.values()):
+  if not _has(params):
     raise ConfigError(
       "params: found no weight with LoRA, expected some; give what lora.apply gives, not a merged tree"
     )

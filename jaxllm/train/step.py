@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxllm import tree
 from jaxllm.errors import ConfigError, check_positive
 from jaxllm.nn.transformer import Transformer, head
 from jaxllm.ops.losses import cross_entropy
+from jaxllm.train import lora
 
 DECAYED = (
   (r"(embed|embed_in|embed_out|head|head_bias)(/[ab])?", False),
@@ -67,17 +69,25 @@ class TrainConfig:
     return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
 
 
-def init_state(model: Transformer, config: TrainConfig, seed: int) -> State:
-  """The state before the first step, a pure function of its arguments."""
-  tokens = jnp.zeros((1, config.length), jnp.int32)
-  params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
-  return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": config.optimizer().init(params)}
+def init_state(model: Transformer, config: TrainConfig, seed: int, params: Any = None) -> State:
+  """The state before the first step, a pure function of its arguments.
+
+  params: those that training begins with, such as `lora.apply` gave them, in place of random ones of the seed.
+  """
+  if params is None:
+    tokens = jnp.zeros((1, config.length), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
+  opt = config.optimizer().init(lora.trained(params))
+  return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
 
 
 def make_step(
   model: Transformer, config: TrainConfig
 ) -> Callable[[State, jax.Array], tuple[State, jax.Array]]:
-  """step(state, tokens [B, length + 1]) -> (state, mean loss in nats), compiled; the old state is given up."""
+  """step(state, tokens [B, length + 1]) -> (state, mean loss in nats), compiled; the old state is given up.
+
+  Where weights have LoRA, its factors alone are trained, and all else of the parameters stays as it is, bit for bit.
+  """
   optimizer = config.optimizer()
 
   def loss_of(params, tokens):
@@ -86,9 +96,11 @@ def make_step(
     return jnp.mean(nll_BT)
 
   def step(state, tokens):
-    loss, grads = jax.value_and_grad(loss_of)(state["params"], tokens)
-    updates, opt = optimizer.update(grads, state["opt"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    put = lambda trained: lora.with_trained(state["params"], trained)
+    trained = lora.trained(state["params"])
+    loss, grads = jax.value_and_grad(lambda trained: loss_of(put(trained), tokens))(trained)
+    updates, opt = optimizer.update(grads, state["opt"], trained)
+    params = put(optax.apply_updates(trained, updates))
     return {"step": state["step"] + 1, "params": params, "opt": opt}, loss
 
   return jax.jit(step, donate_argnums=0)

@@ -6,7 +6,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from model_cases import MODELS
 from model_cases import params as params_of
@@ -21,7 +20,7 @@ from jaxllm.nn.transformer import head
 from jaxllm.ops.losses import cross_entropy
 from jaxllm.train import lora
 from jaxllm.train.checkpoint import Checkpoints
-from jaxllm.train.step import TrainConfig
+from jaxllm.train.step import TrainConfig, init_state, make_step
 
 CFG = dataclasses.replace(MODELS["rope"], num_layers=2, layers=MODELS["rope"].layers[:1], vocab_size=30)
 HEAD = [*lora.ALL_LINEAR, ("head", True)]
@@ -163,25 +162,23 @@ def test_no_gradient_reaches_a_base():
   assert np.any(grads["embed"]) and np.any(grads["layers/0/attn_norm/scale"])
 
 
-def test_training_over_integers_lowers_the_loss_changes_the_factors_only_and_resumes(tmp_path):
-  params, optimizer = applied("int8"), TrainConfig(30, 1, 8, learning_rate=3e-2, warmup=0.0).optimizer()
-  new = lora.adapters(params)
-  state = {"params": new, "opt": optimizer.init(new), "base": lora.unmerge(params)}
-
-  @jax.jit
-  def step(new, opt, params):
-    loss, grads = jax.value_and_grad(lambda new: loss_of(lora.with_adapters(params, new)))(new)
-    updates, opt = optimizer.update(grads, opt, new)
-    return optax.apply_updates(new, updates), opt, loss
-
-  losses, opt = [], state["opt"]
+@pytest.mark.parametrize("name", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_training_over_integers_lowers_the_loss_changes_the_factors_only_and_resumes(tmp_path, name):
+  """QLoRA by `make_step`: norms and embeddings, which are floats, stay as they are, too."""
+  scheme = quant.SCHEMES[name](**(dict(block=8, double_quant=True) if name == "nf4" else {}))
+  base = quant.apply(params_of(CFG), scheme)
+  model, config = Transformer(CFG), TrainConfig(30, 1, 7, learning_rate=3e-2, warmup=0.0)
+  fresh = lambda: jax.tree.map(jnp.array, lora.apply(base, HEAD, rank=4, alpha=8.0, key=KEY))
+  state, step, losses = init_state(model, config, 0, fresh()), make_step(model, config), []
+  moments = [x for x in jax.tree.leaves(state["opt"]) if x.ndim]
+  assert sum(x.size for x in moments) == 2 * sum(x.size for x in jax.tree.leaves(lora.adapters(fresh())))
   for _ in range(20):
-    new, opt, loss = step(new, opt, params)
+    state, loss = step(state, IDS)
     losses.append(float(loss))
-  assert losses[-1] < 0.5 * losses[0]
-  after = lora.with_adapters(params, new)
-  same(lora.unmerge(after), state["base"])
-  state = {"params": after, "opt": opt}
+  assert losses[0] == pytest.approx(float(loss_of(fresh())), rel=1e-5) and losses[-1] < 0.5 * losses[0]
+  same(lora.unmerge(state["params"]), base)
+  factors = tree.flatten(lora.adapters(state["params"]))
+  assert all(np.any(x != tree.flatten(lora.adapters(fresh()))[path]) for path, x in factors.items())
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(20, state)
     same(checkpoints.restore(jax.tree.map(jnp.zeros_like, state)), state)
@@ -216,6 +213,10 @@ def test_scanned_layers_have_it():
   ("change", "message"),
   [
     (dict(rules=[("layers/9/.+", True)]), r"rules: 'layers/9/.\+' matches no parameter"),
+    (dict(rules=["head"]), "rules: found 'head', expected pairs of a regular expression and True or False"),
+    (dict(rules=[("*", True)]), r"rules: found '\*', expected a regular expression: nothing to repeat"),
+    (dict(rank=True), "rank: found True, expected an integer"),
+    (dict(alpha="8"), "alpha: found '8', expected a finite number above 0"),
     (dict(rules=[("head", 8)]), "rules: found 8 for 'head', expected True or False"),
     (dict(rules=[(".+", False)]), "rules: no parameter gets LoRA"),
     (dict(rules=[("embed", True)]), r"embed: found \(30, 24\), expected a matrix that all rows"),
@@ -245,6 +246,10 @@ def test_other_trees_and_weights_that_have_it_are_refused(tmp_path):
     lora.with_adapters(params, lora.adapters(applied("arrays", rank=2)))
   with pytest.raises(QuantError, match=r"found a weight with LoRA, .* quantize it before lora.apply"):
     quant.apply(params, quant.SCHEMES["int8"]())
+  with pytest.raises(
+    ConfigError, match=r"layers/0/.*: found a quantized weight without LoRA, .* take lora.apply"
+  ):
+    init_state(Transformer(CFG), TrainConfig(2, 1, 7), 0, BASES["int8"](params_of(CFG)))
   with pytest.raises(CheckpointError, match=r"head: found a weight with LoRA, .* give train.lora.merge"):
     hf.save(tmp_path, CFG, params)
   assert len(quant.report(applied("int8"))) == 14
