@@ -1,4 +1,4 @@
-"""One of two processes with four devices each, which load and save one checkpoint: of test_two_loaders."""
+"""One of two processes with four devices each, which load one checkpoint, quantize it if a scheme is named, and save it."""
 
 import sys
 
@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
   import jax
 
-  from jaxllm import hf, parallel
+  from jaxllm import hf, parallel, quant
   from jaxllm.hf import scan
 
   copied, copy = [], scan.copy
@@ -18,4 +18,6 @@ if __name__ == "__main__":
   cfg, params = hf.load(source, mesh=parallel.make_mesh("fsdp=2,tensor=4"))
   print(f"read {sum(copied)}", flush=True)
   assert jax.tree.leaves(params)[0].is_fully_addressable is False
+  for name in sys.argv[5:]:
+    params = quant.apply(params, quant.SCHEMES[name](), [("head", True)])
   hf.save(out, cfg, params, max_shard_bytes=60_000)
