@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.leaf import LoRA, Matrix, QTensor, dense
-from jaxllm.ops.constrain import compiler_axes, constrain
+from jaxllm.ops.constrain import constrain
+from jaxllm.ops.device import current_device
 from jaxllm.ops.einsum import einsum
 
 ROWS = 64
@@ -38,7 +38,7 @@ def inverse_lengths(w_DV: jax.Array | Matrix | QTensor) -> jax.Array:
 
   Of a `leaf.QTensor`, ROWS columns at a time become floats, but on a mesh, which cuts it already.
   """
-  if isinstance(w_DV, QTensor) and math.prod(compiler_axes().values()) == 1:
+  if isinstance(w_DV, QTensor) and not current_device().partitioned:
     table_VD, index_V = w_DV.T, jnp.arange(w_DV.shape[1])
     squares_V = jax.lax.map(lambda v: jnp.sum(jnp.square(table_VD[v])), index_V, batch_size=ROWS)
   else:
