@@ -108,10 +108,8 @@ def save_tensors(
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """`save` with the family and the config.json given."""
-  entries = _entries(all_keys(family, cfg), cfg, params)
-  plain = {**plain, **quantized.write(tree.flatten(params))}
-  entries += [_constant(*one, cfg) for one in all_constants(family, cfg).items()]
-  shards = _shards(entries, max_shard_bytes)
+  shards, quantization = _planned(family, cfg, params, max_shard_bytes)
+  plain = {**plain, **quantization}
   texts = tokenizer.contents() if tokenizer is not None else {}
   stale = FILES if tokenizer is not None else ()
   if cfg.eos_ids:
@@ -143,6 +141,32 @@ def save_tensors(
       )
   if failed is not None:
     raise failed
+
+
+def weight_bytes(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  *,
+  family: str | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+  """The bytes of the safetensors files that `save` would write, headers included; nothing is written, and no value is read.
+
+  Raises as `save` does for what it would refuse but NaN and infinity.
+  """
+  row, _ = families.write_config(cfg, family=family, pinned=True)
+  shards, _ = _planned(row, cfg, params, max_shard_bytes)
+  return sum(len(_header(each)) + sum(entry.nbytes for entry in each) for each in shards.values())
+
+
+def _planned(
+  family: Family, cfg: ModelConfig, params: Mapping[str, Any], most: int
+) -> tuple[dict[str, list[Entry]], dict[str, Any]]:
+  """(the tensors of each file of weights, what config.json says of quantized ones)."""
+  entries = _entries(all_keys(family, cfg), cfg, params)
+  quantization = quantized.write(tree.flatten(params))
+  entries += [_constant(*one, cfg) for one in all_constants(family, cfg).items()]
+  return _shards(entries, most), quantization
 
 
 def _noted(entry: Entry, begun: set[str]) -> Entry:
@@ -336,8 +360,8 @@ def _temporary(directory: Path, name: str) -> Path:
   return directory / f".{name}.tmp"
 
 
-def _safetensors(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
-  """The pieces of a safetensors file, whose data begins at a multiple of 64 bytes."""
+def _header(entries: Sequence[Entry]) -> bytes:
+  """What a safetensors file begins with, as long as a multiple of 64 bytes."""
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
   place = 0
   for entry in entries:
@@ -346,7 +370,12 @@ def _safetensors(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
     place += entry.nbytes
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-(len(text) + 8) % scan.ALIGNMENT)
-  yield len(text).to_bytes(8, "little") + text
+  return len(text).to_bytes(8, "little") + text
+
+
+def _safetensors(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+  """The pieces of a safetensors file."""
+  yield _header(entries)
   for entry in entries:
     x = entry.read()
     assert (x.shape, x.dtype) == (entry.shape, entry.dtype), f"{entry.name}: {x.dtype} {x.shape}"
