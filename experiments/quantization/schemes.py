@@ -51,13 +51,18 @@ def made(item: str, flag: str) -> Any:
     raise ConfigError(f"{flag}: {name!r} is not known{near}; allowed: all, {', '.join(quant.SCHEMES)}")
   try:
     given = dict(map(_field, fields))
+    if len(given) < len(fields):
+      raise ConfigError("a field is there twice")
     scheme = quant.SCHEMES[name](**given)
   except (TypeError, ValueError) as e:  # ConfigError is a ValueError
     raise ConfigError(f"{flag}: {item}: {e}") from None
   names = _names(scheme)
   if name not in names:
-    kept = [field for field in fields if field.partition("=")[0] not in _fixed(names[0])]
-    raise ConfigError(f"{flag}: {item} is what the name {names[0]} says; give {':'.join([names[0], *kept])}")
+    plain = quant.SCHEMES[names[0]]()
+    more = [
+      text for text, (field, x) in zip(fields, given.items(), strict=True) if getattr(plain, field) != x
+    ]
+    raise ConfigError(f"{flag}: {item} is what the name {names[0]} says; give {':'.join([names[0], *more])}")
   return scheme
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 import sweep_case
 
 from experiments import decoding, quantize
-from experiments.quantization import cells, report, schemes
+from experiments.quantization import cells, joint, schemes
 from jaxllm import hf, quant, tree
 from jaxllm.activation import Mlp
 from jaxllm.config import Layer
@@ -27,8 +28,18 @@ from jaxllm.study import interval
 
 WINDOW, TOKENS = loaded_case.LENGTH, 401
 SCHEMES = ("int8", "int8_tensor")
+WEIGHTS = 14
+"""Matrices of two layers."""
 OWN = (
-  *("bits", "disk_bytes", "resident_bytes", "weight_error", "perplexity", "perplexity_difference"),
+  *(
+    "bits",
+    "disk_bytes",
+    "resident_bytes",
+    "weight_error",
+    *["error"] * WEIGHTS,
+    "perplexity",
+    "perplexity_difference",
+  ),
   *("bpb", "bpb_difference", "tokens_per_second", "times_none"),
 )
 TIMED = ("tokens_per_second", "times_none")
@@ -90,15 +101,15 @@ def losses(cfg, params, ids):
 
 
 @pytest.mark.core
-def test_the_numbers_are_those_of_dequantized_weights(case, whole):
+def test_the_numbers_are_those_of_dequantized_weights(case, whole, tmp_path):
   cfg, params = hf.load(case[0])
   params = jax.tree.map(
     np.asarray, tree.unflatten({p: quant.dequantize(x) for p, x in tree.flatten(params).items()})
   )
   ids = np.frombuffer(case[1].read_bytes()[:TOKENS], np.uint8).astype(np.int32)
-  found = {(row["quant"], row["metric"]): row for row in rows(whole[0])[: 3 * len(OWN)]}
-  assert set(found) == {(q, m) for q in ("none", *SCHEMES) for m in OWN}
+  found = {(row["quant"], row["weight"] or row["metric"]): row for row in rows(whole[0])[: 3 * len(OWN)]}
   weights = [path for path in tree.flatten(params) if path.endswith("/w")]
+  assert set(found) == {(q, m) for q in ("none", *SCHEMES) for m in {*OWN, *weights} - {"error"}}
   others = sum(x.nbytes for path, x in tree.flatten(params).items() if path not in weights)
   base = losses(cfg, params, ids)
   for name, scheme in {"none": None, "int8": Int8(), "int8_tensor": Int8(per="tensor")}.items():
@@ -110,13 +121,17 @@ def test_the_numbers_are_those_of_dequantized_weights(case, whole):
     difference = math.exp(own.mean()) - math.exp(base.mean())
     assert value("perplexity_difference") == pytest.approx(difference, abs=2e-5 * math.exp(base.mean()))
     pairs = [(tree.flatten(params)[path], tree.flatten(held)[path]) for path in weights]
+    for path, (a, b) in zip(weights, pairs, strict=True):
+      assert value(path) == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-5)
     error = math.sqrt(sum(((a - b) ** 2).sum() for a, b in pairs) / sum((a**2).sum() for a, _ in pairs))
     assert value("weight_error") == pytest.approx(error, rel=1e-5)
     columns = {"none": 0, "int8": sum(a.shape[1] for a, _ in pairs), "int8_tensor": len(pairs)}[name]
     size = sum(a.size for a, _ in pairs)
     numbers = 4 * size if scheme is None else size + 4 * columns
     assert value("bits") == 8 * numbers / size
-    assert value("disk_bytes") == value("resident_bytes") == others + numbers
+    assert value("resident_bytes") == others + numbers
+    hf.save(tmp_path / name, cfg, params if scheme is None else quant.apply(params, scheme))
+    assert value("disk_bytes") == (tmp_path / name / "model.safetensors").stat().st_size > others + numbers
   # and the interval is the bootstrap of stretches, which hold the tokens in order
   edges = strided.block_edges(TOKENS, cells.BLOCKS)
   both = np.stack(
@@ -136,7 +151,7 @@ def test_columns_order_and_tables(whole):
   found = rows(out)
   assert tuple(found[0]) == (
     *("scheme", "quant", "method", "factor", "train_length", "length", "metric", "value", "seed"),
-    *("status", "reason", "low", "high"),
+    *("status", "reason", "low", "high", "weight"),
   )
   own = [(row["quant"], row["metric"]) for row in found[: 3 * len(OWN)]]
   assert own == [(q, m) for q in ("none", *SCHEMES) for m in OWN]
@@ -154,8 +169,11 @@ def test_columns_order_and_tables(whole):
       assert 0 < row["low"] <= row["value"] <= row["high"]
   text = (out / "report.md").read_text()
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
-  assert lines[0][:6] == ["quant", "bits", "disk MB", "resident MB", "weight error", "perplexity"]
-  assert [line[0] for line in lines[2:5]] == ["none", *SCHEMES] and lines[2][6] == "-"
+  names = ["quant", "bits", "disk MB", "resident MB", "weight error", "largest, of", "perplexity"]
+  assert lines[0][:7] == names
+  assert [line[0] for line in lines[2:5]] == ["none", *SCHEMES] and lines[2][5] == lines[2][7] == "-"
+  worst = max((r for r in found if (r["quant"], r["metric"]) == ("int8", "error")), key=lambda r: r["value"])
+  assert lines[3][5] == f"{worst['value']:.5f} {worst['weight']}"
   assert ["quant", "method", "16", "32"] in lines
   assert "above those of `none`" in text and "±" in lines[-1][-1]
   for name in ("cost.png", "bpb_vs_length.png", "difference_vs_length.png", "config.json", "results.csv"):
@@ -166,7 +184,7 @@ def test_columns_order_and_tables(whole):
 
 def test_a_figure_has_a_panel_a_method_and_a_line_a_scheme(whole):
   found = [row for row in rows(whole[0])[3 * len(OWN) :] if row["metric"] == "bpb_last"]
-  panels = report.panels(found, "bpb_last")
+  panels = joint.panels(found, "bpb_last")
   assert list(panels) == ["none", "yarn"]
   for method, (lines, bands) in panels.items():
     assert list(lines) == ["none", *SCHEMES] and not bands
@@ -220,7 +238,10 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_rows(whole, tmp_p
 def test_a_cell_that_fails_is_said_and_tried_again(case, tmp_path, monkeypatch, capfd):
   base = (f"--model={case[0]}", f"--text={case[1]}", "--schemes=int8", *QUICK, f"--out={tmp_path / 'out'}")
   apply = quant.apply
-  monkeypatch.setattr(quant, "apply", lambda *_: 1 / 0)
+  structs = lambda params: isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+  monkeypatch.setattr(
+    quant, "apply", lambda params, *more: apply(params, *more) if structs(params) else 1 / 0
+  )
   assert call(*base) == 1
   shown = capfd.readouterr().out
   assert "failed: int8: ZeroDivisionError" in shown and "cells failed" in shown
@@ -258,15 +279,15 @@ def test_a_scheme_that_cannot_hold_the_weights_is_refused_by_name_and_in_all_has
   assert call(*base, "--schemes=picky:group=64,picky") == 2
   error = capfd.readouterr().err
   assert (
-    "picky:group=64 cannot hold the weights of the model: found a width of 32, expected a multiple of 64"
+    "picky:group=64 cannot hold the weights of the model: layers/0/attn/k/w: found a width of 32, expected a multiple of 64"
     in error
   )
   assert not (tmp_path / "out").exists()
   assert call(*base, "--schemes=all") == 0
   shown, text = capfd.readouterr().out, (tmp_path / "out" / "report.md").read_text()
   reasons = (
-    "picky: found a width of 32, expected a multiple of 128; in its place picky:group=32\n",
-    "never: found a width of 32\n",
+    "picky: layers/0/attn/k/w: found a width of 32, expected a multiple of 128; in its place picky:group=32\n",
+    "never: layers/0/attn/k/w: found a width of 32\n",
   )
   for reason in reasons:
     assert f"--schemes=all without {reason}" in shown and f"- left out: {reason}" in text
@@ -274,6 +295,25 @@ def test_a_scheme_that_cannot_hold_the_weights_is_refused_by_name_and_in_all_has
   monkeypatch.setattr(quant, "SCHEMES", {"never": Never})
   assert call(*base, "--schemes=all") == 2
   assert "no scheme can hold the weights" in capfd.readouterr().err
+
+
+def test_schemes_are_judged_by_the_shapes_of_the_model():
+  """Wider than any group, and with a vocabulary that columns in a byte do not divide."""
+  cfg = loaded_case.config(
+    embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=512, tie_embeddings=True
+  )
+  flags = lambda **given: type("Flags", (), {"quantize_head": True, "weights": [], **given})
+  kept, left_out = schemes.fitting(flags(schemes="int4:group=512"), cfg)
+  assert list(kept) == ["int4:group=512"] and not left_out
+  odd = dataclasses.replace(cfg, vocab_size=257)
+  with pytest.raises(
+    ConfigError, match=r"int4:group=512 cannot hold .*: embed: found the shape \(512, 257\)"
+  ):
+    schemes.fitting(flags(schemes="int4:group=512"), odd)
+  assert list(schemes.fitting(flags(schemes="int4", quantize_head=False), odd)[0]) == ["int4"]
+  assert list(schemes.fitting(flags(schemes="int4", weights=["embed=int8"]), odd)[0]) == ["int4"]
+  with pytest.raises(ConfigError, match="--weights: rules: 'heads' matches no parameter"):
+    schemes.fitting(flags(schemes="int4", weights=["heads=no"]), odd)
 
 
 def test_the_head_is_quantized_where_it_is_asked_for(case, tmp_path):
@@ -284,13 +324,14 @@ def test_the_head_is_quantized_where_it_is_asked_for(case, tmp_path):
   layer = 4 * 32 * 32 + 3 * 32 * 32
   size, columns = 2 * layer + 32 * 256, 2 * (4 * 32 + 3 * 32) + 256
   assert found["int8", "bits"] == 8 + 32 * columns / size
-  assert found["none", "disk_bytes"] - found["int8", "disk_bytes"] == 3 * size - 4 * columns
+  assert found["none", "resident_bytes"] - found["int8", "resident_bytes"] == 3 * size - 4 * columns
   assert json.loads((tmp_path / "out" / "config.json").read_text())["weights"].count("head") == 1
-  assert schemes.rules(
-    type("Flags", (), {"quantize_head": True}), dataclasses.replace(cfg, tie_embeddings=True)
-  ) == [("embed", True)]
+  flags = type("Flags", (), {"quantize_head": True, "weights": ["embed=no"]})
+  tied = dataclasses.replace(cfg, tie_embeddings=True)
+  assert schemes.rules(flags, tied) == [("embed", False), ("embed", True)]
 
 
+@pytest.mark.slow
 def test_a_model_of_a_sweep_is_read_from_its_run(finished, tmp_path):
   run, _ = finished
   before = sorted(path.name for path in run.rglob("*"))
@@ -310,6 +351,29 @@ def test_a_model_of_a_sweep_is_read_from_its_run(finished, tmp_path):
   assert here["value"] == pytest.approx(own["value"], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", [pytest.param("llm_int8", marks=pytest.mark.slow), "int4"])
+def test_rules_say_what_each_weight_is_held_in_and_rows_decode_together(case, tmp_path, name):
+  """And the report says of llm_int8, wherever it is, that it is not causal."""
+  given = (
+    "--weights=embed|head=int8",
+    "--weights=layers/0/.+=no",
+    f"--weights=layers/1/mlp/up/w={name}:{dict(int4='group=16').get(name, 'outliers=2')}",
+  )
+  base = (f"--model={case[0]}", f"--text={case[1]}", "--schemes=int8_tensor", *QUICK, "--batch=3")
+  assert call(*base, *given, f"--out={tmp_path / 'out'}") == 0
+  found = {(row["quant"], row["metric"]): row["value"] for row in rows(tmp_path / "out")}
+  each = [
+    row["weight"] for row in rows(tmp_path / "out") if (row["quant"], row["metric"]) == ("none", "error")
+  ]
+  assert set(each) == {"embed", "head", *(p for p in each if p.startswith("layers/1/"))} and len(each) == 9
+  tables, layer, up = 2 * 256 * 32, 6 * 32 * 32, 32 * 32
+  bits = {"int4": up / 2 + 2 * up / 16, "llm_int8": up + 4 * 32}[name]
+  assert found["int8_tensor", "bits"] == 8 * (tables + 4 * 512 + layer + 4 * 6 + bits) / (tables + layer + up)
+  report = (tmp_path / "out" / "report.md").read_text()
+  assert "batch 3" in report and " ".join(given) in report
+  assert ("not causal within a call" in report) == (name == "llm_int8")
+
+
 @pytest.mark.slow
 def test_smoke_trains_a_model_and_goes_through_everything(corpus, tmp_path):
   assert call("--smoke", f"--out={tmp_path / 'out'}") == 0
@@ -321,19 +385,25 @@ def test_smoke_trains_a_model_and_goes_through_everything(corpus, tmp_path):
 
 
 def test_fields_of_a_scheme_are_read_and_wrong_ones_named():
-  found = schemes.parse("int8, int8:per=tensor,int8:symmetric=False,none")
+  found = schemes.parse("int8, int8_tensor:symmetric=False,nf4:double_quant=True:block=32,none")
   assert found == {
     "int8": Int8(),
-    "int8:per=tensor": Int8(per="tensor"),
-    "int8:symmetric=False": Int8(symmetric=False),
+    "int8_tensor:symmetric=False": Int8(per="tensor", symmetric=False),
+    "nf4:double_quant=True:block=32": quant.SCHEMES["nf4"](double_quant=True, block=32),
   }
   assert list(schemes.parse("all")) == list(quant.SCHEMES)
   for text, words in {
-    "int8:per=row": "int8:per=row: Int8.per: found 'row', expected one of column, tensor",
+    "int8:per=row": "found 'row', expected one of column, tensor",
     "int8:bits=4": "unexpected keyword argument 'bits'",
     "int8:per": "found 'per', expected field=value",
+    "int4:bits=3:group=32": "int4:bits=3:group=32 is what the name int3 says; give int3:group=32",
+    "int4_asym:symmetric=True": "give int4",
+    "int8:symmetric=False": "give int8_asym",
+    "int4:group=32:group=64": "a field is there twice",
+    "nf4:levels=fp4": "give fp4",
+    "glm_int8:bits=4": "give glm_int4",
   }.items():
-    with pytest.raises(ConfigError, match=f"--schemes={text}: .*{words.split(': ')[-1]}"):
+    with pytest.raises(ConfigError, match=f"--schemes={text}: .*{re.escape(words.split(': ')[-1])}$"):
       schemes.parse(text)
 
 
@@ -350,6 +420,13 @@ def test_fields_of_a_scheme_are_read_and_wrong_ones_named():
     (["--schemes="], 2, ["--schemes=", "empty item"]),
     (["--schemes=none"], 2, ["--schemes=none", "nothing to compare"]),
     (["--text=no/such/text"], 2, ["--text=no/such/text", "no such file"]),
+    (["--weights=embed"], 2, ["--weights=embed", "PATTERN=yes"]),
+    (["--weights=embed=int4:bits=3"], 2, ["--weights=embed=int4:bits=3", "give int3"]),
+    (["--weights=(=no"], 2, ["--weights=(=no", "regular expression"]),
+    (["--weights=wte=no"], 2, ["--weights", "'wte' matches no parameter"]),
+    (["--rules=fsdp"], 2, ["--rules=fsdp without --mesh"]),
+    (["--batch=0"], 2, ["--batch=0", "at least 1"]),
+    (["--batch=200"], 65, ["text: found 401 tokens, expected at least 800"]),
     (["--rounds=1"], 2, ["--rounds=1", "at least 2"]),
     (["--new=1"], 2, ["--new=1", "at least 2"]),
     (["--seconds=-1"], 2, ["--seconds=-1", "at least 0"]),
@@ -365,7 +442,7 @@ def test_fields_of_a_scheme_are_read_and_wrong_ones_named():
   ],
 )
 def test_what_is_refused(case, tmp_path, capfd, args, code, named):
-  assert call(f"--model={case[0]}", f"--text={case[1]}", f"--out={tmp_path / 'out'}", *args) == code
+  assert call(f"--model={case[0]}", f"--text={case[1]}", *QUICK, f"--out={tmp_path / 'out'}", *args) == code
   error = capfd.readouterr().err
   assert error.startswith("error: ") and "Traceback" not in error
   for words in named:
@@ -378,6 +455,7 @@ def test_what_is_refused(case, tmp_path, capfd, args, code, named):
   [
     (["--model=DIR"], 2, ["--model=DIR without --text", "give --text=FILE"]),
     (["--text=README.md"], 2, ["--text=README.md without --model"]),
+    (["--mesh=tensor=2"], 2, ["--mesh=tensor=2 without --model"]),
     (["--dtype=bfloat16"], 2, ["--dtype=bfloat16 without --model"]),
     (
       ["--run=no/such/run"],
