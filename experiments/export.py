@@ -78,6 +78,12 @@ def _model_in(directory: Path) -> str | None:
   return next((path.name for path in files if os.path.lexists(path)), None)
 
 
+def llama_config(cfg, train_length: int):
+  """The config that the parameters of `as_llama` have."""
+  norm = dataclasses.replace(cfg.norm, multiply_in="input")
+  return dataclasses.replace(cfg, embed_scale=1.0, norm=norm, dtype="float32", context_length=train_length)
+
+
 def as_llama(cfg, params, train_length: int):
   """(cfg, params) of the same model in the form that Llama's settings can say.
 
@@ -87,9 +93,7 @@ def as_llama(cfg, params, train_length: int):
   import numpy as np
 
   embed = np.asarray(params["embed"], np.float32) * np.float32(cfg.embed_scale)
-  norm = dataclasses.replace(cfg.norm, multiply_in="input")
-  cfg = dataclasses.replace(cfg, embed_scale=1.0, norm=norm, dtype="float32", context_length=train_length)
-  return cfg, {**params, "embed": embed}
+  return llama_config(cfg, train_length), {**params, "embed": embed}
 
 
 def stretched(cfg, name: str, factor: float | None, train_length: int):

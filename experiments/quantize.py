@@ -17,8 +17,12 @@ from jaxllm.study import choices, methods, run_app
 FLAGS = flags.FlagValues()
 SMOKE = {"tokens": 2000, "prompt": 8, "new": 9, "rounds": 2, "seconds": 0.0}
 """What --smoke sets, unless the flag is given."""
+LEAST = {"window": 2, "tokens": 3, "prompt": 1, "new": 2, "batch": 1, "rounds": 2, "windows": 2}
+"""The smallest values of flags."""
 JOINED = ("methods", "windows")
 """Flags of the sweep, which --lengths joins."""
+OF_MODEL = ("text", "train_length", "dtype", "mesh", "rules", "verify")
+"""Flags that go with --model."""
 METHODS = "none,pi,ntk,yarn"
 
 
@@ -34,6 +38,13 @@ def _define() -> None:
     "schemes",
     "all",
     "all, or names of jaxllm.quant.SCHEMES, each with fields of its own where wanted: int8,int4:group=32",
+  )
+  flag(
+    "multi_string",
+    "weights",
+    [],
+    "a rule, PATTERN=yes (in the scheme of each line), PATTERN=no (as loaded) or PATTERN=a scheme, where PATTERN is a regular "
+    "expression of whole paths, as embed or layers/0/.+; it may be given several times, and the first that matches counts",
   )
   flag("bool", "quantize_head", False, "the head, too (where it is tied, with the embedding)")
   flag("string", "lengths", None, "context lengths of the joint table with position methods; default: none")
@@ -54,9 +65,12 @@ def _define() -> None:
     0.5,
     "decoding: a reading takes at least so long, by several texts where one is too short",
   )
+  flag("integer", "batch", 1, "decoding: rows at once, whose prompts follow each other in the text")
   flag("integer", "rounds", 7, "decoding: how often each scheme and the model as loaded take turns")
   flag("enum", "dtype", "auto", "with --model: type of computing and parameters; auto: what the files say",
        ["auto", "float32", "bfloat16", "float16"])  # fmt: skip
+  flag("string", "mesh", None, "with --model: devices to lay it out on, such as fsdp=2,tensor=4")
+  flag("string", "rules", None, choices.RULES_HELP)
   flag("bool", "verify", True, f"with --model: {choices.VERIFY_HELP}")
   flag(
     "string", "out", None, "directory of the run; default runs/quantize (with the name of --model, _smoke)"
@@ -74,7 +88,7 @@ def check(f) -> None:
     raise ConfigError(f"--model={f.model} with --run={f.run}: both name a model; give one of them")
   if f.model is not None and f.text is None:
     raise ConfigError(f"--model={f.model} without --text: {f['text'].help}; give --text=FILE")
-  if f.model is None and (own := sorted(given & {"text", "train_length", "dtype", "verify"})):
+  if f.model is None and (own := sorted(given & set(OF_MODEL))):
     raise ConfigError(
       f"--{own[0]}={f[own[0]].value} without --model: a model of the sweep has its own; leave it out"
     )
@@ -84,7 +98,11 @@ def check(f) -> None:
     raise ConfigError(
       f"--{own[0]}={f[own[0]].value} without --lengths: it is for the table by context length; give --lengths, or leave it out"
     )
-  for name, least in {"window": 2, "tokens": 3, "prompt": 1, "new": 2, "rounds": 2, "windows": 2}.items():
+  if f.rules is not None and f.mesh is None:
+    raise ConfigError(
+      f"--rules={f.rules} without --mesh: there is nothing to lay out; give --mesh, or leave it out"
+    )
+  for name, least in LEAST.items():
     if f[name].value is not None and f[name].value < least:
       raise ConfigError(f"--{name}={f[name].value}: expected a whole number of at least {least}")
   if not 0 <= f.seconds < float("inf"):
@@ -92,6 +110,7 @@ def check(f) -> None:
   from experiments.quantization import schemes
 
   schemes.parse(f.schemes)
+  schemes.parse_rules(f.weights)
   if f.lengths is not None:
     choices.number_list("lengths", f.lengths, int, 1)
     choices.choice_list("methods", f.methods, tuple(methods.METHODS))
@@ -123,7 +142,7 @@ def main(f) -> int:
   models = source.open_models(f, out)
   plan = cells.Plan.of(f, models)
   config = {**provenance.record(), **plan.record(), **models.record()}
-  with StopFlag() as stop, Lock(out), Progress() as progress:
+  with StopFlag() as stop, Lock(out), Progress() as progress, models.scope():
     ledger = Ledger(out / "cells.jsonl", check_config(out, config))
     groups = plan.groups()
     left = [group.name for group in groups if not ledger.finished(group.name)]

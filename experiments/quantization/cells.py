@@ -18,7 +18,7 @@ from experiments.quantization.schemes import NONE
 from experiments.quantization.source import Source
 from experiments.scoring import Scoring
 from jaxllm import quant
-from jaxllm.errors import QuantError
+from jaxllm.errors import JaxllmError, QuantError
 from jaxllm.evaluate import strided
 from jaxllm.nn import Transformer
 from jaxllm.study import methods, rows
@@ -28,7 +28,10 @@ from jaxllm.study.stop import StopFlag
 
 BLOCKS, PARTS = 100, 10
 """Stretches of text that the bootstrap draws, and into how many cells the text is cut at most."""
-ASKED = ("model", "run", "quantize_head", "prompt", "new", "rounds", "seconds", "smoke")
+ASKED = (
+  *("model", "run", "weights", "quantize_head", "mesh", "rules"),
+  *("prompt", "new", "batch", "rounds", "seconds", "smoke"),
+)
 """Flags that are recorded as they are given."""
 SIDES = ("as loaded", "quantized")
 
@@ -39,7 +42,7 @@ class Plan:
 
   source: Source
   chosen: Mapping[str, Any]
-  rules: list[tuple[str, bool]]
+  rules: list[tuple[str, Any]]
   quantized: tuple[str, ...]
   scoring: Scoring
   asked: Mapping[str, Any]
@@ -52,10 +55,11 @@ class Plan:
     text, window = source.text, source.window
     windows = strided.cover(len(text), window, max(1, window // 2))
     edges = strided.block_edges(len(text), BLOCKS)
-    scoring = Scoring(text, windows, edges, strided.windows_at_once(windows.length), PARTS)
+    at_once = strided.windows_at_once(windows.length) * source.rows
+    scoring = Scoring(text, windows, edges, at_once, PARTS)
     asked = {name: f[name].value for name in ASKED}
     own_rules = schemes.rules(f, source.cfg)
-    paths = tuple(schemes.chosen_paths(source.cfg, own_rules))
+    paths = schemes.chosen_paths(source.cfg, own_rules)
     return cls(source, chosen, own_rules, paths, scoring, asked, left_out)
 
   @property
@@ -87,7 +91,9 @@ class Plan:
     found = []
     for name in self.names:
       cell = self.cell(name)
-      found.append(Group(f"{name}/weights", tuple({**cell, "metric": metric} for metric in weights.METRICS)))
+      sizes = [{**cell, "metric": metric} for metric in (*weights.SIZES, weights.ERROR)]
+      each = [{**cell, "metric": weights.EACH, "weight": path} for path in self.quantized]
+      found.append(Group(f"{name}/weights", (*sizes, *each)))
       found += self.scored(name).groups()
       turns = [(turn, side) for turn in range(self.asked["rounds"]) for side in SIDES]
       found.append(
@@ -134,8 +140,7 @@ class Work:
     except QuantError as e:
       return [rows.not_applicable(cell, str(e)) for cell in group.cells]
     if kind == "weights":
-      found = weights.weigh(source.params(), params, self._plan.quantized)
-      return [rows.ok(cell, found[cell["metric"]]) for cell in group.cells]
+      return self._weigh(params, group)
     if kind == "windows":
       return self._scorer(name)(group)
     if kind == "decode":
@@ -155,6 +160,21 @@ class Work:
       self._last = name, jax.block_until_ready(quantized)
     return self._last[1]
 
+  def _weigh(self, params: Any, group: Group) -> list[dict]:
+    """Sizes and errors; what hf.save refuses has no size on disk."""
+    source, quantized = self._plan.source, self._plan.quantized
+    found = weights.errors(source.params(), params, quantized)
+    found |= {"bits": weights.bits(params, quantized), "resident_bytes": weights.resident(params)}
+    try:
+      found["disk_bytes"] = source.disk_bytes(params)
+    except JaxllmError as e:
+      found["disk_bytes"] = str(e)
+    values = [found[cell.get("weight", cell["metric"])] for cell in group.cells]
+    return [
+      rows.not_applicable(cell, f"hf.save: {value}") if isinstance(value, str) else rows.ok(cell, value)
+      for cell, value in zip(group.cells, values, strict=True)
+    ]
+
   def _scorer(self, name: str) -> Callable[[Group], list[dict]]:
     if name not in self._scorers:
       source, scoring = self._plan.source, self._plan.scored(name)
@@ -171,13 +191,16 @@ class Work:
   def _decode(self, params: Any, group: Group) -> list[dict]:
     """Tokens a second of both, in turns, each first every other time; of `none` both are the same."""
     asked, source = self._plan.asked, self._plan.source
-    model, prompts = Transformer(source.cfg), [source.text.ids[: asked["prompt"]].tolist()]
+    length, batch = asked["prompt"], asked["batch"]
+    prompts = source.text.ids[: batch * length].reshape(batch, length).tolist()
+    model = Transformer(source.cfg)
     read = lambda held: decoding.timed(model, held, prompts, asked["new"])[1]
     sides = dict(zip(SIDES, (source.params(), params), strict=True))
     for held in sides.values():
       read(held)  # compiles
     times = max(1, math.ceil(asked["seconds"] / read(source.params())))
-    rate = lambda held: times * (asked["new"] - 1) / math.fsum(read(held) for _ in range(times))
+    tokens = times * batch * (asked["new"] - 1)
+    rate = lambda held: tokens / math.fsum(read(held) for _ in range(times))
     found = {}
     for turn in range(asked["rounds"]):
       for side in SIDES if turn % 2 else SIDES[::-1]:

@@ -1,32 +1,21 @@
-"""Rows, tables and figures of a run, all computed from what its ledger holds."""
+"""Tables, figures and files of a run."""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from experiments.quantization import weights
-from experiments.quantization.cells import SIDES, Plan
+from experiments.quantization import joint, results, weights
+from experiments.quantization.cells import Plan
 from experiments.quantization.schemes import NONE
-from jaxllm.study import files, interval, methods, plots
-from jaxllm.study import rows as rows_lib
-from jaxllm.study.report import Table, series, table
+from jaxllm.quant import LlmInt8
+from jaxllm.study import files, methods, plots
+from jaxllm.study.report import Table
 
-COLUMNS = (*rows_lib.COLUMNS, "low", "high")
 HEADER = (
-  *("quant", "bits", "disk MB", "resident MB", "weight error", "perplexity", "difference to none"),
-  *("bits per byte", "decode tok/s", "times none"),
+  *("quant", "bits", "disk MB", "resident MB", "weight error", "largest, of", "perplexity"),
+  *("difference to none", "bits per byte", "decode tok/s", "times none"),
 )
-DIFFERENCE = "bpb_last_difference"
-HEADINGS = {
-  "bpb_last": "Bits per byte on the last block",
-  "perplexity": "Perplexity of a {token} on the whole window",
-  DIFFERENCE: "Bits per byte on the last block, above those of `none` under the same method",
-}
 
 
 def write(out: Path, plan: Plan, config: dict, done: Mapping[str, list[dict]]) -> None:
@@ -35,69 +24,25 @@ def write(out: Path, plan: Plan, config: dict, done: Mapping[str, list[dict]]) -
   for group, found in done.items():
     name, kind = group.split("/")[:2]
     by_kind.setdefault(kind, {}).setdefault(name, []).extend(found)
-  own = [row for name in plan.names for row in results(plan, name, by_kind)]
-  swept = [{**row, "low": None, "high": None} for found in by_kind.get("sweep", {}).values() for row in found]
-  joint = [row for row in swept if row["metric"] != methods.BY_WINDOW]
-  files.write_results(out, own + joint, COLUMNS)
-  main = summary(plan, own)
-  tables = {"Schemes": main} | joint_tables(plan, swept)
-  figures = draw(out, plan, own, joint, swept)
+  own = [row for name in plan.names for row in results.of_scheme(plan, name, by_kind)]
+  swept = [{**results.BLANK, **row} for found in by_kind.get("sweep", {}).values() for row in found]
+  listed = [row for row in swept if row["metric"] != methods.BY_WINDOW]
+  files.write_results(out, own + listed, results.COLUMNS)
+  tables = {"Schemes": summary(plan, own)} | joint.tables(plan, swept)
+  figures = [_draw(out, plan, own), *joint.draw(out, plan, swept)]
   files.write_text(out / "report.md", _markdown(plan, config, tables, figures))
   for title, one in tables.items():
     one.show(title)
   print(f"Results, figures and report: {out}")
 
 
-def results(plan: Plan, name: str, by_kind: Mapping[str, Mapping[str, list[dict]]]) -> list[dict]:
-  """The rows of a scheme that are not the sweep's, with the ends of their intervals or ranges."""
-  cell = plan.cell(name) | {"low": None, "high": None}
-  found = [{**row, "low": None, "high": None} for row in by_kind["weights"][name]]
-
-  def add(metric: str, source: Sequence[dict], value) -> None:
-    """value(): (value, low, high)."""
-    own = {**cell, "metric": metric}
-    bad = next((row for row in source if row["status"] != "ok"), None)
-    if bad is not None:
-      found.append({**own, "value": None, "status": bad["status"], "reason": bad["reason"]})
-      return
-    value, own["low"], own["high"] = value()
-    found.append(rows_lib.ok(own, value))
-
-  scored, base = by_kind["windows"][name], by_kind["windows"][NONE]
-  scoring = plan.scored(name)
-  for metric in ("perplexity", "bpb"):
-    add(metric, scored, lambda metric=metric: scoring.values(scoring.sums(scored))[metric])
-    pair = lambda metric=metric: _difference(scoring.sums(scored), scoring.sums(base), metric)
-    add(f"{metric}_difference", [*scored, *base], pair)
-  read = by_kind["decode"][name]
-  speeds = {side: [row["value"] for row in read if row["side"] == side] for side in SIDES}
-  add("tokens_per_second", read, lambda: _spread(speeds[SIDES[1]]))
-  add("times_none", read, lambda: _spread([b / a for a, b in zip(*speeds.values(), strict=True)]))
-  return found
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-  return statistics.median(values), min(values), max(values)
-
-
-def _difference(own: dict, base: dict, metric: str) -> tuple[float, float, float]:
-  """A scheme's value minus that of `none`, and its bootstrap interval over the stretches of the text."""
-  below, unit = ("tokens", 1.0) if metric == "perplexity" else ("bytes", math.log(2))
-  value = np.exp if metric == "perplexity" else lambda x: x
-
-  def statistic(sums):
-    a, b, size = np.moveaxis(sums, -1, 0)
-    return value(a / size / unit) - value(b / size / unit)
-
-  amounts = np.stack([own["nats"], base["nats"], own[below]], axis=1).astype(np.float64)
-  return float(statistic(amounts.sum(axis=0))), *interval.bootstrap(statistic, amounts)
-
-
 def summary(plan: Plan, own: Sequence[dict]) -> Table:
   """One line a scheme."""
   body, notes = [], []
   for name in plan.names:
-    by_metric = {row["metric"]: row for row in own if row["quant"] == name}
+    by_metric = {row["metric"]: row for row in own if row["quant"] == name and row["weight"] is None}
+    each = [row for row in own if row["quant"] == name and row["metric"] == weights.EACH]
+    largest = max(each, key=lambda row: row["value"] or 0.0)
     show = lambda metric, form, by_metric=by_metric: _show(by_metric[metric], form)
     ranged = lambda digits: lambda v, low, high: f"{v:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     megabytes = lambda v, *_: f"{v / 1e6:.3f}"
@@ -105,8 +50,9 @@ def summary(plan: Plan, own: Sequence[dict]) -> Table:
       (
         name,
         show("bits", lambda v, *_: f"{v:.3f}"),
-        *(show(metric, megabytes) for metric in weights.METRICS[1:3]),
-        show("weight_error", lambda v, *_: f"{v:.5f}"),
+        *(show(metric, megabytes) for metric in weights.SIZES[1:]),
+        show(weights.ERROR, lambda v, *_: f"{v:.5f}"),
+        "-" if name == NONE else _show(largest, lambda v, *_, of=largest["weight"]: f"{v:.5f} {of}"),
         show("perplexity", lambda v, *_: f"{v:.4f}"),
         "-"
         if name == NONE
@@ -128,36 +74,8 @@ def _show(row: dict, form) -> str:
   return form(row["value"], row["low"], row["high"])
 
 
-def differences(swept: Sequence[dict]) -> list[dict]:
-  """Loss of the last block above that of `none` under the same method, a row a window, which takes the place of a seed."""
-  places = ("method", "factor", "length", "window")
-  found = [row for row in swept if row["metric"] == methods.BY_WINDOW]
-  base = {tuple(row[p] for p in places): row for row in found if row["quant"] == NONE}
-  made = []
-  for row in found:
-    other = base[tuple(row[p] for p in places)]
-    cell = {**row, "metric": DIFFERENCE, "seed": row["window"]}
-    bad = next((r for r in (row, other) if r["status"] != "ok"), None)
-    if row["quant"] != NONE:
-      made.append({**cell, "value": row["value"] - other["value"]} if bad is None else
-                  {**cell, "value": None, "status": bad["status"], "reason": bad["reason"]})  # fmt: skip
-  return made
-
-
-def joint_tables(plan: Plan, swept: Sequence[dict]) -> dict[str, Table]:
-  """{heading: scheme x method by length}, of the sweep's metrics and of the difference to `none`."""
-  if not swept:
-    return {}
-  token = plan.source.models.unit.removesuffix("s")
-  plain = [{**row, "factor": None} for row in swept]
-  found = {HEADINGS[m].format(token=token): table(plain, m, 3) for m in plan.source.settings.metrics}
-  return found | {
-    HEADINGS[DIFFERENCE]: table([{**r, "factor": None} for r in differences(swept)], DIFFERENCE, 4)
-  }
-
-
-def draw(out: Path, plan: Plan, own, joint, swept) -> list[str]:
-  """Write the figures; their names."""
+def _draw(out: Path, plan: Plan, own: Sequence[dict]) -> str:
+  """Write the figure of bits and perplexity; its name."""
   points, bands = {}, {}
   for name in plan.chosen:
     by_metric = {row["metric"]: row for row in own if row["quant"] == name}
@@ -172,33 +90,7 @@ def draw(out: Path, plan: Plan, own, joint, swept) -> list[str]:
     title,
     xlog2=False,
   )
-  if not swept:
-    return ["cost.png"]
-  xlabel = f"test length in {plan.source.models.unit} (trained at {plan.source.train_length})"
-  for file, found, metric, ylabel in (
-    ("bpb_vs_length.png", joint, "bpb_last", "bits per byte"),
-    ("difference_vs_length.png", differences(swept), DIFFERENCE, "bits per byte above none"),
-  ):
-    plots.lines(out / file, panels(found, metric), xlabel, ylabel, HEADINGS[metric])
-  return ["cost.png", "bpb_vs_length.png", "difference_vs_length.png"]
-
-
-def panels(found: Sequence[dict], metric: str) -> dict:
-  """A panel a method, a line a scheme."""
-  named = [
-    {**row, "method": row["quant"], "quant": None, "factor": None, "panel": row["method"]} for row in found
-  ]
-  names = dict.fromkeys(row["panel"] for row in named)
-  return {panel: series([row for row in named if row["panel"] == panel], metric) for panel in names}
-
-
-def _swept(plan: Plan) -> str:
-  settings = plan.source.settings
-  return (
-    f"- By length: {settings.windows} windows, their ends at the same places for every length, so that the last block of "
-    f"{settings.train_length} {plan.source.models.unit} is the same text with more or less before it; methods are on beyond "
-    "the trained length only, by the factor length / trained length.  ±: 95 % over the windows, pairs of a scheme and `none`."
-  )
+  return "cost.png"
 
 
 def _markdown(plan: Plan, config: dict, tables: Mapping[str, Table], figures: Sequence[str]) -> str:
@@ -211,17 +103,37 @@ def _markdown(plan: Plan, config: dict, tables: Mapping[str, Table], figures: Se
     *("", "## How it was measured", ""),
     f"- Model: {asked['model'] or source.scheme}, {config['settings']['dtype']} compute, trained at {source.train_length}; "
     f"{len(plan.quantized)} weights are quantized, {plan.quantized[0]} the first.",
-    "- Bits: those of the quantized weights, scales counted.  Disk: all tensors of the tree as bytes, numbers of less than 8 "
-    "bits packed, without headers.  Resident: the same as the arrays are held.  MB: a million bytes.",
-    "- Weight error: ||w - w'|| / ||w|| over all quantized weights (Frobenius).",
+    "- Bits: those of the quantized weights, scales counted.  Disk: the weights' files as hf.save writes them (a model of "
+    "the sweep as experiments.export does).  Resident: all parameters in the memory of the devices.  MB: a million bytes.",
+    "- Weight error: ||w - w'|| / ||w|| (Frobenius) over all quantized weights, and of the one where it is largest; of "
+    "each in results.csv.",
+    *_rules(asked),
     f"- Text: {len(source.text)} {source.models.unit}, all but the first scored once, in {len(windows)} windows of "
     f"{windows.length}.  Differences: 95 % by a bootstrap over {len(plan.scoring.edges) - 1} stretches of it, the same ones "
     "drawn for both.",
-    f"- Decoding: {asked['new'] - 1} tokens after a prompt of {asked['prompt']}, batch 1; the median of {asked['rounds']} "
-    f"readings of at least {asked['seconds']:g} s in turns with `none`, and their range; times none: the same "
-    "of the ratios of turns.  The line of `none` is against itself, and says what is noise.",
-    *([] if source.settings is None else [_swept(plan)]),
+    f"- Decoding: {asked['new'] - 1} tokens after a prompt of {asked['prompt']}, batch {asked['batch']}; the median "
+    f"of {asked['rounds']} readings of at least {asked['seconds']:g} s in turns with `none`, and their range; times none: the "
+    "same of the ratios of turns.  The line of `none` is against itself, and says what is noise.",
+    *([] if source.settings is None else [joint.note(plan)]),
+    *_not_causal(plan),
     f"- {config['devices'][0]} with jax {config['libraries']['jax']}, Python {config['python']}.  All else is in config.json.",
     "",
   ]
   return "\n".join(parts)
+
+
+def _rules(asked: Mapping) -> list[str]:
+  given = [f"--weights={rule}" for rule in asked["weights"]]
+  given += ["--quantize_head"] * asked["quantize_head"] + [f"--mesh={asked['mesh']}"] * bool(asked["mesh"])
+  return [f"- Given: {' '.join(given)}."] if given else []
+
+
+def _not_causal(plan: Plan) -> list[str]:
+  held = {**plan.chosen, **{f"--weights={pattern}": value for pattern, value in plan.rules}}
+  names = [name for name, scheme in held.items() if isinstance(scheme, LlmInt8)]
+  if not names:
+    return []
+  return [
+    f"- {', '.join(names)}: not causal within a call, as all rows that are multiplied at once decide which columns are "
+    "outliers; its losses are of whole windows, several at a time, and of one token a row in decoding they would be others."
+  ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import evaluate, length_extrapolation, restored
+from experiments import evaluate, export, length_extrapolation, restored
 from experiments.checkpoint import Checkpoint, scheme_of
 from experiments.extrapolation.evaluate import check_tables_differ, core_reports
 from experiments.extrapolation.loaded import Loaded
@@ -20,6 +21,7 @@ from experiments.extrapolation.trained import Trained
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.evaluate.text import Text
+from jaxllm.hf import saving
 from jaxllm.study import describe, methods
 from jaxllm.study.progress import Progress
 from jaxllm.study.stop import StopFlag
@@ -46,7 +48,7 @@ class Alone(Models):
   unit = "tokens"
 
   def __init__(self, f: Any):
-    self.checkpoint = Checkpoint.open(f.model, f.dtype, verify=f.verify)
+    self.checkpoint = Checkpoint.open(f.model, f.dtype, mesh=f.mesh, rules=f.rules, verify=f.verify)
     self.schemes = {methods.LOADED: scheme_of(self.checkpoint.cfg)}
     self.configs = self.tested = {methods.LOADED: self.checkpoint.cfg}
     string, self._about = data.load_text(f.text)
@@ -55,6 +57,9 @@ class Alone(Models):
 
   def params(self, scheme: str, seed: int):
     return self.checkpoint.params()
+
+  def scope(self):
+    return self.checkpoint.scope()
 
   def record(self) -> dict:
     return {"corpus": self._about | {"tokens": len(self.text)}, "checkpoint": self.checkpoint.about()}
@@ -79,9 +84,29 @@ class Source:
     """The model as it is tested."""
     return self.models.tested[self.scheme]
 
+  @property
+  def checkpoint(self) -> Checkpoint | None:
+    """What is loaded; None for a model that a sweep trains."""
+    return getattr(self.models, "checkpoint", None)
+
+  @property
+  def rows(self) -> int:
+    """Into how many parts a mesh splits a batch."""
+    return self.checkpoint.rows if self.checkpoint else 1
+
+  def disk_bytes(self, params: Any) -> int:
+    """Of the weights' files as hf.save writes them, of a model of the sweep as experiments.export does; raises as hf.save."""
+    if self.checkpoint:
+      return saving.weight_bytes(self.cfg, params, family=self.checkpoint.family)
+    return saving.weight_bytes(export.llama_config(self.cfg, self.train_length), params)
+
   def begin(self, progress: Progress, stop: StopFlag, left: int) -> None:
     """As of `Models`."""
     self.models.begin(progress, stop, left)
+
+  def scope(self) -> contextlib.AbstractContextManager:
+    """As of `Models`."""
+    return self.models.scope()
 
   def params(self) -> Any:
     """The weights as they are, read or trained once."""
@@ -109,6 +134,11 @@ def open_models(f: Any, out: Path) -> Source:
     models, settings = _trained(f, out)
   scheme = next(iter(models.schemes))
   cfg = models.tested[scheme]
+  if f.model is not None and (held := models.checkpoint.opened.matched.held):
+    path, leaf = next(iter(held.items()))
+    raise ConfigError(
+      f"--model={f.model}: {path} is quantized already ({leaf.scheme}), expected a checkpoint of floats"
+    )
   trained = settings.train_length if settings else f.train_length or models.checkpoint.trained_length
   window = f.window or min(evaluate.SMOKE_WINDOW if f.smoke else evaluate.LONGEST_DEFAULT, trained or 10**9)
   cfg.check_length(window, "--window")
@@ -120,8 +150,8 @@ def open_models(f: Any, out: Path) -> Source:
   text = dataclasses.replace(
     models.text, ids=models.text.ids[: f.tokens], sizes=models.text.sizes[: f.tokens]
   )
-  if len(text) < max(3, f.prompt):
-    raise DataError(f"text: found {len(text)} tokens, expected at least {max(3, f.prompt)}; give more text")
+  if len(text) < (least := max(3, f.batch * f.prompt)):
+    raise DataError(f"text: found {len(text)} tokens, expected at least {least}; give more text")
   return Source(models, scheme, trained or window, window, text, settings)
 
 
@@ -141,8 +171,8 @@ def _loaded(f: Any) -> tuple[Models, Settings | None]:
   if f.lengths is None:
     return Alone(f), None
   args = [f"--model={f.model}", f"--text={f.text}", f"--dtype={f.dtype}", f"--verify={f.verify}"]
-  if f.train_length:
-    args.append(f"--train_length={f.train_length}")
+  given = {"train_length": f.train_length, "mesh": f.mesh, "rules": f.rules}
+  args += [f"--{name}={value}" for name, value in given.items() if value]
   models = Loaded(_sweep(f, args))
   models.settings = dataclasses.replace(models.settings, metrics=METRICS)
   return models, models.settings

@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import tree
 from jaxllm.leaf import dense
 
-METRICS = ("bits", "disk_bytes", "resident_bytes", "weight_error")
+SIZES = ("bits", "disk_bytes", "resident_bytes")
+ERROR, EACH = "weight_error", "error"
+"""Relative errors, of all quantized weights and of each."""
 
 
-def weigh(own: Any, params: Any, quantized: tuple[str, ...]) -> dict[str, float]:
-  """Bits an element of the quantized weights, scales counted, bytes of the whole tree as written and as held, and
-  ||w - w'|| / ||w|| over all quantized weights w (Frobenius).
-  """
+def errors(own: Any, params: Any, quantized: Sequence[str]) -> dict[str, float]:
+  """||w - w'|| / ||w|| (Frobenius) of each quantized weight, by its path, and of all of them together, by `ERROR`."""
   before, after = tree.flatten(own), tree.flatten(params)
-  difference, norm = [], []
+  difference, norm = {}, {}
   for path in quantized:
     w = np.asarray(dense(before[path]), np.float64)
-    norm.append(np.sum(w * w))
-    difference.append(
-      0.0 if after[path] is before[path] else np.sum((np.asarray(dense(after[path])) - w) ** 2)
-    )
-  return {
-    "bits": 8 * sum(stored(after[path]) for path in quantized) / sum(after[path].size for path in quantized),
-    "disk_bytes": stored(params),
-    "resident_bytes": sum(map(_resident, jax.tree.leaves(params))),
-    "weight_error": math.sqrt(math.fsum(difference) / max(math.fsum(norm), 1e-300)),
-  }
+    norm[path] = np.sum(w * w)
+    same = after[path] is before[path]
+    difference[path] = 0.0 if same else np.sum((np.asarray(dense(after[path])) - w) ** 2)
+  ratio = lambda a, b: math.sqrt(a / max(b, 1e-300))
+  each = {path: ratio(difference[path], norm[path]) for path in quantized}
+  return each | {ERROR: ratio(math.fsum(difference.values()), math.fsum(norm.values()))}
 
 
-def stored(params: Any) -> int:
-  """Bytes of the numbers of a tree or a leaf, those of less than 8 bits packed."""
-  return sum(-(-leaf.size * _bits(leaf.dtype) // 8) for leaf in jax.tree.leaves(params))
+def bits(params: Any, quantized: Sequence[str]) -> float:
+  """Bits an element of the quantized weights, scales counted."""
+  leaves = [tree.flatten(params)[path] for path in quantized]
+  return 8 * sum(leaf.nbytes for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
 
-def _bits(dtype: Any) -> int:
-  return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
+def resident(params: Any) -> int:
+  """Bytes of all parameters in the memory of the devices, copies on several of them counted."""
+  return sum(map(_resident, jax.tree.leaves(params)))
 
 
 def _resident(leaf: Any) -> int:
-  return leaf.on_device_size_in_bytes() if isinstance(leaf, jax.Array) else leaf.nbytes
+  if not isinstance(leaf, jax.Array):
+    return leaf.nbytes
+  return sum(shard.data.on_device_size_in_bytes() for shard in leaf.addressable_shards)

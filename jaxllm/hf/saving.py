@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
-import logging
 import math
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +17,19 @@ from jax.experimental import multihost_utils
 from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import CheckpointError, ConfigError, TokenizerError
-from jaxllm.hf import families, files, header, quantized, scan, sums
+from jaxllm.hf import families, files, header, quantized, scan, writing
 from jaxllm.hf.family import Family, Key
 from jaxllm.hf.match import all_constants, all_keys, stored_shape
 from jaxllm.hf.tokenizer import FILES, Tokenizer
+from jaxllm.hf.writing import Entry
 from jaxllm.leaf import LoRA, Matrix, QTensor, dense
 from jaxllm.nn.shapes import expected_shapes
 from jaxllm.parallel.rules import unpad
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As large as the files of transformers were for years; every reader takes it."""
-_SHARD = re.compile(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?")
-_NAMES = {dtype: name for name, dtype in header.DTYPES.items()}
-_log = logging.getLogger(__name__)
 _VOCABULARY = {"embed": 0, "head": 1, "head_bias": 0}
 """The axis of the vocabulary, which may be padded for a mesh."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """A tensor to be written; `read` gives its values, in memory of their own."""
-
-  name: str
-  dtype: np.dtype
-  shape: tuple[int, ...]
-  read: Callable[[], np.ndarray]
-
-  @property
-  def nbytes(self) -> int:
-    """Its bytes in the file."""
-    return math.prod(self.shape) * self.dtype.itemsize
 
 
 def save(
@@ -108,10 +85,8 @@ def save_tensors(
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """`save` with the family and the config.json given."""
-  entries = _entries(all_keys(family, cfg), cfg, params)
-  plain = {**plain, **quantized.write(tree.flatten(params))}
-  entries += [_constant(*one, cfg) for one in all_constants(family, cfg).items()]
-  shards = _shards(entries, max_shard_bytes)
+  shards, quantization = _planned(family, cfg, params, max_shard_bytes)
+  plain = {**plain, **quantization}
   texts = tokenizer.contents() if tokenizer is not None else {}
   stale = FILES if tokenizer is not None else ()
   if cfg.eos_ids:
@@ -127,7 +102,7 @@ def save_tensors(
   failed = None
   try:
     if jax.process_index() == 0:
-      _write(Path(path), shards, texts, stale)
+      writing.write(Path(path), shards, texts, stale)
   except Exception as e:
     failed = e
   if jax.process_count() > 1:
@@ -143,6 +118,32 @@ def save_tensors(
       )
   if failed is not None:
     raise failed
+
+
+def weight_bytes(
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  *,
+  family: str | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+  """The bytes of the safetensors files that `save` would write, headers included; nothing is written, and no value is read.
+
+  Raises as `save` does for what it would refuse but NaN and infinity.
+  """
+  row, _ = families.write_config(cfg, family=family, pinned=True)
+  shards, _ = _planned(row, cfg, params, max_shard_bytes)
+  return sum(len(writing.header_of(each)) + sum(entry.nbytes for entry in each) for each in shards.values())
+
+
+def _planned(
+  family: Family, cfg: ModelConfig, params: Mapping[str, Any], most: int
+) -> tuple[dict[str, list[Entry]], dict[str, Any]]:
+  """(the tensors of each file of weights, what config.json says of quantized ones)."""
+  entries = _entries(all_keys(family, cfg), cfg, params)
+  quantization = quantized.write(tree.flatten(params))
+  entries += [_constant(*one, cfg) for one in all_constants(family, cfg).items()]
+  return writing.shards_of(entries, most), quantization
 
 
 def _noted(entry: Entry, begun: set[str]) -> Entry:
@@ -206,7 +207,7 @@ def _is_writable(leaf: Any) -> bool:
   """Whether it is an array or a Matrix of a type that parameters have, or quantized, in types that files have."""
   values, types = [leaf.value if isinstance(leaf, Matrix) else leaf], scan.INFINITIES
   if isinstance(leaf, QTensor):
-    values, types = leaf.parts.values(), _NAMES
+    values, types = leaf.parts.values(), header.DTYPES.values()
   return all(isinstance(x, (jax.Array, np.ndarray)) and np.dtype(x.dtype) in types for x in values)
 
 
@@ -241,139 +242,6 @@ def _host(leaf: Any, part: int | None) -> np.ndarray:
   return dense(
     dataclasses.replace(leaf, value=np.asarray(value)) if isinstance(leaf, Matrix) else np.asarray(value)
   )
-
-
-def _shards(entries: Sequence[Entry], most: int) -> dict[str, list[Entry]]:
-  """{file name: its tensors}: as many to a file as fit; inside a file wider types first, as they are written."""
-  shards: list[list[Entry]] = [[]]
-  room = most
-  for entry in entries:
-    if shards[-1] and entry.nbytes > room:
-      shards.append([])
-      room = most
-    shards[-1].append(entry)
-    room -= entry.nbytes
-  ordered = [sorted(shard, key=lambda entry: (-entry.dtype.itemsize, entry.name)) for shard in shards]
-  if len(ordered) == 1:
-    return {files.SINGLE: ordered[0]}
-  return {f"model-{i:05}-of-{len(ordered):05}.safetensors": shard for i, shard in enumerate(ordered, 1)}
-
-
-def _write(
-  directory: Path, shards: Mapping[str, Sequence[Entry]], texts: Mapping[str, bytes], stale: Sequence[str]
-) -> None:
-  names = [sums.NAME, *shards, *texts]
-  pieces = {name: _safetensors(entries) for name, entries in shards.items()}
-  pieces |= {name: [data] for name, data in texts.items()}
-  with _locked(directory):
-    _check_targets(directory, names)
-    kept = sorted(name for name in FILES if not stale and os.path.lexists(directory / name))
-    if kept:
-      _log.warning(
-        "%s: keeps %s, which are not of this save: no tokenizer was given", directory, ", ".join(kept)
-      )
-    begun = False
-    try:
-      digests = {name: _write_file(_temporary(directory, name), each) for name, each in pieces.items()}
-      _write_file(_temporary(directory, sums.NAME), [sums.text(digests)])
-      begun = True
-      (directory / files.CONFIG).unlink(missing_ok=True)
-      _sync(directory)
-      for name in names[:-1]:
-        os.replace(_temporary(directory, name), directory / name)
-      for old in directory.iterdir():
-        name = old.name.removeprefix(".").removesuffix(".tmp")  # of a save before that was killed, too
-        if old.name not in names and (_SHARD.fullmatch(name) or name in (*stale, files.GENERATION_CONFIG)):
-          old.unlink()
-      _sync(directory)
-      os.replace(_temporary(directory, files.CONFIG), directory / files.CONFIG)  # the last
-      _sync(directory)
-    except BaseException:
-      if begun:
-        _log.error(
-          "%s: the save was interrupted while its files got their names; those that have not are complete under .<name>.tmp: "
-          "rename them, %s the last, or save again",
-          *(directory, files.CONFIG),
-        )
-      else:
-        for name in names:
-          _temporary(directory, name).unlink(missing_ok=True)
-      raise
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-  """The directory, made where it is missing, is this save's alone; a file system without locks has none."""
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError):
-    raise CheckpointError(
-      f"{directory}: a file, or in one, expected a directory to write to; give another"
-    ) from None
-  fd = os.open(directory, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise CheckpointError(
-        f"{directory}: another save is writing to it; wait for its end, or give another"
-      ) from None
-    except OSError as e:
-      _log.info("%s: no lock (%s); two saves at once would be in each other's way", directory, e)
-    yield
-  finally:
-    os.close(fd)
-
-
-def _check_targets(directory: Path, names: Collection[str]) -> None:
-  """Raises CheckpointError for a directory under the name of a file that is to be written, or of an older one to be removed."""
-  for path in directory.iterdir():
-    if (path.name in names or _SHARD.fullmatch(path.name)) and path.is_dir():
-      raise CheckpointError(f"{path}: found a directory, expected a file or nothing; remove it")
-
-
-def _temporary(directory: Path, name: str) -> Path:
-  return directory / f".{name}.tmp"
-
-
-def _safetensors(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
-  """The pieces of a safetensors file, whose data begins at a multiple of 64 bytes."""
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-  place = 0
-  for entry in entries:
-    offsets = [place, place + entry.nbytes]
-    header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
-    place += entry.nbytes
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-(len(text) + 8) % scan.ALIGNMENT)
-  yield len(text).to_bytes(8, "little") + text
-  for entry in entries:
-    x = entry.read()
-    assert (x.shape, x.dtype) == (entry.shape, entry.dtype), f"{entry.name}: {x.dtype} {x.shape}"
-    yield x.reshape(-1).view(np.uint8).data
-
-
-def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
-  """The SHA-256 of what was written, which is taken while it is written, into a new file: never through a link."""
-  state = hashlib.sha256()
-  path.unlink(missing_ok=True)
-  with open(path, "xb") as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
-    for piece in pieces:
-      hashed = thread.submit(state.update, piece)
-      file.write(piece)
-      hashed.result()
-    file.flush()
-    os.fsync(file.fileno())
-  return state.hexdigest()
-
-
-def _sync(directory: Path) -> None:
-  """Waits until the names in it are on disk."""
-  fd = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)
 
 
 def _json(plain: Mapping[str, Any]) -> bytes:

@@ -27,8 +27,8 @@ from jaxllm.quant.zeroquant import ZeroQuant
 
 SCHEMES = {
   "int8": Int8,
-  "int8_tensor": lambda: Int8(per="tensor"),
-  "int8_asym": lambda: Int8(symmetric=False),
+  "int8_tensor": functools.partial(Int8, per="tensor"),
+  "int8_asym": functools.partial(Int8, symmetric=False),
   "int4": functools.partial(Groups, bits=4),
   "int4_asym": functools.partial(Groups, bits=4, symmetric=False),
   "int3": functools.partial(Groups, bits=3),
@@ -37,9 +37,9 @@ SCHEMES = {
   "zeroquant": ZeroQuant,
   "llm_int8": LlmInt8,
   "nf4": Codebook,
-  "fp4": functools.partial(Codebook, "fp4"),
+  "fp4": functools.partial(Codebook, levels="fp4"),
   "glm_int8": GlmRows,
-  "glm_int4": functools.partial(GlmRows, 4),
+  "glm_int4": functools.partial(GlmRows, bits=4),
 }
 
 __all__ = ["DEFAULT", "SCHEMES", "QTensor", "apply", "dequantize", "report"]

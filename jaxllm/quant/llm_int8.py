@@ -21,7 +21,8 @@ class LlmInt8(W8A8):
   """y = sum over outlier features of x_d w_d, as floats, + `W8A8`'s product of the other features.
 
   A feature d is an outlier where |x_d| >= threshold in any of the rows that are multiplied at once: what a row gives so depends
-  on those beside it.  Maxima of rows leave out values that are as large; an outlier's w_d are scale n, as they are held.
+  on those beside it, and a model is not causal within a call: later tokens decide, too, which features of a token are rounded.
+  Maxima of rows leave out values that are as large; an outlier's w_d are scale n, as they are held.
   outliers: None for as many as there are (where there is one, all of w takes part in a product of floats, of x that is 0
   elsewhere), or at most so many, those with the largest |x_d|, of which alone w is read; the rest are as any other feature.
   features: numbers of features that are outliers whatever x is, such as np.flatnonzero(np.abs(x).max(0) >= 6) of some rows: in

@@ -33,6 +33,7 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
 
   rules: (regular expression of a whole path, True: `scheme` holds the weight, False: it stays as it is, or a scheme of its
   own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
+  Of a tree of jax.ShapeDtypeStructs nothing is computed: it gives the structs of the parts, and raises what shapes can.
   Raises ConfigError for what is no scheme, a value that is none of these, and a rule that matches no parameter; QuantError for
   a weight that is quantized already, is no matrix of floats, has NaN or infinity, a shape that the scheme's groups do not
   divide, or padding of a mesh that a scheme of one mean for all (double_quant) would count.
@@ -81,7 +82,10 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
       "take parallel.unpad(params, cfg) first, or quantize before parallel.shard"
     )
   try:
-    parts, finite = _quantize(leaf, scheme, table)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      (parts, _), finite = jax.eval_shape(lambda x: _quantize(x, scheme, table), leaf), True
+    else:
+      parts, finite = _quantize(leaf, scheme, table)
   except QuantError as e:
     raise QuantError(f"{path}: {e}") from None
   if not bool(finite):

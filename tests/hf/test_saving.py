@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 
 from jaxllm import parallel, tree
 from jaxllm.errors import CheckpointError, TokenizerError
-from jaxllm.hf import loading, saving
+from jaxllm.hf import loading, saving, writing
 from jaxllm.hf.files import Checkpoint, read_header
 from jaxllm.hf.tokenizer import byte_tokenizer
 from jaxllm.leaf import Matrix
@@ -137,7 +137,7 @@ def test_an_interrupted_save_leaves_the_old_model_the_new_one_or_none(tmp_path, 
     return wrapped
 
   monkeypatch.setattr(os, "replace", counted(os.replace))
-  monkeypatch.setattr(saving, "_write_file", counted(saving._write_file))
+  monkeypatch.setattr(writing, "write_file", counted(writing.write_file))
   monkeypatch.setattr(type(tmp_path), "unlink", counted(type(tmp_path).unlink))
   outcomes, stops = [], 0
   while True:
@@ -225,7 +225,7 @@ def test_what_a_save_does_not_write_through_or_over(tmp_path):
   for path in (other, other / "x"):
     with pytest.raises(CheckpointError, match=f"{path}: a file, or in one, expected a directory"):
       save(path, cfg, weights)
-  with saving._locked(model), pytest.raises(CheckpointError, match="another save is writing to it"):
+  with writing.locked(model), pytest.raises(CheckpointError, match="another save is writing to it"):
     save(model, cfg, weights)
   save(model, cfg, weights)
 
@@ -273,7 +273,7 @@ def test_processes_fail_together(tmp_path, monkeypatch, process, failed):
   monkeypatch.setattr(jax, "process_index", lambda: process)
   monkeypatch.setattr(saving.multihost_utils, "process_allgather", gather)
   if failed == "here" and process == 0:
-    monkeypatch.setattr(saving, "_write_file", full)
+    monkeypatch.setattr(writing, "write_file", full)
   expected = {
     "here": (OSError, "No space") if process == 0 else (CheckpointError, "not a number"),
     "there": (CheckpointError, f"process {1 - process} could not save"),

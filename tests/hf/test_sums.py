@@ -18,7 +18,7 @@ from checkpoint_case import assert_equal_trees
 
 from jaxllm import hf, tree
 from jaxllm.errors import CheckpointError
-from jaxllm.hf import loading, saving, sums
+from jaxllm.hf import loading, sums, writing
 from jaxllm.leaf import dense
 
 pytest.importorskip("tokenizers")
@@ -259,7 +259,7 @@ def test_the_sums_are_of_what_was_written(tmp_path):
   """Not of what was meant: the file is hashed piece by piece as it goes out."""
   pieces = [b"a" * 10, memoryview(b"b" * 100_000), b""]
   assert (
-    saving._write_file(tmp_path / "x", iter(pieces))
+    writing.write_file(tmp_path / "x", iter(pieces))
     == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
   )
 

@@ -11,6 +11,7 @@ from model_cases import MODELS
 from model_cases import params as params_of
 
 from jaxllm import quant, tree
+from jaxllm.errors import QuantError
 from jaxllm.generate.loop import generate
 from jaxllm.leaf import Matrix, QTensor
 from jaxllm.nn import Transformer
@@ -135,3 +136,34 @@ def test_the_report_counts_scales_and_tells_errors(model):
   assert len(rows) == len(held(quant.apply(params, INT8)))
   assert rows[0]["bits"] == 8 + 32 / w.shape[0] and rows[0]["bytes"] == w.size + 4 * w.shape[1]
   assert all(0.001 < row["error"] < 0.02 for row in rows)
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "shape", "path"),
+  [
+    ("int8", {}, (6, 10), "head"),
+    ("int8_asym", {}, (10, 6), "embed"),
+    ("int4", dict(group=4), (8, 6), "head"),
+    ("int4", dict(group=4), (8, 7), "head"),
+    ("int4", dict(group=4), (6, 8), "head"),
+    ("int3", dict(group=4), (16, 8), "embed"),
+    ("int3", dict(group=4), (12, 8), "embed"),
+    ("nf4", dict(block=4, double_quant=True), (10, 8), "embed"),
+    ("fp4", dict(block=4), (10, 8), "head"),
+    ("glm_int4", {}, (7, 8), "head"),
+    ("int8", {}, (6,), "head"),
+    ("int8", {}, (6, 10), "norm/scale"),
+  ],
+)
+def test_structs_give_the_structs_of_what_arrays_give_and_the_same_errors(name, fields, shape, path):
+  w = np.random.default_rng(0).standard_normal(shape, np.float32)
+  scheme, outcomes = quant.SCHEMES[name](**fields), []
+  for leaf in (w, jax.ShapeDtypeStruct(shape, np.float32)):
+    try:
+      found = tree.flatten(quant.apply(tree.unflatten({path: leaf}), scheme, [(path, True)]))[path]
+      outcomes.append((found.shape, {part: (x.shape, x.dtype) for part, x in found.parts.items()}))
+    except QuantError as e:
+      outcomes.append(str(e))
+  assert outcomes[0] == outcomes[1]
+  if not isinstance(outcomes[1], str):
+    assert all(isinstance(part, jax.ShapeDtypeStruct) for part in found.parts.values())

@@ -17,6 +17,7 @@ from jaxllm import hf, parallel, quant, tree
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.generate.loop import generate
 from jaxllm.hf import families
+from jaxllm.hf.saving import weight_bytes
 from jaxllm.leaf import QTensor, dense
 from jaxllm.nn import Transformer
 from jaxllm.nn.shapes import expected_shapes
@@ -65,6 +66,7 @@ def test_every_scheme_reopens_bit_equal_alone_and_on_two_meshes(tmp_path, name, 
   hf.save(tmp_path, WIDE, params)
   cfg, found = hf.load(tmp_path)
   assert families.differences(WIDE, cfg) == []
+  assert weight_bytes(WIDE, params) == (tmp_path / "model.safetensors").stat().st_size
   trees = [bits(found)]
   for axes, rules in MESHES.items():
     mesh = parallel.make_mesh(axes, jax.devices()[: 2 if axes == "tensor=2" else 8])
@@ -102,7 +104,10 @@ def test_several_schemes_types_and_files(tmp_path):
   half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params_of(CFG))
   params = quant.apply(half, quant.SCHEMES["int8_tensor"](), rules)
   hf.save(tmp_path, dataclasses.replace(CFG, dtype="bfloat16"), params, max_shard_bytes=4000)
-  assert len(list(tmp_path.glob("*.safetensors"))) > 2
+  files = list(tmp_path.glob("*.safetensors"))
+  assert len(files) > 2
+  planned = weight_bytes(dataclasses.replace(CFG, dtype="bfloat16"), params, max_shard_bytes=4000)
+  assert planned == sum(path.stat().st_size for path in files) > weight_bytes(CFG, params)
   assert bits(hf.load(tmp_path)[1]) == bits(params)
   cfg, found = hf.load(tmp_path, dtype="float32")
   floats = tree.flatten(params) | {
@@ -137,6 +142,7 @@ def test_weights_that_share_a_tensor_or_have_several_are_apart(tmp_path, plain):
   params = tree.unflatten({path: draw(path, shape) for path, shape in expected_shapes(cfg).items()})
   params = quant.apply(params, quant.SCHEMES["int8_asym"](), rules)
   hf.save(tmp_path, cfg, params, family=family.name)
+  assert weight_bytes(cfg, params, family=family.name) == (tmp_path / "model.safetensors").stat().st_size
   assert bits(hf.load(tmp_path)[1]) == bits(params)
   mesh = parallel.make_mesh("tensor=2", jax.devices()[:2])
   assert bits(hf.load(tmp_path, mesh=mesh)[1]) == bits(params)
