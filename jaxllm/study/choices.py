@@ -17,6 +17,9 @@ RULES = ("data", "fsdp", "tensor", "fsdp_tensor")
 STORES = ("full", "int8", "int4")
 """Forms of the cache (`nn.STORES`), likewise."""
 
+DEVICES = ("t4", "l4", "v100", "a100", "a100-40gb", "h100", "h200", "tpu-v3", "tpu-v4", "v5e", "v5p", "v6e")
+"""Chips by name (`flops.DEVICES`), likewise."""
+
 RULES_HELP = (
   f"with --mesh: the rule set, one of {', '.join(RULES)}; default the one that uses all axes of the mesh"
 )

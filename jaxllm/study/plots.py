@@ -28,12 +28,14 @@ def lines(
   ylabel: str,
   title: str,
   xlog2: bool = True,
+  ylog: bool = False,
+  one_scale: bool = True,
 ) -> None:
-  """Writes a PNG with a panel for each of `panels`, {name: (lines, bands)}, side by side on one scale.
+  """Writes a PNG with a panel for each of `panels`, {name: (lines, bands)}, side by side, on one scale or each on its own.
 
   A label has one colour and marker in all panels, and one legend beside them. With `xlog2` the axis is
-  logarithmic and labelled with the xs themselves. A NaN or None in ys breaks the line, and the band of a single
-  point is a bar.
+  logarithmic and labelled with the xs themselves, with `ylog` the other one, too. A NaN or None in ys breaks the line, and the
+  band of a single point is a bar.
   """
   import matplotlib
   from matplotlib.figure import Figure
@@ -42,7 +44,7 @@ def lines(
   with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
     figure = Figure(figsize=(3.6 + 4.2 * max(1, len(panels)), 5.4), dpi=100, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    grid = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    grid = figure.subplots(1, max(1, len(panels)), sharey=one_scale, squeeze=False)[0]
     for axes, (name, (series, bands)) in zip(grid, panels.items(), strict=False):
       for label, (xs, ys) in series.items():
         i = labels.index(label)
@@ -57,6 +59,8 @@ def lines(
           axes.fill_between(xs, *bands[label], color=colour, alpha=0.14, linewidth=0)
       if xlog2:
         _label_powers(axes, sorted({x for xs, _ in series.values() for x in xs}))
+      if ylog:
+        axes.set_yscale("log")
       axes.set_title(name, fontsize=10)
       axes.set_xlabel(xlabel)
       axes.grid(color="#e3e6ea", linewidth=0.8)
