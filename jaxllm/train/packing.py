@@ -118,8 +118,7 @@ def plan(text: Text, ranges: np.ndarray, objective: Objective, length: int) -> W
 def _cut(ranges: np.ndarray, size: int, stride: int) -> np.ndarray:
   """Pieces (first token, tokens) of the documents, in order, int64 [pieces, 2]."""
   lengths = ranges[:, 1] - ranges[:, 0]
-  overlap = size - stride
-  counts = np.maximum(1, -((overlap - lengths) // stride))  # pieces of a document, rounded up
+  counts = lengths // stride + 1  # the last of which may be no more than what it shares with the one before
   which = np.repeat(np.arange(len(ranges)), counts)
   number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
   starts = ranges[which, 0] + number * stride
