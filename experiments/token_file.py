@@ -1,7 +1,7 @@
 """Write text as a file of token ids, NAME.bin with NAME.json beside it, which training maps into memory.
 
-Each document is encoded by the tokenizer of a checkpoint (the extra `hub` reads tokenizer.json) without special tokens, but with its
-bos in front where the tokenizer puts one before any text, and ended by --separator.
+Each document is encoded by the tokenizer of a checkpoint (the extra `hub` reads tokenizer.json) without special tokens, but
+after its bos where the tokenizer puts one before any text, and ended by --separator.
 """
 
 import json
