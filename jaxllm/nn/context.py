@@ -24,8 +24,8 @@ class Context:
   index_BT: order in the sequence, which masks use.  pos_BT: what position methods rotate by, or pos [B, T, 2] for those of two
   dimensions: position and block position.  segment_BT: the sequence each token of a packed row belongs to.  valid_BT: False
   for right padding, which the cache then does not count.  prefix_B: how many leading tokens see each other in both directions
-  (prefix-LM); all of them must be in one call, as no later call changes them.  Source of the prefix: Raffel et al. (2020),
-  section 3.2.1.
+  (prefix-LM), or prefix [B, T] in packed rows: where, by index, the prefix of each token's own sequence ends; all of it must be
+  in one call, as no later call changes it.  Source of the prefix: Raffel et al. (2020), section 3.2.1.
   """
 
   index: jax.Array | None = None
@@ -49,9 +49,9 @@ def sides(
     else start[:, None] + jnp.arange(shape[1], dtype=jnp.int32)[None]
   )
   pos, block = _positions(context.pos, index)
-  prefix = None
-  if context.prefix is not None:
-    prefix = jnp.broadcast_to(context.prefix[:, None], (context.prefix.shape[0], shape[1]))
+  prefix = context.prefix
+  if prefix is not None and prefix.ndim == 1:
+    prefix = jnp.broadcast_to(prefix[:, None], (prefix.shape[0], shape[1]))
   in_order = context.index is None and (cache is None or cache.fresh)
   queries = Side(index, pos, context.segment, context.valid, block, prefix, in_order)
   if cache is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.errors import DataError
+from jaxllm.train.tokens import printable
 
 VOCAB_SIZE = 256
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -36,7 +37,7 @@ def load_corpus(path: str | None = None) -> Corpus:
   the text where files are too few or too uneven for that.  Raises DataError for a file that is not UTF-8 text (with the
   offset) and for a corpus without text, OSError for what cannot be read.
   """
-  root, files = _stdlib() if path is None else _files(Path(path))
+  root, files = _stdlib() if path is None else text_files(Path(path))
   texts, total = _texts(root, files, path or root)
   held_out = _held_out({name: len(text) for name, text in texts.items()}, total)
   if held_out:
@@ -50,7 +51,7 @@ def load_corpus(path: str | None = None) -> Corpus:
       cut -= 1
     train, validation = text[:cut], text[cut:]
   about = {
-    "source": f"Python {platform.python_version()} standard library" if path is None else _printable(path),
+    "source": f"Python {platform.python_version()} standard library" if path is None else printable(path),
     "files": len(texts),
     "bytes": total,
     "split": "by file" if held_out else "the last twentieth of the bytes is for validation",
@@ -64,9 +65,9 @@ def load_corpus(path: str | None = None) -> Corpus:
 
 def load_text(path: str) -> tuple[str, dict]:
   """(all text of a file or of the files below a directory, joined by newlines, what it is); raises as `load_corpus` does."""
-  texts, total = _texts(*_files(Path(path)), path)
+  texts, total = _texts(*text_files(Path(path)), path)
   text = b"\n".join(texts.values())
-  about = {"source": _printable(path), "files": len(texts), "bytes": total}
+  about = {"source": printable(path), "files": len(texts), "bytes": total}
   return text.decode(), about | {"sha256": hashlib.sha256(text).hexdigest()}
 
 
@@ -76,7 +77,7 @@ def check_size(corpus: Corpus, source: str, train_length: int, test_length: int,
     found = len(getattr(corpus, part))
     if found < needed:
       raise DataError(
-        f"{_printable(source)}: {corpus.about['bytes']} bytes give a {part} part of {found}, expected at least {needed} for "
+        f"{printable(source)}: {corpus.about['bytes']} bytes give a {part} part of {found}, expected at least {needed} for "
         f"{windows} windows of lengths up to {test_length}; give more text, shorter lengths or fewer windows"
       )
 
@@ -97,7 +98,8 @@ def _stdlib() -> tuple[Path, list[str]]:
   return root, _below(root, lambda name: name not in _SKIPPED, lambda name: name.endswith(".py"))
 
 
-def _files(path: Path) -> tuple[Path, list[str]]:
+def text_files(path: Path) -> tuple[Path, list[str]]:
+  """(a directory, names below it) of a file, or of all files below a directory but hidden ones."""
   if path.is_file():
     return path.parent, [path.name]
   shown = lambda name: not name.startswith(".")
@@ -106,11 +108,11 @@ def _files(path: Path) -> tuple[Path, list[str]]:
 
 def _texts(root: Path, files: list[str], source: str | Path) -> tuple[dict[str, bytes], int]:
   """({name: its bytes}, their sum), of which there are some."""
-  texts = {name: _read(root / name) for name in files}
+  texts = {name: read_text(root / name) for name in files}
   total = sum(map(len, texts.values()))
   if total == 0:
     raise DataError(
-      f"{_printable(source)}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text"
+      f"{printable(source)}: 0 bytes of text in {len(texts)} files; give a file or directory of UTF-8 text"
     )
   return texts, total
 
@@ -129,22 +131,18 @@ def _below(root: Path, enter: Callable[[str], bool], take: Callable[[str], bool]
   return sorted(found)
 
 
-def _printable(name: str | Path) -> str:
-  """A file name for messages and reports, which are UTF-8; names on disk are any bytes."""
-  return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _read(path: Path) -> bytes:
+def read_text(path: Path) -> bytes:
+  """The bytes of a file of UTF-8 text, which has no zero byte; DataError for another, with the offset."""
   text = path.read_bytes()
   try:
     text.decode("utf-8")
   except UnicodeDecodeError as e:
     raise DataError(
-      f"{_printable(path)}: not UTF-8 text (byte {e.start} of {len(text)} is 0x{text[e.start]:02x}); convert it from what it "
+      f"{printable(path)}: not UTF-8 text (byte {e.start} of {len(text)} is 0x{text[e.start]:02x}); convert it from what it "
       "is in, as with `iconv -f latin1 -t utf-8`, or leave it out"
     ) from None
   if (zero := text.find(b"\0")) >= 0:
-    raise DataError(f"{_printable(path)}: not text (byte {zero} of {len(text)} is 0x00)")
+    raise DataError(f"{printable(path)}: not text (byte {zero} of {len(text)} is 0x00)")
   return text
 
 

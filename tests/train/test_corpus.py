@@ -143,6 +143,12 @@ def test_batches_are_stretches_of_the_text_and_depend_on_seed_and_step_only(seed
   assert (data.batch(text, seed, step, size, length) == tokens).all()
 
 
+def test_batches_are_those_of_checkpoints_that_there_are():
+  """A run goes on from its checkpoint in other versions too, so these numbers stay."""
+  found = data.batch(np.arange(200, dtype=np.uint8), 3, 7, 3, 2)
+  assert found.tolist() == [[11, 12, 13], [31, 32, 33], [179, 180, 181]]
+
+
 def test_batches_of_other_steps_and_seeds_are_others_and_reach_all_of_the_text():
   text = np.arange(256, dtype=np.uint8)
   starts = [tuple(data.batch(text, seed, step, 8, 16)[:, 0]) for seed in range(5) for step in range(60)]
