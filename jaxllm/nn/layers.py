@@ -11,6 +11,19 @@ import jax.numpy as jnp
 from jaxllm.config import ModelConfig
 from jaxllm.ops.einsum import einsum
 
+REMATS = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What is kept of a layer for its gradient, the rest being computed again: all; its input; also every product; or only those
+with weights, without attention's of activations with each other.  On a CPU it saves memory where layers are scanned: XLA orders
+unrolled ones as it likes.
+
+Source: Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost; Korthikanti et al. (2022), section 5, for the last.
+"""
+
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], init) -> Any:
   """The stored parameter if there is one, else a new one.

@@ -16,7 +16,7 @@ from jaxllm.leaf import Matrix, QTensor
 from jaxllm.nn.attention import Attention
 from jaxllm.nn.cache import Cache, LayerCache
 from jaxllm.nn.context import Context, Shared, sides
-from jaxllm.nn.layers import Norm, weight
+from jaxllm.nn.layers import REMATS, Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.nn.moe import MoeFeedForward
 from jaxllm.ops.constrain import constrain
@@ -58,10 +58,12 @@ class Layers(nn.Module):
 
   cfg: ModelConfig
   repeats: int
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x_BTD, shared: Shared, caches: tuple[LayerCache, ...] | None, first: jax.Array | int):
     cfg, moved, kinds = self.cfg, [], {}
+    layer = Block if self.remat == "none" else nn.remat(Block, policy=REMATS[self.remat])
     once = caches is not None and isinstance(x_BTD, jax.core.Tracer)
     once = once and not any(map(self.is_mutable_collection, ("params", "intermediates")))
     for i in range(self.repeats * len(cfg.layers)):
@@ -72,7 +74,7 @@ class Layers(nn.Module):
         variables = {"params": self.variables["params"][str(i)]}
         x_BTD, cache = kinds[kind](variables, x_BTD, shared, first + i, cache)
       else:
-        x_BTD, cache = Block(cfg, kind, name=str(i))(x_BTD, shared, first + i, cache)
+        x_BTD, cache = layer(cfg, kind, name=str(i))(x_BTD, shared, first + i, cache)
       moved.append(cache)
     return x_BTD, None if caches is None else tuple(moved)
 
@@ -104,11 +106,13 @@ class Transformer(nn.Module):
   """A decoder: tokens_BT -> (logits_BTV float32, cache).
 
   `scan` runs the repeats of cfg.layers as one compiled body over stacked parameters (`tree.stack_layers`): less to compile,
-  for training deep models; every checkpoint holds the unstacked layout.
+  for training deep models; every checkpoint holds the unstacked layout.  `remat` is what a layer keeps for its gradient, by its
+  name in `REMATS`.
   """
 
   cfg: ModelConfig
   scan: bool = False
+  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -168,9 +172,9 @@ class Transformer(nn.Module):
         length=cfg.num_layers // len(cfg.layers),
       )
       first = jnp.arange(0, cfg.num_layers, len(cfg.layers), dtype=jnp.int32)
-      x_BTD, _ = body(cfg, repeats=1, name="blocks")(x_BTD, shared, None, first)
+      x_BTD, _ = body(cfg, repeats=1, remat=self.remat, name="blocks")(x_BTD, shared, None, first)
     else:
-      layers = Layers(cfg, cfg.num_layers // len(cfg.layers), name="layers")
+      layers = Layers(cfg, cfg.num_layers // len(cfg.layers), self.remat, name="layers")
       x_BTD, caches = layers(x_BTD, shared, None if cache is None else moved.of_layers(places), 0)
       moved = None if cache is None else moved.with_layers(caches)
     if cfg.wiring.final_norm:

@@ -9,16 +9,18 @@ from jaxllm.ops.head import Head
 
 
 def cross_entropy(
-  hidden_BTD: jax.Array, head: Head, labels_BT: jax.Array, chunk: int = 8192
+  hidden_BTD: jax.Array, head: Head, labels_BT: jax.Array, chunk: int = 8192, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
   """-log softmax(head(hidden))[label] in nats, and whether the label is the most likely token: float32 and bool [B, T].
 
   Logits are float32 and exist for `chunk` tokens at a time, forward and backward: 32k tokens of a 152k vocabulary at once
   would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they are.
+  z_loss: the gradient, and not the value, is that of -log softmax + z_loss log(sum exp logits)^2, which holds logits near 0.
+  Source of the latter: Chowdhery et al. (2022), PaLM, section 5 (1e-4 there).
   """
   B, T = labels_BT.shape
   if labels_BT.size <= chunk:
-    return _score(hidden_BTD, head, labels_BT)
+    return _score(hidden_BTD, head, labels_BT, z_loss)
   count = -(-T // max(1, chunk // B))
   t = -(-T // count)
 
@@ -26,15 +28,19 @@ def cross_entropy(
     x = jnp.pad(x, [(0, 0), (0, count * t - T)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, count, t, *x.shape[2:]), 1, 0)
 
-  score = jax.checkpoint(lambda hl: _score(hl[0], head, hl[1]))
+  score = jax.checkpoint(lambda hl: _score(hl[0], head, hl[1], z_loss))
   scores = jax.lax.map(score, (tiles(hidden_BTD), tiles(labels_BT)))
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T], scores)
 
 
-def _score(hidden_BTD, head, labels_BT):
+def _score(hidden_BTD, head, labels_BT, z_loss):
   logits_CV = head(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
   labels_C = labels_BT.reshape(-1)
   label_logit_C = jnp.take_along_axis(logits_CV, labels_C[:, None], axis=-1)[:, 0]
-  nll_C = jax.nn.logsumexp(logits_CV, axis=-1) - label_logit_C
+  log_sum_C = jax.nn.logsumexp(logits_CV, axis=-1)
+  nll_C = log_sum_C - label_logit_C
+  if z_loss:
+    z_C = z_loss * jnp.square(log_sum_C)
+    nll_C += z_C - jax.lax.stop_gradient(z_C)
   correct_C = jnp.argmax(logits_CV, axis=-1) == labels_C
   return nll_C.reshape(labels_BT.shape), correct_C.reshape(labels_BT.shape)
