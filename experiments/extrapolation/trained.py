@@ -77,9 +77,7 @@ class Trained(Models):
     return {
       "corpus": self.corpus.about,
       "models": {scheme: config.to_dict() for scheme, config in self.configs.items()},
-      "training": {
-        scheme: dataclasses.asdict(train_config(self.settings, scheme)) for scheme in self.configs
-      },
+      "training": {scheme: train_config(self.settings, scheme).record() for scheme in self.configs},
     }
 
   def name(self, scheme: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,12 @@ from jaxllm.train.step import State, TrainConfig, init_state, make_step
 SAVE_EVERY = 25
 """Steps between checkpoints: at most this many are done again after a kill."""
 
+MOST_SKIPPED = 64
+"""Steps in a row whose gradients overflow: twice what takes the largest loss scale that a policy starts with, 2^32, to 1."""
+
 
 class DivergedError(JaxllmError):
-  """The loss is no longer a number; the checkpoint before it is kept."""
+  """The loss is no longer a number, or no step is taken any more; the checkpoint before it is kept."""
 
   exit_code = 1
 
@@ -48,7 +50,7 @@ def fit(
     checkpoints.check_identity(
       {
         "model": model.cfg.to_dict(),
-        "training": dataclasses.asdict(config),
+        "training": config.record(),
         "seed": seed,
         "text_sha256": hashlib.sha256(np.ascontiguousarray(text)).hexdigest(),
       }
@@ -85,6 +87,9 @@ def _check_finite(losses, state: State, directory: Path) -> None:
     problem = f"the loss is {values[first]} at step {step - len(values) + 1 + first}"
   elif not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state["params"])):
     problem = f"parameters are NaN or infinite after step {step}"
+  elif "loss_scale" in state and (skipped := int(state["loss_scale"]["skipped"])) >= MOST_SKIPPED:
+    scale = float(state["loss_scale"]["scale"])
+    problem = f"gradients overflowed in all of the last {skipped} steps, to {step}, with a loss scale of {scale:g} now"
   else:
     return
   raise DivergedError(

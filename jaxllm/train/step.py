@@ -1,4 +1,4 @@
-"""One optimizer step: AdamW with warm-up and cosine decay, clipped gradients, float32 parameters."""
+"""One optimizer step: the gradient of a batch, its scale and finiteness, and an update, in the types of a policy."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm import tree
-from jaxllm.errors import ConfigError, check_positive
+from jaxllm.errors import ConfigError, check_choice, check_positive
+from jaxllm.nn.layers import REMATS
 from jaxllm.nn.transformer import Transformer, head
 from jaxllm.ops.losses import cross_entropy
 from jaxllm.train import lora
-
-DECAYED = (
-  (r"(embed|embed_in|embed_out|head|head_bias)(/[ab])?", False),
-  (r"positions/\d+/\w+", False),
-  (r".*/(scale|bias|sinks|alpha_p|alpha_n)", False),
-  (r".*/w(/[ab])?", True),
-)
-"""Which parameters weight decay acts on: the matrices inside the layers, and what `train.lora` adds to them."""
+from jaxllm.train.batches import Batch
+from jaxllm.train.loss_scale import all_finite
+from jaxllm.train.optimizers import DECAYED, AdamW, Optimizer, chosen
+from jaxllm.train.precision import POLICIES, Policy
+from jaxllm.train.schedules import Cosine, Schedule
 
 State = dict
-"""{"step": int32, "params": tree, "opt": optax state}: all of a run that is not its configuration."""
+"""{"step": int32, "params": tree, "opt": optax state}: all of a run that is not its configuration.
+
+By the policy also {"master": the weights in the reduction type, "loss_scale": `loss_scale.State`}.  The step is the place in
+the data, which goes on where an update is skipped.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Everything of a run beside the model and the text.  `length` is in tokens, `warmup` the share of the steps."""
+  """Everything of a run beside the model and the text.  `length` is in tokens, `warmup` the share of the steps.
+
+  accumulate: parts of a batch whose gradients are computed one after the other.  remat: what is kept of a layer for its
+  gradient (`REMATS`).  z_loss: the coefficient of log(sum exp logits)^2 in what is minimized.
+  """
 
   steps: int
   batch_size: int
@@ -42,6 +47,13 @@ class TrainConfig:
   beta1: float = 0.9
   beta2: float = 0.98
   clip_norm: float = 1.0
+  _: dataclasses.KW_ONLY
+  rule: Optimizer = AdamW()
+  rate: Schedule = Cosine()
+  precision: Policy = POLICIES["model"]
+  accumulate: int = 1
+  remat: str = "none"
+  z_loss: float = 0.0
 
   def __post_init__(self):
     check_positive(self, steps=self.steps, batch_size=self.batch_size, length=self.length)
@@ -50,57 +62,137 @@ class TrainConfig:
       raise ConfigError(
         f"TrainConfig.warmup: found {self.warmup}, expected a share of the steps, from 0 to below 1"
       )
+    check_choice(self, "remat", REMATS)
+    if not 0 <= self.z_loss < float("inf"):
+      raise ConfigError(f"TrainConfig.z_loss: found {self.z_loss}, expected a finite number, 0 for none")
+    if type(self.accumulate) is not int or self.accumulate < 1 or self.batch_size % self.accumulate:
+      raise ConfigError(
+        f"TrainConfig.accumulate: found {self.accumulate!r}, expected a divisor of batch_size, {self.batch_size}"
+      )
 
   def schedule(self) -> optax.Schedule:
-    """Learning rate of a step: linear from 0, then a cosine to final_ratio of the peak."""
-    peak, warmup = self.learning_rate, int(self.warmup * self.steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, self.steps, peak * self.final_ratio)
+    """Learning rate of a step: linear from 0 over the warm-up, then `rate`, to final_ratio of the peak."""
+    peak = self.learning_rate
+    return self.rate(peak, int(self.warmup * self.steps), self.steps, peak * self.final_ratio)
 
   def optimizer(self) -> optax.GradientTransformation:
-    """clip by global norm, then AdamW (Loshchilov and Hutter, 2017) on the schedule."""
-
-    def decayed(params):
-      flat = tree.flatten(params)
-      return tree.unflatten({path: tree.first_match(DECAYED, path) for path in flat})
-
-    adamw = optax.adamw(
-      self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay, mask=decayed
+    """clip by global norm, then `rule`, weight decay apart from it (Loshchilov and Hutter, 2017), times the schedule."""
+    update = optax.chain(
+      self.rule.direction(self.beta1, self.beta2),
+      optax.add_decayed_weights(self.weight_decay, lambda params: chosen(DECAYED, params)),
+      optax.scale_by_learning_rate(self.schedule()),
     )
-    return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
+    return optax.chain(optax.clip_by_global_norm(self.clip_norm), update)
+
+  def record(self) -> dict:
+    """The configuration as JSON: a value by its type and fields, and fields by keyword where they are not at their defaults.
+
+    So the record of a run stays what it was when such a field is added.
+    """
+    told = {}
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if dataclasses.is_dataclass(value):
+        told[field.name] = {"type": type(value).__name__, **dataclasses.asdict(value)}
+      else:
+        told[field.name] = value
+      if field.kw_only and value == field.default:
+        del told[field.name]
+    return told
 
 
 def init_state(model: Transformer, config: TrainConfig, seed: int, params: Any = None) -> State:
   """The state before the first step, a pure function of its arguments.
 
-  params: those that training begins with, such as `lora.apply` gave them, in place of random ones of the seed.
+  params: those that training begins with, such as `lora.apply` gave them, in place of random ones of the seed; the first step
+  gives them up.
   """
   if params is None:
     tokens = jnp.zeros((1, config.length), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
-  opt = config.optimizer().init(lora.trained(params))
-  return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
+  policy, trained = config.precision, lora.trained(params)
+  weights = policy.wide(trained)
+  params = lora.with_trained(params, policy.stored(trained))
+  state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": config.optimizer().init(weights)}
+  if policy.keeps_master:
+    state["master"] = jax.tree.map(jnp.copy, weights)  # a step gives up both
+  if policy.loss_scale is not None:
+    state["loss_scale"] = policy.loss_scale.init()
+  return state
 
 
 def make_step(
   model: Transformer, config: TrainConfig
-) -> Callable[[State, jax.Array], tuple[State, jax.Array]]:
-  """step(state, tokens [B, length + 1]) -> (state, mean loss in nats), compiled; the old state is given up.
+) -> Callable[[State, Batch | jax.Array], tuple[State, jax.Array]]:
+  """step(state, batch) -> (state, mean loss of a label in nats), compiled; the old state is given up.
 
-  Where weights have LoRA, its factors alone are trained, and all else of the parameters stays as it is, bit for bit.
+  The batch is a `Batch`, whose weights the mean is by, or tokens [B, length + 1], of which each but the last reads the next.
+  Where weights have LoRA, its factors alone are trained, and all else of the parameters stays as it is, bit for bit.  With a
+  loss scale, gradients that are not all finite leave parameters, master weights and the optimizer's state as they are.
   """
-  optimizer = config.optimizer()
+  policy, optimizer = config.precision, config.optimizer()
+  gradient = make_gradient(model, config)
 
-  def loss_of(params, tokens):
-    hidden_BTD, _ = model.apply({"params": params}, tokens[:, :-1], logits=None)
-    nll_BT, _ = cross_entropy(hidden_BTD, head(model.cfg, params), tokens[:, 1:])
-    return jnp.mean(nll_BT)
-
-  def step(state, tokens):
-    put = lambda trained: lora.with_trained(state["params"], trained)
-    trained = lora.trained(state["params"])
-    loss, grads = jax.value_and_grad(lambda trained: loss_of(put(trained), tokens))(trained)
-    updates, opt = optimizer.update(grads, state["opt"], trained)
-    params = put(optax.apply_updates(trained, updates))
-    return {"step": state["step"] + 1, "params": params, "opt": opt}, loss
+  def step(state, batch):
+    scale = state["loss_scale"]["scale"] if policy.loss_scale is not None else None
+    loss, grads = gradient(state["params"], batch, scale)
+    weights = state["master"] if policy.keeps_master else policy.wide(lora.trained(state["params"]))
+    updates, opt = optimizer.update(grads, state["opt"], weights)
+    weights = optax.apply_updates(weights, updates)
+    new = {"params": lora.with_trained(state["params"], policy.stored(weights)), "opt": opt}
+    if policy.keeps_master:
+      new["master"] = weights
+    if scale is not None:
+      finite = all_finite(grads)  # before they are clipped
+      new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, {name: state[name] for name in new})
+      new["loss_scale"] = policy.loss_scale.update(state["loss_scale"], finite)
+    return {"step": state["step"] + 1} | new, loss
 
   return jax.jit(step, donate_argnums=0)
+
+
+def make_gradient(model: Transformer, config: TrainConfig):
+  """gradient(params, batch, scale or None) -> (mean loss, its gradient by what is trained, in the reduction type).
+
+  The loss is multiplied by the scale, and the gradient divided by it.  Parts of a batch are every `accumulate`-th row, which
+  leaves rows that are split over a mesh where they are; their sums are of the mean over all labels of the batch.
+  """
+  policy, parts = config.precision, config.accumulate
+  model = policy.model(model).clone(remat=config.remat)
+
+  def objective(trained, params, batch, count, scale):
+    params = lora.with_trained(params, trained)
+    whole = isinstance(batch, Batch)
+    tokens_BT, context = (batch.tokens, batch.context) if whole else (batch[:, :-1], None)
+    to_logits = policy.logits(head(model.cfg, params))
+    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, context, logits=None)
+    labels_BT = batch.labels if whole else batch[:, 1:]
+    nll_BT, _ = cross_entropy(hidden_BTD, to_logits, labels_BT, z_loss=config.z_loss)
+    if whole:
+      nll_BT *= batch.weights
+    loss = jnp.sum(nll_BT) / count
+    return loss if scale is None else loss * scale, loss
+
+  def of_part(*args):
+    (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(*args)
+    return loss, policy.wide(grads)
+
+  def gradient(params, batch: Batch | jax.Array, scale=None):
+    if isinstance(batch, Batch):
+      count = jnp.sum(batch.weights)
+      count = jnp.where(count > 0, count, 1)
+    else:
+      count = batch.shape[0] * (batch.shape[1] - 1)
+    trained = lora.trained(params)
+    if parts == 1:
+      loss, grads = of_part(trained, params, batch, count, scale)
+    else:
+      batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+      add = lambda total, part: jax.tree.map(jnp.add, total, of_part(trained, params, part, count, scale))
+      zero = jax.tree.map(jnp.zeros_like, policy.wide(trained))
+      (loss, grads), _ = jax.lax.scan(
+        lambda *xs: (add(*xs), None), (jnp.zeros((), jnp.float32), zero), batches
+      )
+    return loss, grads if scale is None else jax.tree.map(lambda g: g * (1 / scale).astype(g.dtype), grads)
+
+  return gradient

@@ -16,7 +16,8 @@ from jaxllm.activation import Mlp, Xielu
 from jaxllm.errors import ConfigError
 from jaxllm.nn import Transformer
 from jaxllm.norm import LayerNorm
-from jaxllm.train.step import DECAYED, TrainConfig, init_state
+from jaxllm.train.optimizers import DECAYED
+from jaxllm.train.step import TrainConfig, init_state
 
 WIDE = dataclasses.replace(train_cases.CFG, norm=LayerNorm(), mlp=Mlp())
 

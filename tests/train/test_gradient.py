@@ -1,0 +1,139 @@
+"""The gradient of a step: parts of a batch, labels that count, packed rows, z-loss, and what of a layer is computed again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_cases
+from mesh_checks import gradient_error
+
+from jaxllm.nn import Context, Transformer
+from jaxllm.nn.layers import REMATS
+from jaxllm.nn.transformer import head
+from jaxllm.ops.losses import cross_entropy
+from jaxllm.train import data, step
+from jaxllm.train.batches import Batch
+
+MODEL = Transformer(train_cases.CFG)
+B, T = 8, train_cases.LENGTH
+TOKENS = data.batch(train_cases.TEXT, 3, 0, B, T)
+COUNTED = (
+  np.random.default_rng(0).random((B, T)) < np.linspace(0, 1, B)[:, None]
+)  # row 0 has no label, row 7 has all
+
+
+@functools.cache
+def weights():
+  return jax.device_get(jax.jit(MODEL.init)(jax.random.key(5), TOKENS[:, :-1])["params"])
+
+
+def batch_of(tokens, counted, **context):
+  return Batch(tokens[:, :-1], tokens[:, 1:], counted.astype(np.float32), Context(**context))
+
+
+def gradient(batch, **kwargs):
+  """(loss, its gradient) of a whole batch."""
+  config = step.TrainConfig(1, len(jax.tree.leaves(batch)[0]), T, **kwargs)
+  return jax.device_get(jax.jit(step.make_gradient(MODEL, config))(weights(), batch))
+
+
+def log_softmax(logits):
+  logits = np.float64(logits)
+  wide = logits - logits.max(-1, keepdims=True)
+  return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def logits_of(p, tokens):
+  return MODEL.apply({"params": p}, tokens[:, :-1])[0]
+
+
+@pytest.mark.core
+def test_parts_of_a_batch_count_by_their_labels():
+  """Rows 0 and 4, 1 and 5, and so on: the last part has twice the labels of the first."""
+  batch = batch_of(TOKENS, COUNTED)
+  log_p = np.take_along_axis(log_softmax(logits_of(weights(), TOKENS)), TOKENS[:, 1:, None], -1)[..., 0]
+  expected_loss = -log_p[COUNTED].mean()
+
+  def objective(p):
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits_of(p, TOKENS)), TOKENS[:, 1:, None], -1)[..., 0]
+    return -jnp.sum(jnp.where(COUNTED, log_p, 0)) / COUNTED.sum()
+
+  expected = jax.device_get(jax.jit(jax.grad(objective))(weights()))
+  for accumulate in (1, 4):
+    loss, grads = gradient(batch, accumulate=accumulate)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert gradient_error(grads, expected) <= 1e-6, accumulate
+  # the mean of the parts' means is another gradient
+  halves = [gradient(jax.tree.map(lambda x, i=i: x[i::2], batch))[1] for i in range(2)]
+  assert gradient_error(jax.tree.map(lambda a, b: (a + b) / 2, *halves), expected) > 0.03
+
+
+def test_without_a_label_there_is_no_gradient():
+  loss, grads = gradient(batch_of(TOKENS, np.zeros((B, T))), accumulate=2)
+  assert loss == 0 and not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+def test_packed_rows_give_the_gradient_of_separate_ones():
+  """Two texts of four tokens in a row, with segments and positions of their own; the label across them does not count."""
+  texts = TOKENS[:, : T // 2 + 1]
+  packed = np.concatenate(
+    [texts[:4, :-1], texts[4:]], axis=1
+  )  # the last label of the first is not in the row
+  segment = np.repeat([[0, 1]], T // 2, axis=1).repeat(4, axis=0)
+  pos = np.tile(np.arange(T // 2, dtype=np.int32), (4, 2))
+  counted = np.ones((4, T), bool)
+  counted[:, T // 2 - 1] = False
+  found = gradient(batch_of(packed, counted, segment=segment, pos=pos))
+  separate = np.ones((B, T // 2), bool)
+  separate[:4, -1] = False
+  expected = gradient(batch_of(texts, separate))
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+  assert gradient_error(found[1], expected[1]) <= 1e-6
+  joined = gradient(batch_of(packed, counted))
+  assert gradient_error(joined[1], expected[1]) > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [8192, B * T // 4])
+def test_z_loss_is_in_the_gradient_and_not_in_the_loss(chunk):
+  rng = np.random.default_rng(1)
+  hidden = rng.standard_normal((B, T, 16), np.float32)
+  to_logits = lambda h: head(MODEL.cfg, weights())(h)
+
+  def found(h, z_loss):
+    return jnp.mean(cross_entropy(h, to_logits, TOKENS[:, 1:], chunk=chunk, z_loss=z_loss)[0])
+
+  def objective(h, z_loss):
+    logits = to_logits(h)
+    z = jax.scipy.special.logsumexp(logits, axis=-1)
+    return jnp.mean(z - jnp.take_along_axis(logits, TOKENS[:, 1:, None], -1)[..., 0] + z_loss * z**2)
+
+  program = jax.jit(jax.value_and_grad(found), static_argnums=1)
+  (plain, _), (loss, grads) = program(hidden, 0.0), program(hidden, 0.1)
+  assert loss == plain
+  expected = jax.jit(jax.grad(objective), static_argnums=1)
+  np.testing.assert_allclose(grads, expected(hidden, 0.1), rtol=0, atol=1e-6 * np.abs(grads).max())
+  assert np.abs(grads - expected(hidden, 0.0)).max() > 0.1 * np.abs(grads).max()
+
+
+def test_a_step_passes_the_z_loss_on():
+  (plain, without), (loss, grads) = (gradient(TOKENS, z_loss=z) for z in (0.0, 1e-2))
+  assert loss == plain and gradient_error(grads, without) > 1e-2
+
+
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["layers", "scan"])
+def test_what_is_computed_again_changes_no_gradient(scan):
+  """Products of the compiled program: with nothing kept, a layer's seven and attention's two, but the last, once more each."""
+  model, found, products = Transformer(train_cases.CFG, scan=scan), {}, {}
+  p = jax.jit(model.init)(jax.random.key(5), TOKENS[:, :-1])["params"]
+  for remat in REMATS:
+    config = step.TrainConfig(1, B, T, remat=remat)
+    program = jax.jit(step.make_gradient(model, config)).lower(p, TOKENS)
+    products[remat] = program.as_text().count("stablehlo.dot_general")
+    found[remat] = jax.device_get(program.compile()(p, TOKENS))
+  for remat in REMATS:
+    assert gradient_error(found[remat][1], found["none"][1]) <= 1e-6
+  layers = 1 if scan else train_cases.CFG.num_layers
+  again = {remat: (count - products["none"]) / layers for remat, count in products.items()}
+  assert again["none"] == again["dots"] == 0 and again["full"] > again["dots_no_batch"] > 0, again
