@@ -156,7 +156,7 @@ def main(f) -> int:
     )
   report.write(out, plan, config, {group.name: ledger.done[group.name] for group in groups})
   if failures:
-    print(f"{failures} cells failed.  The same command tries them again.")
+    print(f"{failures} rows of the table failed.  The same command tries them again.")
   return 1 if failures else 0
 
 

@@ -80,12 +80,14 @@ def _fixed(name: str) -> dict[str, Any]:
 
 
 def _field(text: str) -> tuple[str, Any]:
-  """("group", 32) of "group=32"; what is no Python literal is text."""
+  """("group", 32) of "group=32"; true, false and 3+50 (a tuple, as a comma ends an item), or a Python literal, or text."""
   name, equals, value = text.partition("=")
   if not equals:
     raise ConfigError(f"found {text!r}, expected field=value")
+  if re.fullmatch(r"\d+(\+\d+)+", value):
+    return name, tuple(map(int, value.split("+")))
   try:
-    return name, ast.literal_eval(value)
+    return name, ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
   except (SyntaxError, ValueError):
     return name, value
 

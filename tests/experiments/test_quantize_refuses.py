@@ -102,6 +102,8 @@ def test_fields_of_a_scheme_are_read_and_wrong_ones_named():
     "int8_tensor:symmetric=False": Int8(per="tensor", symmetric=False),
     "nf4:double_quant=True:block=32": quant.SCHEMES["nf4"](double_quant=True, block=32),
   }
+  true, kept = schemes.parse("nf4:double_quant=true,llm_int8:features=3+50").values()
+  assert true == quant.SCHEMES["nf4"](double_quant=True) and kept.features == (3, 50)
   assert list(schemes.parse("all")) == list(quant.SCHEMES)
   for text, words in {
     "int8:per=row": "found 'row', expected one of column, tensor",

@@ -284,7 +284,7 @@ def test_a_cell_that_fails_is_said_and_tried_again(case, tmp_path, monkeypatch, 
   )
   assert call(*base) == 1
   shown = capfd.readouterr().out
-  assert "failed: int8: ZeroDivisionError" in shown and "cells failed" in shown
+  assert "failed: int8: ZeroDivisionError" in shown and "rows of the table failed" in shown
   assert {row["status"] for row in rows(tmp_path / "out") if row["quant"] == "none"} == {"ok"}
   monkeypatch.setattr(quant, "apply", apply)
   assert call(*base) == 0
