@@ -37,7 +37,10 @@ def missing() -> list[str]:
 
 
 def gguf_names(directory: str) -> dict[str, str]:
-  """Its tensors' names in GGUF, by those of Hugging Face; raises ConfigError for what llama.cpp would compute otherwise."""
+  """Its tensors' names in GGUF, by those of Hugging Face; raises ConfigError for what llama.cpp would compute otherwise.
+
+  Without the head beside a tied embedding, which llama.cpp takes for both where a file has no output.weight.
+  """
   from jaxllm.hf.files import Checkpoint
 
   def refused(found: str, expected: str) -> ConfigError:
@@ -49,12 +52,15 @@ def gguf_names(directory: str) -> dict[str, str]:
   scaling = _rope(plain).get("rope_scaling") or _rope(plain)
   if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
     raise refused(f"RoPE of {kind}", "the default")
+  if (act := plain.get("hidden_act", "silu")) != "silu":
+    raise refused(f"hidden_act = {act!r}", "'silu'")
   found = {}
   for name in Checkpoint(directory).tensors:
     pattern = next((pattern for pattern in NAMES if re.fullmatch(pattern, name)), None)
     if pattern is None:
       raise refused(name, "the tensors of a Llama")
-    found[name] = re.sub(pattern, NAMES[pattern], name)
+    if not (name == "lm_head.weight" and plain.get("tie_word_embeddings")):
+      found[name] = re.sub(pattern, NAMES[pattern], name)
   return found
 
 

@@ -1,14 +1,18 @@
 """experiments.decoding: both sides are timed on the same prompts, ratios are theirs, and missed bars are told."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import loaded_case
 import pytest
 from absl.testing import flagsaver
 
-from experiments import decoding
+from experiments import decoding, loading
+from jaxllm import hf, quant, tree
 from jaxllm.errors import ConfigError
 
 FOUND = {
@@ -82,6 +86,84 @@ def test_quantized_weights_are_read_beside_those_that_are_not_on_a_gpu(monkeypat
   ]
   assert found["own decode ratio"] == 1.5
   assert decoding.line("bfloat16", 1, found, decoding.OWN).endswith("| 1.33 | 1.50 |")
+
+
+def test_bars_are_of_the_default_rules():
+  found = FOUND | {"decode ratio": 0.1, "prefill ratio": 0.1, "own decode ratio": 0.1}
+  for name, platform, batch in decoding.QUANT_BARS:
+    assert decoding.missed("bfloat16", batch, found, name, platform)
+    for function in (decoding.missed, decoding.unmeasured):
+      assert function("bfloat16", batch, found, f"{name}, head", platform) == []
+
+
+NOT_MEASURED = (
+  "NOT MEASURED: bfloat16, batch 1: llama_cpp decode ratio, expected at least 0.8; give --llama_cpp\n"
+)
+
+
+@pytest.mark.parametrize(
+  ("flags", "numbers", "size", "said", "code"),
+  [
+    ([], {"decode ratio": 3.0}, 10**8, NOT_MEASURED, 0),
+    ([], {"decode ratio": 1.0}, 10**8, NOT_MEASURED, 1),
+    ([], {"decode ratio": 1.0}, 10**8 - 1, "", 0),
+    ([], {"decode ratio": 3.0, "llama_cpp decode ratio": 0.8}, 10**8, "", 0),
+    (["--quantize_head"], {"decode ratio": 1.0}, 10**8, "", 0),
+  ],
+)
+def test_a_bar_that_is_not_measured_is_told_and_a_quantized_head_has_none(
+  monkeypatch, capsys, tmp_path, flags, numbers, size, said, code
+):
+  monkeypatch.setattr(decoding, "in_own_process", lambda _: {"kind": "a CPU", "platform": "cpu"})
+  monkeypatch.setattr(decoding, "measure", lambda *_: FOUND | numbers)
+  monkeypatch.setattr(loading, "parameters", lambda _: size)
+  saved = flagsaver.save_flag_values(decoding.FLAGS)
+  try:
+    given = [f"--model={tmp_path}", "--quant=int8", "--dtypes=bfloat16", "--batches=1", *flags]
+    decoding.FLAGS(["decoding", *given])
+    assert decoding.main(decoding.FLAGS) == code
+  finally:
+    flagsaver.restore_flag_values(saved, decoding.FLAGS)
+  out, err = capsys.readouterr()
+  assert (out[out.index("NOT") :] if "NOT" in out else "") == said
+  assert err == ("MISSED: bfloat16, batch 1: decode ratio 1.00, expected at least 3.0\n" if code else "")
+
+
+LAYERS = 2 * (4 * 32 * 32 + 3 * 32 * 32)
+COLUMNS = 2 * (4 * 32 + 3 * 32)
+TABLE, NORMS = 256 * 32, (2 * 2 + 1) * 32
+"""Numbers of loaded_case's model: its matrices and the columns of these, an embedding or a head, and its norms."""
+
+
+@pytest.mark.parametrize(
+  ("tied", "scheme", "head", "platform", "dtype", "step"),
+  [
+    (False, "none", False, "cpu", "bfloat16", 2 * (LAYERS + TABLE + NORMS)),
+    (True, "none", False, "cpu", "bfloat16", 2 * (LAYERS + TABLE + NORMS)),
+    (False, "int8", False, "cpu", "float32", LAYERS + 4 * (COLUMNS + TABLE + NORMS)),
+    (False, "int8", True, "cpu", "float32", LAYERS + TABLE + 4 * (COLUMNS + 256 + NORMS)),
+    (True, "int8", True, "cpu", "float32", LAYERS + TABLE + 4 * (COLUMNS + 256 + NORMS)),
+    (False, "int8", False, "gpu", "bfloat16", LAYERS + 4 * COLUMNS + 2 * (TABLE + NORMS)),
+  ],
+)
+def test_what_is_timed_is_quantized_and_a_step_reads_that(
+  monkeypatch, tmp_path, tied, scheme, head, platform, dtype, step
+):
+  cfg = dataclasses.replace(loaded_case.config(), tie_embeddings=tied)
+  loaded_case.save(tmp_path, cfg, seed=1)
+  seen = []
+  monkeypatch.setattr(decoding, "timed", lambda *call: seen.append(call) or (len(seen), 10.0))
+  monkeypatch.setattr(decoding, "bandwidth", lambda: 4.0)
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  found = decoding.jaxllm_side(str(tmp_path), "bfloat16", 2, 3, 4, 2, scheme, head, 0.0)
+  assert found["reads"] == [(2, 10.0), (3, 10.0)] and found["floor"] == step / 4
+  for model, params, texts, new in seen:
+    held = {path for path, x in tree.flatten(params).items() if isinstance(x, quant.QTensor)}
+    layers = {path for path in tree.flatten(params) if path.endswith("/w")} if scheme != "none" else set()
+    assert held == layers | ({"embed" if tied else "head"} if head else set())
+    assert len(layers) == 14 * (scheme != "none")
+    assert model.cfg.dtype == dtype and (len(texts), len(texts[0]), new) == (2, 3, 4)
+  assert hf.load(tmp_path)[0].tie_embeddings == tied
 
 
 def test_medians_of_all_reads_and_the_first_token_of_a_later_process(monkeypatch):

@@ -86,8 +86,20 @@ def test_halves_of_heads_become_neighbours_and_matrices_integers(monkeypatch, di
   assert "close" in writer.settings
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_beside_a_tied_embedding_is_not_written(directory, tied):
+  config = directory / "config.json"
+  config.write_text(json.dumps(json.loads(config.read_text()) | dict(tie_word_embeddings=tied)))
+  stored = set(load_file(directory / "model.safetensors"))
+  assert "lm_head.weight" in stored
+  names = llama_cpp.gguf_names(str(directory))
+  assert set(names) == stored - ({"lm_head.weight"} if tied else set())
+  assert ("output.weight" in names.values()) != tied
+
+
 BAD = {
   "of another family": (dict(model_type="gemma"), "found model_type = 'gemma', expected 'llama'"),
+  "of another activation": (dict(hidden_act="gelu"), "found hidden_act = 'gelu', expected 'silu'"),
   "of a method": (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "found RoPE of yarn"),
   "of an older config": (
     dict(rope_parameters=None, rope_scaling=dict(type="linear", factor=2.0)),
