@@ -133,7 +133,8 @@ _quantized.defvjp(_quantized_forward, _quantized_backward)
 def _loops(x_RD: jax.Array, sizes_G: jax.Array, block: int, features: int, one_of) -> jax.Array:
   """one_of(g)(x) of the rows of each group g, a block of them at a time, float32.
 
-  The last block of a group reaches into the rows of the next, which then writes over what it wrote there.
+  The last block of a group reaches into the rows of the next, which then writes over what it wrote there.  They are 0 in it, as
+  a scheme that looks at all rows of a product (`quant.llm_int8`) would see those of another group.
   """
   rows, block, starts_G = len(x_RD), max(1, min(block, len(x_RD))), jnp.cumsum(sizes_G) - sizes_G
   padded = jnp.pad(x_RD, ((0, block), (0, 0)))
@@ -143,7 +144,8 @@ def _loops(x_RD: jax.Array, sizes_G: jax.Array, block: int, features: int, one_o
 
     def one_block(i, out):
       at = starts_G[g] + i * block
-      y = product(lax.dynamic_slice_in_dim(padded, at, block))
+      mine = (i * block + jnp.arange(block, dtype=jnp.int32) < sizes_G[g])[:, None]
+      y = product(jnp.where(mine, lax.dynamic_slice_in_dim(padded, at, block), 0))
       return lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
     return lax.fori_loop(0, -(-sizes_G[g] // block), one_block, out)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from model_checks import relative_error
 
+from jaxllm import quant
 from jaxllm.activation import Glu
 from jaxllm.experts import Moe, SoftmaxRouter
 from jaxllm.leaf import Matrix
@@ -82,6 +83,23 @@ def test_a_row_of_another_group_that_is_nan_stays_there():
   np.testing.assert_array_equal(e_x, d_x)  # it is of w and g alone
   np.testing.assert_array_equal(e_w[0], d_w[0])
   assert np.isnan(out[3:]).all() and np.isnan(e_w[1]).all()
+
+
+def quantized(groups, name):
+  scheme = quant.SCHEMES[name]()
+  return quant.QTensor(jax.jit(scheme.quantize)(draw(groups, D, F)), scheme)
+
+
+@pytest.mark.core
+def test_the_rows_of_a_group_do_not_depend_on_those_of_another():
+  """Of LLM.int8, whose outliers are features of all rows that are multiplied at once: within a group they are."""
+  x, sizes, w = draw(4, D), np.array([1, 3], np.int32), quantized(2, "llm_int8")
+  run = jax.jit(grouped.grouped_dot)
+  clean, spoiled = run(x, w, sizes), x.copy()
+  spoiled[1:, 5] = 50
+  np.testing.assert_array_equal(run(spoiled, w, sizes)[0], clean[0])
+  in_one = np.array([4, 0], np.int32)
+  assert np.abs(run(spoiled, w, in_one) - run(x, w, in_one))[0].max() > 1e-3
 
 
 def test_memory_does_not_grow_with_tokens_times_experts_times_width():
