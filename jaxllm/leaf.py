@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.errors import QuantError, check_choice
 
@@ -139,7 +140,7 @@ class QTensor:
     """The weights of leading axes (stacked layers, experts), or the rows of a table, float32 [..., in].
 
     Rows past the ends of a table are its first or last, as those of an array; negative numbers count from its end.  Raises
-    QuantError for an index of in or out.
+    QuantError for an index of in or out, and for one of a table that is no integer or array of them.
     """
     if not self.table:
       leading = index if isinstance(index, tuple) else (index,)
@@ -149,7 +150,16 @@ class QTensor:
           "out; quant.dequantize gives an array that takes any"
         )
       return QTensor({name: part[index] for name, part in self.parts.items()}, self.scheme)
-    rows, step, index = self.shape[0], self.step, jnp.asarray(index).astype(jnp.int32)
+    kind = getattr(index, "dtype", np.dtype(int if type(index) is int else object))
+    if not jnp.issubdtype(kind, jnp.integer):
+      what = f"{kind}{list(index.shape)}" if hasattr(index, "dtype") else repr(index)
+      raise QuantError(
+        f"found the index {what} of a table {list(self.shape)} of {self.scheme}, expected an integer or an array of integers, "
+        "the numbers of rows; quant.dequantize gives an array that takes any"
+      )
+    (rows, columns), step, index = self.shape, self.step, jnp.asarray(index).astype(jnp.int32)
+    if not index.size:
+      return jnp.zeros((*index.shape, columns), jnp.float32)
     flat = jnp.clip(jnp.where(index < 0, index + rows, index).reshape(-1), 0, rows - 1)
 
     def taken(part):

@@ -71,6 +71,19 @@ def test_pieces_are_the_whole_product(name, options, columns, rows):
     assert half.shape == (rows, 1, columns) and half.dtype == jnp.bfloat16
 
 
+@pytest.mark.core
+@each_variant
+def test_no_rows_are_no_rows_of_the_product(name, options):
+  """As of an array, and in the gradient, too."""
+  scheme = quant.SCHEMES[name](**options)
+  q = quant.QTensor(jax.jit(scheme.quantize)(jnp.ones((48, 64))), scheme)
+  x = jnp.zeros((0, 3, 48), jnp.bfloat16)
+  run = lambda x: einsum("BTD,DF->BTF", x, q)
+  assert (run(x).shape, run(x).dtype) == ((0, 3, 64), jnp.float32)
+  gradient = jax.grad(lambda x: jnp.sum(run(x)))(x)
+  assert (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
+
+
 def compiled(monkeypatch, params):
   """The optimized programs of prompts and of decoding, as text."""
   texts = []

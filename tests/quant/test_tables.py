@@ -81,6 +81,31 @@ def test_an_index_of_a_weight_is_one_of_the_axes_before_in_and_out():
       bad[index]
 
 
+def table(name="int8"):
+  w = np.random.default_rng(0).standard_normal((40, 256)).astype(np.float32)
+  return quant.apply({"embed": w}, quant.SCHEMES[name](), [("embed", True)])["embed"]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+def test_no_indices_are_no_rows(name):
+  for shape in ((0,), (2, 0)):
+    found = table(name)[np.zeros(shape, int)]
+    assert found.shape == (*shape, 256) and found.dtype == jnp.float32
+
+
+@pytest.mark.core
+def test_an_index_of_a_table_is_one_of_its_rows():
+  """An integer of any kind; what an array would take another way is refused."""
+  held, rows = table(), dense(table())
+  for index in (3, -1, np.int8(3), np.array(3, np.uint32), jnp.array([[3], [0]])):
+    np.testing.assert_allclose(held[index], rows[index], rtol=1e-6)
+  mask = np.arange(40) < 2
+  for bad in (mask, True, np.True_, (1, 2), 1.7, np.array([1.0]), slice(1, 3), ..., None, [1, 2]):
+    with pytest.raises(QuantError, match=r"found the index .* of a table \[40, 256\] .*, expected an integer or"):
+      held[bad]
+
+
 @pytest.mark.parametrize("name", ["int8", "int3_asym", "nf4"])
 def test_a_normed_head_is_that_of_the_weight_that_is_held_without_a_copy(name):
   w = np.random.default_rng(0).standard_normal((128, 1056)).astype(np.float32) * np.geomspace(
