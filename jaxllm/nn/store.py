@@ -13,7 +13,7 @@ from jaxllm.ops.constrain import compiler_axes
 
 
 def write(slots_BKS: jax.Array, at_BT: jax.Array, new_BKT: jax.Array) -> jax.Array:
-  """slots [B, K, S, ...] with new [B, K, T, ...] at the places of each row; what is past the end is dropped.
+  """slots [B, K, S, ...] with new [B, K, T, ...] at the places of each row; what is below 0 or past the end is dropped.
 
   All slots are one axis of the write, as a loop then changes them where they lie: with an axis for rows, of which there is one,
   XLA copies them four times a token on a CPU (3000 tokens, 16 layers of 4 heads of 64: 6.5 ms a token).  On a mesh it is a row
@@ -21,6 +21,7 @@ def write(slots_BKS: jax.Array, at_BT: jax.Array, new_BKT: jax.Array) -> jax.Arr
   """
   (B, K, S), rest = slots_BKS.shape[:3], slots_BKS.shape[3:]
   new_BKT, n = new_BKT.astype(slots_BKS.dtype), B * K * S
+  at_BT = jnp.where(at_BT < 0, S, at_BT)  # past the end, too: negative ones would count from it
   if any(size > 1 for size in compiler_axes().values()) or n >= 2**31:
     row = lambda slots, at, new: slots.at[:, at].set(new, mode="drop", unique_indices=True)
     return jax.vmap(row)(slots_BKS, at_BT, new_BKT)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from model_cases import MODELS, params, tables
 
+from jaxllm import parallel
 from jaxllm.nn import Transformer, init_cache, store
 from jaxllm.nn.context import Context
 
@@ -20,18 +21,21 @@ def rows_apart(slots_BKS, at_BT, new_BKT):
 
 @pytest.mark.core
 @pytest.mark.parametrize("rest", [(), (3,)])
-def test_tokens_go_to_their_slots_and_those_past_the_end_nowhere(rest):
+def test_tokens_go_to_their_slots_and_those_outside_of_them_nowhere(rest):
+  """In one write of all rows, and in one of each, as a mesh has it."""
   rng, (B, K, S, T) = np.random.default_rng(0), (3, 2, 5, 4)
   slots = rng.normal(size=(B, K, S, *rest)).astype(np.float32)
   new = rng.normal(size=(B, K, T, *rest)).astype(np.float32)
-  at = np.array([[1, 2, 3, 4], [3, 4, 5, 6], [0, 5, 6, 9]], np.int32)
+  at = np.array([[1, 2, 3, 4], [3, 4, 5, 6], [0, 5, -1, 9]], np.int32)
   expected = slots.copy()
   for b, row in enumerate(at):
     for t, place in enumerate(row):
-      if place < S:
+      if 0 <= place < S:
         expected[b, :, place] = new[b, :, t]
   np.testing.assert_array_equal(store.write(*map(jnp.asarray, (slots, at, new))), expected)
   np.testing.assert_array_equal(jax.jit(store.write)(slots, at, new), expected)
+  with jax.set_mesh(parallel.make_mesh("data=2", jax.devices()[:2])):
+    np.testing.assert_array_equal(jax.jit(store.write)(slots, at, new), expected)
 
 
 def copies(batch):
