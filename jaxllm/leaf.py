@@ -55,7 +55,7 @@ class Matrix:
   @property
   def nbytes(self) -> int:
     """The bytes that the elements take."""
-    return self.value.nbytes
+    return _nbytes(self.value)
 
   def astype(self, dtype: Any) -> Matrix:
     """The same matrix in another type, in the same layout."""
@@ -130,7 +130,7 @@ class QTensor:
   @property
   def nbytes(self) -> int:
     """The bytes that all parts take."""
-    return sum(part.nbytes for part in self.parts.values())
+    return sum(map(_nbytes, self.parts.values()))
 
   def astype(self, dtype: Any) -> QTensor:
     """Itself: what it is multiplied with says in which type."""
@@ -215,11 +215,16 @@ class LoRA:
   @property
   def nbytes(self) -> int:
     """The bytes that base, a and b take."""
-    return self.base.nbytes + self.a.nbytes + self.b.nbytes
+    return sum(_nbytes(x) for x in jax.tree.leaves(self))
 
   def astype(self, dtype: Any) -> LoRA:
     """The same weight with a base, as far as that has types, and factors of another type."""
     return LoRA(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
+
+
+def _nbytes(x: Any) -> int:
+  """The bytes of an array, or of one that a jax.ShapeDtypeStruct stands for."""
+  return x.size * x.dtype.itemsize
 
 
 def dense(x: Any) -> Any:

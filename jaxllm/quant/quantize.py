@@ -35,7 +35,7 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
   own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
   Of a tree of jax.ShapeDtypeStructs nothing is computed: it gives the structs of the parts, and raises what shapes can.
   Raises ConfigError for what is no scheme, a value that is none of these, and a rule that matches no parameter; QuantError for
-  a weight that is quantized already, is no matrix of floats, has NaN or infinity, a shape that the scheme's groups do not
+  a weight that is quantized already, is traced (within jax.jit or jax.eval_shape), is no matrix of floats, has NaN or infinity, a shape that the scheme's groups do not
   divide, or padding of a mesh that a scheme of one mean for all (double_quant) would count.
   """
   flat = tree.flatten(params)
@@ -72,17 +72,23 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
       f"{path}: found {tuple(leaf.shape)}, expected a matrix that rows are multiplied with ({MATRICES}), or a table of rows "
       f"({TABLES}); leave it out by a rule"
     )
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf)):
+    raise QuantError(
+      f"{path}: found a weight of a program that is traced, expected an array, whose numbers are looked at; call quant.apply "
+      "outside of jax.jit and jax.eval_shape: of jax.ShapeDtypeStructs it gives structs"
+    )
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise QuantError(
       f"{path}: found a weight of {leaf.dtype}, expected floats; it is quantized already, or leave it out by a rule"
     )
-  if getattr(scheme, "double_quant", False) and path in VOCABULARY and _padded(leaf, table):
+  abstract = _abstract(leaf)
+  if getattr(scheme, "double_quant", False) and path in VOCABULARY and not abstract and _padded(leaf, table):
     raise QuantError(
       f"{path}: found padding of a mesh at the end of the vocabulary, which the mean of {scheme} would count, expected none; "
       "take parallel.unpad(params, cfg) first, or quantize before parallel.shard"
     )
   try:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
+    if abstract:
       (parts, _), finite = jax.eval_shape(lambda x: _quantize(x, scheme, table), leaf), True
     else:
       parts, finite = _quantize(leaf, scheme, table)
@@ -99,6 +105,11 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
       f"{path}: found a table of {leaf.shape[0]} rows, expected a number that parts of {scheme} divide; leave it out by a rule"
     )
   return held
+
+
+def _abstract(leaf: Any) -> bool:
+  """Whether it has shapes and types alone."""
+  return all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
 
 
 def _padded(leaf: Any, table: bool) -> bool:
@@ -118,7 +129,8 @@ def _quantize(leaf: Any, scheme: Any, table: bool) -> tuple[dict[str, jax.Array]
 
 def report(params: Any, before: Any = None) -> list[dict[str, Any]]:
   """A row a quantized weight: its path, scheme, bits an element with scales counted, bytes, and with the tree as it was
-  `before` its relative error, ||w - w'|| / ||w||.
+  `before` its relative error, ||w - w'|| / ||w||.  Of jax.ShapeDtypeStructs it is the same, but that QuantError is raised where
+  there is a tree before, as they have no numbers.
   """
   flat, old = tree.flatten(params), None if before is None else tree.flatten(before)
   rows = []
@@ -128,6 +140,10 @@ def report(params: Any, before: Any = None) -> list[dict[str, Any]]:
       continue
     row = {"path": path, "scheme": leaf.scheme, "bits": 8 * leaf.nbytes / leaf.size, "bytes": leaf.nbytes}
     if old is not None:
+      if _abstract(leaf) or _abstract(old[path]):
+        raise QuantError(
+          f"{path}: found jax.ShapeDtypeStructs, expected arrays, for errors are of numbers; leave `before` out"
+        )
       w = np.asarray(dense(old[path]), np.float64)
       row["error"] = float(np.linalg.norm(np.asarray(dense(leaf)) - w) / max(np.linalg.norm(w), 1e-300))
     rows.append(row)

@@ -167,3 +167,28 @@ def test_structs_give_the_structs_of_what_arrays_give_and_the_same_errors(name, 
   assert outcomes[0] == outcomes[1]
   if not isinstance(outcomes[1], str):
     assert all(isinstance(part, jax.ShapeDtypeStruct) for part in found.parts.values())
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_structs_in_matrices_give_those_of_arrays_and_their_report(model, name):
+  """As eval_shape of a load has them; double_quant looks at the padding of arrays only."""
+  scheme = quant.SCHEMES[name](**(dict(block=8, double_quant=True) if name == "nf4" else {}))
+  is_matrix = lambda path: path == "head" or path.endswith("/w")
+  flat = tree.flatten(model[1])
+  arrays = tree.unflatten(
+    {path: Matrix(np.swapaxes(x, -1, -2)) if is_matrix(path) else x for path, x in flat.items()}
+  )
+  structs = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, arrays))
+  found, expected = (quant.apply(params, scheme, [("head", True)]) for params in (structs, arrays))
+  kinds = lambda params: (jax.tree.structure(params), [(x.shape, x.dtype) for x in jax.tree.leaves(params)])
+  assert kinds(found) == kinds(expected)
+  assert quant.report(found) == quant.report(expected) and quant.report(found)[0]["path"] == "head"
+  with pytest.raises(QuantError, match="head: found jax.ShapeDtypeStructs, expected arrays, for errors are"):
+    quant.report(found, arrays)
+
+
+@pytest.mark.parametrize("trace", [lambda f, p: jax.jit(f)(p), jax.eval_shape])
+def test_a_traced_weight_is_refused(model, trace):
+  with pytest.raises(QuantError, match=r"layers/0/.*: found a weight of a program that is traced, .* outside"):
+    trace(lambda params: quant.apply(params, INT8), model[1])
