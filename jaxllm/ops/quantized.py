@@ -1,4 +1,7 @@
-"""Products with quantized weights, without a copy of the weight as floats."""
+"""Products with quantized weights, without a copy of the weight as floats.
+
+But on a CPU with a mesh that cuts weights (fsdp, tensor), where XLA converts each device's share.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,7 @@ import jax.numpy as jnp
 from jaxllm.leaf import QTensor, dense
 from jaxllm.ops.constrain import compiler_axes
 from jaxllm.ops.device import current_device
-
-ROWS = 16
-"""Up to so many rows are multiplied one at a time on a CPU, where XLA converts integers within a product for one row only."""
+from jaxllm.ops.rows import FEW
 
 TILE = 512
 """The most columns of a weight that a CPU converts at a time, for more rows."""
@@ -22,7 +23,7 @@ LONGEST = 4095
 """The most numbers of a column that a CPU multiplies with one row at a time: XLA converts longer ones before the product."""
 
 PACKED = 128
-"""The most columns of a packed weight that it converts at a time, for up to ROWS rows."""
+"""The most columns of a packed weight that it converts at a time, for up to FEW rows."""
 
 LEAST = 32
 """The fewest columns or rows of a weight that are worth a piece of their own."""
@@ -36,12 +37,12 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
   rounds rows, too, that counts as the identity (straight-through: Bengio et al., 2013, section 4).  The weight has none.
 
   The weight goes through a barrier with the rows: a loop around the product, as decoding is one, would else convert the weight
-  once, before it, and keep the copy.  On a CPU a product is made in pieces, of one row or of TILE columns, as XLA
-  converts the whole weight for two rows or more; and of one row in two halves of the columns, as XLA computes what the row
-  comes from anew for every column unless a loop is between.  (On two cores, 32 weights of 1024 x 2816 and what is between
-  them, one row: float32 12.7 ms, int8 2.9, and 4.6 in one piece.)  Rows are float32 there, whatever their type: CPUs convert
-  integers to half types slowly.  A row of more than LONGEST numbers is a sum over pieces of it (4096 x 11008: 4.1 ms, in one
-  piece 202, float32 6.1).
+  once, before it, and keep the copy.  On a CPU a product is made in pieces, of one row or of TILE columns, as XLA converts the
+  whole weight for two rows or more (on a mesh that cuts it there are none, and it converts each device's share); and of one row
+  in two halves of the columns, as XLA computes what the row comes from anew for every column unless a loop is between.
+  (On two cores, 32 weights of 1024 x 2816 and what is between them, one row: float32 12.7 ms, int8 2.9, and 4.6 in one piece.)
+  Rows are float32 there, whatever their type: CPUs convert integers to half types slowly.  A row of more than LONGEST numbers
+  is a sum over pieces of it (4096 x 11008: 4.1 ms, in one piece 202, float32 6.1).
   A packed weight goes by columns for any rows.  (One such weight, 1 and 8 rows, beside other work: float32 0.30 and 0.85 ms,
   int8 0.20 and 0.73, int4 0.56 and 0.94, int3 0.80 and 1.4.)
   """
@@ -51,7 +52,7 @@ def product(x_CD: jax.Array, w: QTensor) -> jax.Array:
     return _piece(x_CD, w)
   x_CD = x_CD.astype(jnp.float32)
   (rows, D), columns = x_CD.shape, w.shape[1]
-  few, packed = rows <= ROWS, w.scheme.converts == "columns"
+  few, packed = rows <= FEW, w.scheme.converts == "columns"
   if rows == 1 and not packed and D > LONGEST:
     return _row(x_CD, w)
   if rows > 1 and few and not packed and not _cut_by(["data"]):  # rows of several devices stay side by side

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxllm.ops.device import current_device
 
 FEW = 16
-"""Up to so many rows a CPU multiplies the weight with them rather than them with the weight, where it unpacks it."""
+"""Up to so many rows a CPU multiplies one at a time, as XLA converts integers within a product for one row only; of a weight
+that it unpacks, it multiplies that with them rather than them with it."""
 
 
 def multiply(x_CD: jax.Array, w_FD: jax.Array) -> jax.Array:

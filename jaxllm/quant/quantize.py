@@ -35,8 +35,9 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
   own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
   Of a tree of jax.ShapeDtypeStructs nothing is computed: it gives the structs of the parts, and raises what shapes can.
   Raises ConfigError for what is no scheme, a value that is none of these, and a rule that matches no parameter; QuantError for
-  a weight that is quantized already, is traced (within jax.jit or jax.eval_shape), is no matrix of floats, has NaN or infinity, a shape that the scheme's groups do not
-  divide, or padding of a mesh that a scheme of one mean for all (double_quant) would count.
+  a weight that is quantized already, is traced (in jax.jit or jax.eval_shape), is no matrix of floats, has NaN or infinity, a
+  shape that the scheme's groups do not divide, or padding of a mesh that a scheme of one mean for all (double_quant) would
+  count.
   """
   flat = tree.flatten(params)
   if not _is_scheme(scheme):

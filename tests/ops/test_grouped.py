@@ -102,6 +102,20 @@ def test_the_rows_of_a_group_do_not_depend_on_those_of_another():
   assert np.abs(run(spoiled, w, in_one) - run(x, w, in_one))[0].max() > 1e-3
 
 
+def test_blocks_of_quantized_groups_are_as_large_as_two_even_shares_of_rows(monkeypatch):
+  """On a CPU, and 32 at most: eight rows of 32 groups are so multiplied one by one.  Elsewhere they are 128, or all rows."""
+  seen = []
+  own = grouped.product
+  monkeypatch.setattr(grouped, "product", lambda x, w: seen.append(len(x)) or own(x, w))
+  for platform, blocks in (("cpu", [1, 4, 32]), ("cuda", [8, 64, 128])):
+    monkeypatch.setattr(grouped, "current_device", lambda platform=platform: call.Device(platform))
+    seen.clear()
+    for rows, groups in ((8, 32), (64, 32), (4096, 4)):
+      w, sizes = quantized(groups, "int8"), jax.ShapeDtypeStruct((groups,), jnp.int32)
+      jax.eval_shape(lambda x, s, w=w: grouped.grouped_dot(x, w, s), draw(rows, D), sizes)
+    assert list(dict.fromkeys(seen)) == blocks
+
+
 def test_memory_does_not_grow_with_tokens_times_experts_times_width():
   """Of 8192 tokens to 2 of 64 experts: the forward and the backward pass take a few times what their rows take."""
   tokens, width, hidden, E = 8192, 64, 96, 64

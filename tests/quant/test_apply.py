@@ -184,11 +184,13 @@ def test_structs_in_matrices_give_those_of_arrays_and_their_report(model, name):
   kinds = lambda params: (jax.tree.structure(params), [(x.shape, x.dtype) for x in jax.tree.leaves(params)])
   assert kinds(found) == kinds(expected)
   assert quant.report(found) == quant.report(expected) and quant.report(found)[0]["path"] == "head"
-  with pytest.raises(QuantError, match="head: found jax.ShapeDtypeStructs, expected arrays, for errors are"):
+  with pytest.raises(QuantError, match=r"head: found jax.ShapeDtypeStructs, expected arrays, for errors are"):
     quant.report(found, arrays)
 
 
 @pytest.mark.parametrize("trace", [lambda f, p: jax.jit(f)(p), jax.eval_shape])
 def test_a_traced_weight_is_refused(model, trace):
-  with pytest.raises(QuantError, match=r"layers/0/.*: found a weight of a program that is traced, .* outside"):
+  with pytest.raises(
+    QuantError, match=r"layers/0/.*: found a weight of a program that is traced, .* outside"
+  ):
     trace(lambda params: quant.apply(params, INT8), model[1])

@@ -1,5 +1,6 @@
 """Gradients through products with quantized weights: those of the weight that is held, and no floats of it are kept."""
 
+import math
 import re
 
 import jax
@@ -74,6 +75,29 @@ def test_no_floats_of_a_weight_are_kept_for_the_backward_pass_or_made_in_it(monk
     return re.findall(r"(?:f32|bf16)\[(?:256,512|512,256)\]", "\n".join(outside))
 
   assert floats(w) == [] and floats(W[:, :512])  # the search finds floats
+
+
+@on_a_cpu
+@pytest.mark.core
+@pytest.mark.parametrize("in_one", [False, True])
+def test_a_loop_of_gradients_makes_no_floats_of_the_weight_before_it(monkeypatch, in_one):
+  """Neither of a rest of 507 columns nor, in one piece, of them all: the largest floats outside of the loop are its rows."""
+  D, F, rows = 256, 1531, 8
+  monkeypatch.setattr(quantized, "_in_one", lambda: in_one)
+  q, x = held("int8", F), np.ones((rows, D), np.float32)
+
+  def largest():
+    loss = lambda x, w: jnp.sum(jnp.square(einsum("CD,DF->CF", x, w)))
+    step = lambda x, w: x - 1e-3 * jax.grad(loss)(x, w)
+    run = jax.jit(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: step(x, w), x))
+    text = run.lower(x, q).compile().as_text()
+    assert "\nENTRY" in text and " while(" in text.split("\nENTRY")[1]
+    shapes = re.findall(r"f32\[([\d,]+)\]", text.split("\nENTRY")[1])
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+  assert largest() == rows * D
+  monkeypatch.setattr(jax.lax, "optimization_barrier", lambda x: x)
+  assert largest() >= D * 507
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,23 @@
 """Quantized trees on a mesh: laid out as their weights would be, whichever comes first, with the same text."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from model_cases import MODELS
 from model_cases import params as params_of
 
 from jaxllm import parallel, quant, tree
 from jaxllm.errors import ConfigError, QuantError
 from jaxllm.generate.loop import generate
+from jaxllm.leaf import QTensor
 from jaxllm.nn import Transformer
+from jaxllm.ops import quantized
 
 MESHES = {"fsdp=2,tensor=2": "fsdp_tensor", "tensor=4": "tensor", "fsdp=8": "fsdp"}
 ONE = MODELS["rope"].layers[:1]
@@ -115,6 +121,32 @@ def test_every_scheme_has_the_text_of_one_device_on_eight(name):
   with jax.set_mesh(mesh):
     found = text(parallel.shard(alone, mesh, parallel.RULES["fsdp_tensor"], WIDE))
   assert found == text(alone)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("spec", [("tensor", None), (None, "tensor")], ids=["out", "in"])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_product_with_a_weight_that_is_cut_moves_rows_alone(name, spec, rows):
+  """Each device multiplies with its part: what they send is no larger than the product; pieces would gather the weight."""
+  D, F, scheme = 128, 1040, quant.SCHEMES[name](**OPTIONS.get(name, {}))
+  w = np.random.default_rng(0).standard_normal((D, F)).astype(np.float32)
+  held = jax.jit(lambda w: QTensor(scheme.quantize(w), scheme))(w)
+  x = np.random.default_rng(1).standard_normal((rows, D)).astype(np.float32)
+  mesh = parallel.make_mesh("tensor=8")
+  fits = lambda part: all(axis is None or n % 8 == 0 for axis, n in zip(spec, part.shape, strict=True))
+  with jax.set_mesh(mesh):
+    put = lambda part: jax.device_put(part, NamedSharding(mesh, P(*spec) if fits(part) else P()))
+    parts, x = jax.tree.map(put, held), jax.device_put(x, NamedSharding(mesh, P()))
+    out = NamedSharding(mesh, P(None, spec[0]))
+    program = jax.jit(quantized.product, out_shardings=out).lower(x, parts).compile()
+    found = program(x, parts)
+  collective = r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
+  sent = [re.findall(r"(\w+)\[([\d,]*)\]", what) for what in re.findall(collective, program.as_text())]
+  numbers = sum(math.prod(map(int, dims.split(","))) for what in sent for _, dims in what)
+  assert numbers == (0 if spec[0] else rows * F) and {kind for what in sent for kind, _ in what} <= {"f32"}
+  expected = np.asarray(x, np.float64) @ np.asarray(quant.dequantize(held), np.float64)
+  assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
 def test_bytes_that_a_mesh_would_cut_are_refused():

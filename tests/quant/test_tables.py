@@ -102,7 +102,9 @@ def test_an_index_of_a_table_is_one_of_its_rows():
     np.testing.assert_allclose(held[index], rows[index], rtol=1e-6)
   mask = np.arange(40) < 2
   for bad in (mask, True, np.True_, (1, 2), 1.7, np.array([1.0]), slice(1, 3), ..., None, [1, 2]):
-    with pytest.raises(QuantError, match=r"found the index .* of a table \[40, 256\] .*, expected an integer or"):
+    with pytest.raises(
+      QuantError, match=r"found the index .* of a table \[40, 256\] .*, expected an integer or"
+    ):
       held[bad]
 
 
