@@ -200,7 +200,7 @@ def test_long_columns_are_sums_over_pieces_of_them(name, rows):
 def test_devices_that_all_have_the_whole_weight_copy_none(name, options, rows):
   """A mesh of copies of the model, each with its rows: in pieces as on one device, without a word to the others."""
   scheme, mesh = quant.SCHEMES[name](**options), parallel.make_mesh("data=8")
-  D, F = fitting(scheme, 96, 1543)
+  D, F = fitting(scheme, 192, 2063)
   w = np.random.default_rng(0).standard_normal((D, F)).astype(np.float32)
   held = jax.device_put(quant.QTensor(scheme.quantize(w), scheme), NamedSharding(mesh, P()))
   x = np.random.default_rng(1).standard_normal((rows, D)).astype(np.float32)
