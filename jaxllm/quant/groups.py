@@ -19,6 +19,9 @@ FIELDS = {4: (("value", 4),), 3: (("value", 2), ("high", 1))}
 SCALE = jnp.bfloat16
 """It has the range of float32, as weights may be tiny; n is rounded with the scale as it is held."""
 
+LEAST = 2.0**-125
+"""Above it, 2.4e-38, half of a scale is a normal number, which float32 does not flush to 0."""
+
 
 def check_group(group: Any, owner: str) -> None:
   """Raise ConfigError for a size of groups that is not a positive integer."""
@@ -39,9 +42,9 @@ def in_groups(w: jax.Array, group: int) -> jax.Array:
 
 
 def held(scale: jax.Array) -> jax.Array:
-  """The scale as it is held, 1 for a group of nothing but zeros (or of subnormal numbers)."""
+  """The scale as it is held, 1 up to LEAST: such a group counts as zeros."""
   scale = scale.astype(SCALE)
-  return jnp.where(scale >= jnp.finfo(SCALE).tiny, scale, 1)
+  return jnp.where(scale > LEAST, scale, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +54,11 @@ class Groups:
   Symmetric: n - zero = round(w / scale) in [-m, m], scale = max |w| / m, m = 2^(bits - 1) - 1 (7 or 3); zero is 2^(bits - 1)
   for all.  Not symmetric: n in [0, 2^bits - 1], scale = (max w - min w) / (2^bits - 1) over a range that is made to hold 0,
   zero = round(-min w / scale), a byte a group: 0 is exact.
-  Every weight is off by scale / 2 at most; not symmetric, by 2^bits / 512 of a scale more at the ends of the range, as scales
+  Every weight is off by scale / 2 at most; not symmetric, by 2^bits / 256 of a scale more at the ends of the range, as scales
   are bfloat16.  Bits an element, all counted: bits + 16 / group, and 8 / group more where not symmetric (4.125 and 4.1875).
+  A group whose scale would be 2.4e-38 or less counts as zeros, with a scale of 1.
   Columns share bytes: two of 4 bits, and of 3 bits four have their lower two in a byte and eight their third.
-  In `product` a weight is rounded to the type of the rows that it meets: within 2^-9 for bfloat16, which is exact in neither.
+  In `product` a weight is rounded to the type of the rows that it meets: within 2^-8 for bfloat16, which is exact in neither.
   Raises ConfigError for other settings, and QuantError for a weight whose in `group` does not divide, or whose out 2 (4 bits)
   or 8 (3 bits) do not.
   Source: round-to-nearest of Frantar et al. (2022), GPTQ, section 4 (not symmetric); Dettmers et al. (2022), section 2.1.

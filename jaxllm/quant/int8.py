@@ -15,13 +15,21 @@ from jaxllm.ops.rows import multiply
 LARGEST = 127
 """-128 is left out: it has no counterpart, |-128| is not an int8, and a symmetric range keeps 0 at 0."""
 
-TINY = 1e-36
-"""Below it 127 / x has no float32: such a maximum counts as 0."""
+TINY = 6e-36
+"""A maximum or a range up to it counts as 0: above it, half of a 254th is a normal number, which is not flushed to 0."""
 
 
-def inverse(largest: jax.Array) -> jax.Array:
-  """127 / largest by the reciprocal, as torch divides constants: numbers between two integers go as bitsandbytes' do."""
-  return LARGEST * (1 / largest)
+def integers(x: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(n, scale), float32: n = round(x 127 / largest) and scale = largest / 127; n = 0 and scale = 1 up to TINY.
+
+  largest: max |x| of what shares a scale, so that n is in [-127, 127], or NaN or infinity, as is then the scale.
+  The quotient goes by the reciprocal, as torch divides constants: numbers between two integers go as bitsandbytes' do.  Above
+  2^126 a reciprocal is subnormal, 127 of them are not: a power of two takes large ones there.
+  """
+  none = largest <= TINY
+  power = jnp.where(largest > 2.0**100, 2.0**-64, 1.0)
+  inverse = LARGEST * (1 / (jnp.where(none, 1, largest) * power)) * power
+  return jnp.round(x * jnp.where(none, 0, inverse)), jnp.where(none, 1, largest / LARGEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Int8:
   """w ~ scale n, n = round(w 127 / max |w|) in [-127, 127], scale = max |w| / 127 of a column (or of the whole matrix).
 
   Not symmetric: w ~ scale (n - zero), scale = (max w - min w) / 254 over a range that is made to hold 0, zero = -127 -
-  round(min w / scale): 0 is exact, and a column of one sign takes the whole range.  Every weight is off by scale / 2 at most.
+  round(min w / scale): 0 is exact, and a column of one sign takes the whole range.  Every weight is off by scale / 2 at most,
+  of max |w| (or of max w - min w) from 6e-36 to 2^126; below, a column counts as zeros, and its scale is 1.
   per: "column" (one scale for each of w's out) or "tensor".  The products x n are exact in bfloat16 and float32 as far as n
   is; the scale, outside of them, is applied once an output: no float copy of w has to be made.
   Raises ConfigError for another `per`.
@@ -49,17 +58,15 @@ class Int8:
     w_FD = jnp.swapaxes(w, -1, -2).astype(jnp.float32)
     over = dict(axis=-1 if self.per == "column" else (-1, -2), keepdims=True)
     if self.symmetric:
-      largest = jnp.max(jnp.abs(w_FD), **over)
-      some = largest > TINY
-      n = jnp.round(w_FD * jnp.where(some, inverse(jnp.where(some, largest, 1)), 0))
-      parts = {"scale": jnp.where(some, largest / LARGEST, 1)}
+      n, scale = integers(w_FD, jnp.max(jnp.abs(w_FD), **over))
+      parts = {"scale": scale}
     else:
       low, high = jnp.minimum(jnp.min(w_FD, **over), 0), jnp.maximum(jnp.max(w_FD, **over), 0)
       scale = jnp.where(high - low > TINY, (high - low) / (2 * LARGEST), 1)
       zero = -LARGEST - jnp.round(low / scale)
-      n = jnp.round(w_FD / scale) + zero
+      n = jnp.clip(jnp.round(w_FD / scale) + zero, -LARGEST, LARGEST)
       parts = {"scale": scale, "zero": zero.astype(jnp.int8)}
-    return {"value": jnp.clip(n, -LARGEST, LARGEST).astype(jnp.int8)} | parts
+    return {"value": n.astype(jnp.int8)} | parts
 
   def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:
     """[..., in, out] of the weight."""

@@ -88,7 +88,7 @@ class LlmInt8(W8A8):
       _, index_M = jax.lax.top_k(largest_D, min(self.outliers, largest_D.size))
       out_1D &= jnp.zeros_like(out_1D).at[0, index_M].set(True)
     n_CD, scale_C1 = per_token(jnp.where(out_1D & (size_CD >= self.threshold), 0, x_CD))
-    y_CF = dot(jnp.where(out_1D, 0, n_CD), parts["value"]).astype(jnp.float32) * scale_C1 * parts["scale"].T
+    y_CF = dot(jnp.where(out_1D, 0, n_CD), parts["value"]).astype(jnp.float32) * parts["scale"].T * scale_C1
     out_CD = jnp.where(out_1D, x_CD, 0)
     if self.outliers is None:
       floats = lambda: product(out_CD, QTensor(dict(parts), Int8()))

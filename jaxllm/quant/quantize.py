@@ -24,6 +24,9 @@ DEFAULT = (
 MATRICES, TABLES = r".+/w|head|embed_in|embed_out", "embed"
 """What can be quantized: matrices that rows are multiplied with, and tables of rows, of which a tied head is the transpose."""
 
+MOST = 2.0**126
+"""The largest weight, 8.5e37: the reciprocal of one above it is no normal number, and what a scheme rounds up may be none."""
+
 VOCABULARY = ("embed", "head")
 """Those that a mesh may pad with tokens of zeros."""
 
@@ -35,9 +38,9 @@ def apply(params: Any, scheme: Any, rules: Sequence[tuple[str, Any]] = ()) -> di
   own); the first that matches counts, and `DEFAULT` follows them.  A weight at a time is quantized, where it lies on a mesh.
   Of a tree of jax.ShapeDtypeStructs nothing is computed: it gives the structs of the parts, and raises what shapes can.
   Raises ConfigError for what is no scheme, a value that is none of these, and a rule that matches no parameter; QuantError for
-  a weight that is quantized already, is traced (in jax.jit or jax.eval_shape), is no matrix of floats, has NaN or infinity, a
-  shape that the scheme's groups do not divide, or padding of a mesh that a scheme of one mean for all (double_quant) would
-  count.
+  a weight that is quantized already, is traced (in jax.jit or jax.eval_shape), is no matrix of floats, has NaN, infinity or
+  numbers beyond 2^126, a shape that the scheme's groups do not divide, or padding of a mesh that a scheme of one mean for all
+  (double_quant) would count.
   """
   flat = tree.flatten(params)
   if not _is_scheme(scheme):
@@ -97,8 +100,8 @@ def _held(path: str, leaf: Any, scheme: Any) -> QTensor:
     raise QuantError(f"{path}: {e}") from None
   if not bool(finite):
     raise QuantError(
-      f"{path}: found NaN or infinity, or a scale that is, expected finite weights in the scheme's range; the checkpoint is "
-      "damaged, or leave it out by a rule"
+      f"{path}: found NaN or infinity, or a scale that is, or a weight beyond {MOST:.2g}, expected finite weights in the "
+      "scheme's range; the checkpoint is damaged, or leave it out by a rule"
     )
   held = QTensor(parts, scheme, table)
   if table and any(part.shape[0] * held.step % leaf.shape[0] for part in parts.values() if part.shape[0] > 1):
@@ -124,8 +127,9 @@ def _padded(leaf: Any, table: bool) -> bool:
 def _quantize(leaf: Any, scheme: Any, table: bool) -> tuple[dict[str, jax.Array], jax.Array]:
   w = dense(leaf).T if table else dense(leaf)
   parts = scheme.quantize(w)
-  floats = [w, *(x for x in parts.values() if jnp.issubdtype(x.dtype, jnp.floating))]
-  return parts, functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in floats))
+  checks = [jnp.abs(w.astype(jnp.float32)) <= MOST]
+  checks += [jnp.isfinite(x) for x in parts.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+  return parts, functools.reduce(jnp.logical_and, map(jnp.all, checks))
 
 
 def report(params: Any, before: Any = None) -> list[dict[str, Any]]:

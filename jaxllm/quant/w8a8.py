@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxllm.errors import QuantError
 from jaxllm.ops.device import current_device
-from jaxllm.quant.int8 import LARGEST, TINY, Int8, inverse
+from jaxllm.quant.int8 import LARGEST, Int8, integers
 
 MOST = (2**31 - 1) // LARGEST**2
 """So many products of two numbers are sure to fit an int32: 133,144."""
@@ -27,11 +27,13 @@ def check_sum(w: jax.Array, terms: int) -> None:
 
 
 def per_token(x_CD: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(n int8 [C, D], scale float32 [C, 1]) of rows: n = round(x 127 / max |x|) in [-127, 127], scale = max |x| / 127."""
+  """(n int8 [C, D], scale float32 [C, 1]) of rows: n = round(x 127 / max |x|) in [-127, 127], scale = max |x| / 127.
+
+  A row of max |x| up to 6e-36 counts as zeros (`int8.integers`).
+  """
   x_CD = x_CD.astype(jnp.float32)
-  largest_C1 = jnp.max(jnp.abs(x_CD), axis=-1, keepdims=True)
-  n_CD = jnp.round(x_CD * inverse(jnp.maximum(largest_C1, TINY)))
-  return n_CD.astype(jnp.int8), largest_C1 / LARGEST
+  n_CD, scale_C1 = integers(x_CD, jnp.max(jnp.abs(x_CD), axis=-1, keepdims=True))
+  return n_CD.astype(jnp.int8), scale_C1
 
 
 def dot(n_CD: jax.Array, value_FD: jax.Array) -> jax.Array:
@@ -75,4 +77,4 @@ class W8A8:
   def product(self, x_CD: jax.Array, parts: Mapping[str, jax.Array]) -> jax.Array:
     """x w with x quantized by row, float32 [C, F]."""
     n_CD, scale_C1 = per_token(x_CD)
-    return dot(n_CD, parts["value"]).astype(jnp.float32) * scale_C1 * parts["scale"].T
+    return dot(n_CD, parts["value"]).astype(jnp.float32) * parts["scale"].T * scale_C1  # rows may be 1e38

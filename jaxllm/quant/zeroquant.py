@@ -18,12 +18,12 @@ from jaxllm.quant.w8a8 import check_sum, dot, per_token
 class ZeroQuant:
   """y = scale_token sum_g scale_g sum_{d in g} n_d m_d, g the groups of a column: integers within a group, floats between them.
 
-  m = round(w / scale_g) in [-127, 127], scale_g = max |w| / 127 of `group` weights one after the other along in, held as
-  bfloat16 (8 + 16 / group bits an element); n and scale_token are those of `w8a8.per_token`.  A group at a time is multiplied,
-  so that there is never more than one group's result.  One product of all groups as a batch is slower, and its copy of the
-  numbers and results of all groups take as much memory as the weight's floats or more: ms for 1, 8, 64 and 512 rows by 4096 x
-  4096, two cores of an EPYC with AVX-512 beside other work: 2.3, 3.3, 14 and 135 one after the other, 33, 6.4, 39 and 356 at
-  once.
+  m = round(w / scale_g) in [-127, 127], scale_g = max |w| / 127 of `group` weights one after the other along in, as
+  `groups.held` (8 + 16 / group bits an element); n and scale_token are those of `w8a8.per_token`.  A group at a time is
+  multiplied, so that there is never more than one group's result.  One product of all groups as a batch is slower, and its
+  copy of the numbers and results of all groups take as much memory as the weight's floats or more: ms for 1, 8, 64 and 512
+  rows by 4096 x 4096, two cores of an EPYC with AVX-512 beside other work: 2.3, 3.3, 14 and 135 one after the other, 33, 6.4,
+  39 and 356 at once.
   Raises ConfigError for a group that is no positive integer, QuantError for a weight whose in it does not divide.
   Source: Yao et al. (2022), ZeroQuant, sections 4.1 and 4.2, without its distillation.
   """
@@ -39,7 +39,8 @@ class ZeroQuant:
     check_sum(w, self.group)
     w_FGg = in_groups(w, self.group)
     scale_FG = held(jnp.max(jnp.abs(w_FGg), axis=-1) / LARGEST)
-    n = jnp.clip(jnp.round(w_FGg / scale_FG.astype(jnp.float32)[..., None]), -LARGEST, LARGEST)
+    # rounded, a scale is less by 1 / 257 at most: 127.5 is out of reach
+    n = jnp.round(w_FGg / scale_FG.astype(jnp.float32)[..., None])
     return {"value": n.astype(jnp.int8).reshape(*w_FGg.shape[:-2], -1), "scale": scale_FG}
 
   def shape(self, parts: Mapping[str, jax.Array]) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ def test_every_weight_is_off_by_half_a_scale_at_most(name, shape):
   w = weights(shape, 1)
   q, bits = held(name, w), int(name[3])
   scale = np.repeat(np.asarray(q.parts["scale"], np.float32), GROUP, axis=-1)
-  most = 0.5 + 1e-5 + ("asym" in name) * 2**bits / 512
+  most = 0.5 + 1e-5 + ("asym" in name) * 2**bits / 256
   assert np.all(np.abs(np.swapaxes(quant.dequantize(q) - w, -1, -2)) <= most * scale)
 
 
@@ -111,7 +111,7 @@ def test_the_product_is_that_of_the_weight_that_is_held(name, dtype, rows):
   q, x = held(name, weights((48, 64))), jnp.asarray(weights((rows, 48), 2), dtype)
   expected = np.asarray(x, np.float64) @ np.asarray(quant.dequantize(q), np.float64)
   found = jax.jit(lambda x, q: q.scheme.product(x, q.parts))(x, q)
-  # in bfloat16 each weight is rounded, by 2^-9 at most; the sum of 48 has a root of them
+  # in bfloat16 each weight is rounded, by 2^-8 at most; the sum of 48 has a root of them
   assert found.dtype == jnp.float32
   assert np.abs(found - expected).max() <= (2e-6 if dtype == "float32" else 2**-8) * np.abs(expected).max()
 
@@ -134,7 +134,7 @@ def test_groups_of_nothing_one_value_one_sign_and_tiny_numbers(name):
   q = held(name, w)
   found, scale = np.asarray(quant.dequantize(q)), np.asarray(q.parts["scale"], np.float32)[:, 0]
   assert np.isfinite(found).all() and not found[:, 0].any() and not found[w == 0].any()
-  assert scale[0] == 1 and np.all(np.abs(found - w) <= scale * (0.5 + 1e-5 + ("asym" in name) / 32))
+  assert scale[0] == 1 and np.all(np.abs(found - w) <= scale * (0.5 + 1e-5 + ("asym" in name) / 16))
   if "asym" in name:  # a group of one sign has the whole range, and ends at 0
     assert q.parts["zero"][:4, 0].tolist() == [0, 0, 2 ** int(name[3]) - 1, 0]
   np.testing.assert_allclose(found[:, 1], 0.5, rtol=2**-8)
