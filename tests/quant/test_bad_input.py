@@ -94,6 +94,7 @@ def test_shapes_that_do_not_fit_are_refused_by_path(name, shape, message):
   [
     (np.full((4, 8), 7e4), "glm_int8", {}, "NaN or infinity, or a scale that is"),  # past half precision
     (np.full((4, 8), 7e4), "llm_int8", dict(features=(1,)), "NaN or infinity, or a scale that is"),
+    (np.ones((133145, 1)), "zeroquant", dict(group=133145), "the shape .* a sum of 133145 products"),
     (
       np.ones((4, 8)),
       "llm_int8",

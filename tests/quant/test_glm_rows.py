@@ -93,6 +93,18 @@ def test_every_weight_is_off_by_half_a_scale_at_most(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_weights_of_other_types_are_held_as_those_of_half_precision(name):
+  """Which has a thousandth of them on the other side of a half, or under another scale."""
+  w = np.random.default_rng(2).standard_normal((256, 64)).astype(np.float32) * 0.02
+  half = w.astype(np.float16)
+  jax.tree.map(np.testing.assert_array_equal, held(name, w).parts, held(name, half).parts)
+  weight, scale = published(half.T, int(name[-1]))
+  np.testing.assert_array_equal(held(name, w).parts["value"], weight)
+  unrounded = w.T / scale.astype(np.float32)[:, None]  # as if it were not rounded first
+  assert np.any(np.round(unrounded) != np.round(half.T / scale[:, None]))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_columns_of_nothing_one_value_and_tiny_numbers(name):
   w = np.zeros((4, 4), np.float32)
   w[:, 1], w[:, 2], w[0, 3] = 0.5, -0.25, 1e-30

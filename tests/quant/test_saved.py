@@ -207,6 +207,7 @@ def cut(directory):
 
 
 SCALE = f"{WEIGHT}_scale"
+HELD = "layers/0/attn/q/w"
 BAD = {
   "a part is missing": (
     tensors(lambda stored: stored.pop(SCALE)),
@@ -290,6 +291,13 @@ BAD = {
     settings(entry=dict(weights=["head", "head"])),
     ConfigError,
     "weights: found .*different",
+  ),
+  "a weight of two schemes": (
+    settings(
+      schemes=2 * [{"scheme": "Int8", "fields": {"per": "column", "symmetric": True}, "weights": [HELD]}]
+    ),
+    ConfigError,
+    rf"schemes\[1\].weights: found .*expected parameters of the model, each once: not .*{HELD}",
   ),
   "a vector": (
     settings(entry=dict(weights=["final_norm/scale"])),
