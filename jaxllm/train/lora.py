@@ -124,7 +124,11 @@ def _has(params: Mapping[str, Any]) -> bool:
 
 
 def merge(params: Mapping[str, Any]) -> dict[str, Any]:
-  """The tree with base + scale a b in place of each LoRA, in the type and the layout of its base; of a `QTensor` float32."""
+  """The tree with base + scale a b in place of each LoRA, in the type and the layout of its base; of a `QTensor` float32.
+
+  Of a bfloat16 base the sum is rounded to it: each weight is off by 2^-8 of itself at most, and scale a b that is less than
+  2^-9 of the base is lost, while unmerged it counts.  Merge into a float32 copy of the base to keep it.
+  """
   return _each(params, _merged)
 
 

@@ -135,6 +135,25 @@ def test_merged_it_computes_the_same(base):
     measured("lora", base, merged=error)
 
 
+def test_merged_into_bfloat16_each_weight_is_rounded_and_the_least_are_lost():
+  """Within 2^-8 of each weight, as documented; a float32 copy of the base has them to 1e-6."""
+  rng = np.random.default_rng(0)
+  base = jnp.asarray(rng.standard_normal((64, 48)), jnp.bfloat16)
+  a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 4), (4, 48)))
+  exact = lambda size: np.asarray(base, np.float64) + 2 * a.astype(np.float64) @ (size * b)
+  merged = lambda base, size: np.asarray(
+    lora.merge({"x": {"w": LoRA(base, jnp.asarray(a), jnp.asarray(size * b), 2.0)}})["x"]["w"], np.float64
+  )
+  error = np.abs(merged(base, 0.1) - exact(0.1)) / np.abs(exact(0.1))
+  assert 2**-9 < error.max() <= 2**-8
+  whole = jnp.asarray(base, jnp.float32)
+  assert np.abs(merged(whole, 0.1) - exact(0.1)).max() <= 1e-6 * np.abs(exact(0.1)).max()
+  # all that is added is below 2^-9 of the least weight: nothing of it is left in bfloat16
+  small = np.float32(2.0**-10 * np.abs(np.asarray(base, np.float64)).min() / np.abs(2 * a @ b).max())
+  np.testing.assert_array_equal(merged(base, small), np.asarray(base, np.float64))
+  assert np.any(merged(whole, small) != np.asarray(base, np.float64))
+
+
 @each_base
 def test_gradients_are_of_the_factors_and_those_of_the_merged_weights(base):
   """d loss / d a = scale G b^T and d loss / d b = scale a^T G, with G that of the merged weight, in float32."""
