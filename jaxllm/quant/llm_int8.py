@@ -29,9 +29,10 @@ class LlmInt8(W8A8):
   large models they are the same ones for all tokens (section 4).  Their w_d are held as float16 in "kept" [out, features],
   beside the integers, 8 (1 + 2 features / in) bits a weight, whose scales leave them out.
 
-  The paper has all w_d in 16 bits, of any feature that comes to be an outlier; without `features`, integers are all there is of
-  w, as in bitsandbytes.  Of normal w of 1024 rows and 16 x with three features twenty times as large, the error of x w is
-  0.19 to 0.25 of `W8A8`'s so, and 0.13 to 0.195 with those three as `features` (six draws, test_llm_int8).
+  Less than a fifth of `W8A8`'s error is what `features` come to, whose rows of w are in 16 bits, as the paper has them of any
+  feature that comes to be an outlier; by default rows of w are integers, as in bitsandbytes, and it is a fifth to a quarter: of
+  normal w of 1024 rows and 16 x with three features twenty times as large, 0.13 to 0.195 with those three as `features`, and
+  0.19 to 0.25 by default (six draws, test_llm_int8).
   Raises ConfigError for a threshold that is not above 0 (infinity: no outliers but `features`), an `outliers` below 1, and
   features that are no tuple of different integers of 0 or more; QuantError for a weight that has no such row.
   Source: Dettmers et al. (2022), LLM.int8(), section 3; maxima as in bitsandbytes.
