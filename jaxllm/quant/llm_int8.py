@@ -25,7 +25,7 @@ class LlmInt8(W8A8):
   Maxima of rows leave out values that are as large; an outlier's w_d are scale n, as they are held.
   outliers: None for as many as there are (where there is one, all of w takes part in a product of floats, of x that is 0
   elsewhere), or at most so many, those with the largest |x_d|, of which alone w is read; the rest are as any other feature.
-  features: numbers of features that are outliers whatever x is, such as np.flatnonzero(np.abs(x).max(0) >= 6) of some rows: in
+  features: numbers of features that are outliers whatever x is, as in tuple(np.flatnonzero(np.abs(x).max(0) >= 6).tolist()): in
   large models they are the same ones for all tokens (section 4).  Their w_d are held as float16 in "kept" [out, features],
   beside the integers, 8 (1 + 2 features / in) bits a weight, whose scales leave them out.
 
