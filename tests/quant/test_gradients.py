@@ -121,7 +121,14 @@ def test_the_gradient_of_rows_in_groups_is_that_of_the_weight_of_each(name, opti
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("name", "options"), [("int8", {}), ("int4", dict(group=4)), ("nf4", dict(block=4))])
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("int8", {}),
+    pytest.param("int4", dict(group=4), marks=pytest.mark.slow),
+    pytest.param("nf4", dict(block=4), marks=pytest.mark.slow),
+  ],
+)
 def test_lora_of_a_model_whose_experts_are_integers_has_the_gradient_of_their_floats(name, options):
   """Attention's factors are trained, through experts of three layers."""
   cfg = MODELS["experts"]

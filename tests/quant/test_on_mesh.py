@@ -30,8 +30,8 @@ def same(a, b):
 
 
 def on_mesh(name, axes):
-  """Every mesh with one scheme and every scheme with one mesh, the other rows in the slow set."""
-  usual = name == "int8" or axes == {"int8_tensor": "fsdp=8", "int8_asym": "fsdp=2,tensor=2"}[name]
+  """Every mesh with one scheme, the other rows in the slow set."""
+  usual = name == "int8_asym"
   core = [pytest.mark.core] * (axes == "fsdp=2,tensor=2")
   return pytest.param(name, axes, marks=core if usual else pytest.mark.slow)
 

@@ -53,7 +53,7 @@ def test_variants_are_all_schemes():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17])
-@pytest.mark.parametrize("columns", [31, 64, 1543])
+@pytest.mark.parametrize("columns", [31, pytest.param(64, marks=pytest.mark.slow), 1543])
 @pytest.mark.parametrize(("name", "options"), [v for v in VARIANTS if v[0] not in INTEGERS])
 def test_pieces_are_the_whole_product(name, options, columns, rows):
   """Of one row, of rows one at a time, of tiles of columns, and of a prime number of them, which leaves a rest."""
