@@ -30,8 +30,8 @@ def same(a, b):
 
 
 def on_mesh(name, axes):
-  """Every mesh with one scheme, the other rows in the slow set."""
-  usual = name == "int8_asym"
+  """Two meshes with one scheme, the other rows in the slow set."""
+  usual = name == "int8_asym" and axes != "tensor=4"
   core = [pytest.mark.core] * (axes == "fsdp=2,tensor=2")
   return pytest.param(name, axes, marks=core if usual else pytest.mark.slow)
 
