@@ -80,7 +80,9 @@ GROUPED = [("int4", 8), ("int4_asym", 4), ("int3", 8), ("int3_asym", 4)]
 
 @pytest.mark.parametrize(
   ("name", "group"),
-  [pytest.param(*x, marks=[pytest.mark.slow] * (x[0] in ("int4_asym", "int3", "int3_asym"))) for x in GROUPED],
+  [
+    pytest.param(*x, marks=[pytest.mark.slow] * (x[0] in ("int4_asym", "int3", "int3_asym"))) for x in GROUPED
+  ],
 )
 def test_logits_are_those_of_weights_that_are_held_by_groups(name, group):
   cfg = dataclasses.replace(MODELS["rope"], num_layers=1, layers=ONE)

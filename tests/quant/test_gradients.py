@@ -159,7 +159,7 @@ def test_lora_of_a_model_whose_experts_are_integers_has_the_gradient_of_their_fl
 @on_a_cpu
 @pytest.mark.parametrize("rows", [4, 64])
 def test_no_floats_of_an_expert_are_made(rows):
-  D, F, groups = 1024, 1543, 4
+  D, F, groups = 1024, 2063, 4
   scheme = quant.SCHEMES["int8"]()
   parts = jax.eval_shape(scheme.quantize, jax.ShapeDtypeStruct((groups, D, F), jnp.float32))
   sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
@@ -174,5 +174,5 @@ def test_no_floats_of_an_expert_are_made(rows):
     return share, re.search(rf"(?:f32|bf16)\[(?:1,)?(?:{D},{F}|{F},{D})\]", text) is not None
 
   share, found = floats(quant.QTensor(parts, scheme))
-  assert share < 1 and not found  # its bytes (0.25), a tile of 512 columns (0.33) and rows, 0.91 in all
+  assert share < 0.9 and not found  # its bytes (0.25), a tile of 512 columns (0.25) and rows
   assert floats(jax.ShapeDtypeStruct((groups, D, F), jnp.float32))[1]

@@ -83,7 +83,8 @@ def test_every_weight_is_off_by_half_a_scale_at_most(name, shape):
   w = weights(shape, 1)
   q, bits = held(name, w), int(name[3])
   scale = np.repeat(np.asarray(q.parts["scale"], np.float32), GROUP, axis=-1)
-  most = 0.5 + 1e-5 + ("asym" in name) * 2**bits / 256
+  # the last term is at most 2^bits / 256 (test_ranges); of these weights scales are off by half of what they may be
+  most = 0.5 + 1e-5 + ("asym" in name) * 2**bits / 512
   assert np.all(np.abs(np.swapaxes(quant.dequantize(q) - w, -1, -2)) <= most * scale)
 
 
@@ -134,7 +135,7 @@ def test_groups_of_nothing_one_value_one_sign_and_tiny_numbers(name):
   q = held(name, w)
   found, scale = np.asarray(quant.dequantize(q)), np.asarray(q.parts["scale"], np.float32)[:, 0]
   assert np.isfinite(found).all() and not found[:, 0].any() and not found[w == 0].any()
-  assert scale[0] == 1 and np.all(np.abs(found - w) <= scale * (0.5 + 1e-5 + ("asym" in name) / 16))
+  assert scale[0] == 1 and np.all(np.abs(found - w) <= scale * (0.5 + 1e-5 + ("asym" in name) / 32))
   if "asym" in name:  # a group of one sign has the whole range, and ends at 0
     assert q.parts["zero"][:4, 0].tolist() == [0, 0, 2 ** int(name[3]) - 1, 0]
   np.testing.assert_allclose(found[:, 1], 0.5, rtol=2**-8)

@@ -91,6 +91,18 @@ def test_planted_outliers_cost_a_fifth_of_the_error_at_most(seed):
   assert lost(x, w, "llm_int8", features=(0, 1, 2), threshold=1e3) > 0.9 * vector_wise  # others than they are
 
 
+@pytest.mark.parametrize("most", [None, 8])
+def test_rows_lose_a_fifth_at_most_by_default_too(most):
+  """Of what rows lose, the weight being what is held, at 20 times the size of others, and of all that is lost at 60 times."""
+  w, x = random((1024, 64)), planted(D=1024)
+  for rows, expected in ((x, None), (np.where(np.isin(np.arange(1024), PLANTED), 3 * x, x), w)):
+    off = []
+    for q in (held(w, outliers=most), held(w, "w8a8")):
+      whole = dequantized(q) if expected is None else expected
+      off.append(np.linalg.norm(product(rows, q) - rows.astype(np.float64) @ whole))
+    assert off[0] < 0.2 * off[1]
+
+
 @pytest.mark.parametrize("rows", [1, 16])
 def test_features_that_are_given_are_floats_and_the_rest_is_as_without_them(rows):
   w, x = random((128, 64)), planted(rows)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_cases
 
-from jaxllm.config import Layer, ModelConfig
+from jaxllm.config import Layer
 from jaxllm.nn import Context, Transformer
 from jaxllm.nn.transformer import head
 from jaxllm.ops.blockwise import Blockwise
 from jaxllm.ops.losses import cross_entropy
-from jaxllm.position import Rope
 from jaxllm.position.rope_2d import Rope2d
 from jaxllm.train.batches import lay_out, take
 from jaxllm.train.objectives import BlankInfilling, Causal, PrefixLm
@@ -22,16 +22,7 @@ from jaxllm.train.tokens import Text
 
 V, T = 64, 64
 GLM = BlankInfilling(mask=60, sop=61, eop=62)
-CFG = ModelConfig(
-  vocab_size=V,
-  embed_dim=16,
-  num_layers=2,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=8,
-  mlp_dim=24,
-  layers=(Layer(Rope()),),
-)
+CFG = dataclasses.replace(train_cases.CFG, vocab_size=V)
 ROPE_2D = dataclasses.replace(CFG, layers=(Layer(Rope2d()),))
 CASES = {
   "causal": (CFG, Causal()),
