@@ -46,6 +46,7 @@ TABLES = {
   "families": ("family_table", "a row a model family: file, variants, errors, of `pytest tests/hf`"),
   "generation": ("generation_table", "what was measured of generated text, in numbered tables"),
   "quantization": ("quantization_table", "what was measured of quantized weights, in numbered tables"),
+  "training": ("training_table", "what was measured of training, in numbered tables"),
 }
 """Each option that prints tables after a run: the module that makes them, and what is in them."""
 

@@ -1,4 +1,4 @@
-"""What the tables of `pytest --components`, `--families`, `--generation` and `--quantization` share: numbers of passed tests.
+"""What the tables of `pytest --components`, `--families`, `--generation` and so on share: numbers of passed tests.
 
 A test records what it measured as properties of its report, which xdist brings to one process.
 """
