@@ -11,7 +11,7 @@ FILES = sorted((ROOT / "jaxllm").rglob("*.py"))
 
 # From the bottom up.  A module may import from below and from its own package, and what SIBLINGS allows.
 FLOORS = [
-  ("errors", "tree", "leaf"),
+  ("errors", "failpoint", "tree", "leaf"),
   ("ops",),
   ("position", "norm", "activation", "experts", "wiring", "sampling"),
   ("config",),

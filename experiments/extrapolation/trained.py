@@ -134,6 +134,7 @@ class Trained(Models):
       on_start=on_start,
       on_step=lambda step, loss: shown[0].update(step, loss),
       check_stop=self._stop.check,
+      stop=self._stop,
     )
     return state["params"]
 

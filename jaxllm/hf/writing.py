@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import CheckpointError
+from jaxllm.failpoint import failpoint
 from jaxllm.hf import files, header, scan, sums
 from jaxllm.hf.tokenizer import FILES
 
@@ -86,6 +87,7 @@ def write(
       _sync(directory)
       for name in names[:-1]:
         os.replace(_temporary(directory, name), directory / name)
+        failpoint("export_renamed")
       for old in directory.iterdir():
         name = old.name.removeprefix(".").removesuffix(".tmp")  # of a save before that was killed, too
         if old.name not in names and (SHARD.fullmatch(name) or name in (*stale, files.GENERATION_CONFIG)):
@@ -172,6 +174,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
       hashed = thread.submit(state.update, piece)
       file.write(piece)
       hashed.result()
+      failpoint("piece_exported")
     file.flush()
     os.fsync(file.fileno())
   return state.hexdigest()

@@ -7,6 +7,7 @@ the unit of resuming. The ledger holds one line a finished group, so a kill lose
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxllm.errors import CheckpointError, ConfigError, JaxllmError
+from jaxllm.failpoint import failpoint
 from jaxllm.study import files
 from jaxllm.study import rows as rows_lib
 from jaxllm.study.stop import StopFlag
@@ -108,8 +110,10 @@ class Ledger:
     assert rows and not problems, f"group {group!r}: {problems or 'no rows'}"
     entry = {"group": group, "config": self.config_digest, "rows": rows}
     line = (json.dumps(entry, allow_nan=False) + "\n").encode()
+    append = functools.partial(files.write_and_sync, self.path, os.O_WRONLY | os.O_APPEND)
+    failpoint("line_half", lambda: append(line[: len(line) // 2]))
     try:
-      files.write_and_sync(self.path, os.O_WRONLY | os.O_APPEND, line)
+      append(line)
     except OSError as e:
       os.truncate(self.path, self._size)
       raise files.naming(self.path, e) from e

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from jaxllm.errors import ConfigError
+from jaxllm.failpoint import failpoint
 from jaxllm.study import rows as rows_lib
 
 
@@ -94,6 +95,7 @@ class Lock:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
       fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      failpoint("lock_taken")
       os.ftruncate(fd, 0)
       os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:

@@ -37,11 +37,13 @@ def fit(
   on_start: Callable[[int], None],
   on_step: Callable[[int, object], None],
   check_stop: Callable[[], None],
+  stop: object = False,
 ) -> State:
   """Train to config.steps, or go on from the newest checkpoint in `directory`; the final state.
 
   `on_start(step)` is told where the run begins, `on_step(steps done, loss)` of each step (the loss may still be computing).
-  `check_stop()` is called where the state is on disk, and may raise.  Raises CheckpointError if the checkpoints there are of
+  `check_stop()` is called where the state is on disk, and may raise.  `stop`, such as a `StopFlag`, is true once the run is
+  asked to stop: the step that runs then is saved, so that nothing is lost.  Raises CheckpointError if the checkpoints there are of
   another model, configuration, seed or text, or further than config.steps.
   """
   with Checkpoints(directory) as checkpoints:
@@ -64,13 +66,16 @@ def fit(
     on_start(start)
     if start == config.steps:
       return state
+    checkpoints.check_room(state)
+    if stop:
+      check_stop()
     step_fn = make_step(model, config)
     losses = []
     for step in range(start, config.steps):
       state, loss = step_fn(state, data.batch(text, seed, step, config.batch_size, config.length))
       losses.append(loss)
       on_step(step + 1, loss)
-      if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps:
+      if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps or stop:
         _check_finite(losses, state, directory)
         checkpoints.save(step + 1, state)
         losses = []

@@ -107,7 +107,7 @@ def test_a_damaged_step_is_moved_aside_and_the_one_before_is_used(run, template)
   data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
   assert train_cases.bytes_of(restore(run, template)) == train_cases.bytes_of(marked(template, 20))
   assert not (run / "30").exists()
-  assert (run / "unreadable" / "30").is_dir()
+  assert (run / "quarantine" / "30").is_dir()
   with Checkpoints(run) as checkpoints:  # and the run can save that step again
     checkpoints.save(30, marked(template, 30))
   assert int(restore(run, template)["step"]) == 30
@@ -166,7 +166,7 @@ def test_a_state_of_another_model_is_refused_by_name_and_stays(run, template, ot
     restore(run, other(template))
   for words in (str(run), "step 30", *named):
     assert words in str(e.value)
-  assert (run / "30").is_dir() and not (run / "unreadable").exists()
+  assert (run / "30").is_dir() and not (run / "quarantine").exists()
 
 
 def test_a_step_is_saved_once(run, template):

@@ -80,7 +80,7 @@ def test_a_disk_that_takes_no_more_is_an_os_error_and_the_save_can_be_repeated(r
 )
 def test_errors_of_a_save_keep_their_number(run, monkeypatch, raised, code):
   with Checkpoints(run) as checkpoints:
-    monkeypatch.setattr(checkpoints._manager, "save", raising(raised))
+    monkeypatch.setattr(checkpoints._orbax, "save", raising(raised))
     with pytest.raises(OSError) as e:
       checkpoints.save(30, state(30))
   assert (e.value.errno, e.value.filename) == (code, str(run))
@@ -105,11 +105,11 @@ def raising(error):
 )
 def test_what_is_no_damage_moves_nothing(run, monkeypatch, raised):
   with Checkpoints(run) as checkpoints:
-    monkeypatch.setattr(checkpoints._manager, "restore", raising(raised))
+    monkeypatch.setattr(checkpoints._orbax, "restore", raising(raised))
     with pytest.raises(MemoryError if isinstance(raised, MemoryError) else OSError):
       checkpoints.restore(state(0))
     assert checkpoints.steps == [10, 20]
-  assert not (run / "unreadable").exists()
+  assert not (run / "quarantine").exists()
 
 
 def test_one_step_can_be_damaged_again_and_again(run):
@@ -118,7 +118,7 @@ def test_one_step_can_be_damaged_again_and_again(run):
     with Checkpoints(run) as checkpoints:
       assert int(checkpoints.restore(state(0))["step"]) == 10
       checkpoints.save(20, state(20))
-  assert sorted(path.name for path in (run / "unreadable").iterdir()) == ["20", "20-1", "20-2"]
+  assert sorted(path.name for path in (run / "quarantine").iterdir()) == ["20", "20-1", "20-2"]
 
 
 def test_all_damaged_says_the_same_on_every_run(run):
@@ -126,7 +126,7 @@ def test_all_damaged_says_the_same_on_every_run(run):
   for _ in range(2):
     with pytest.raises(CheckpointError, match=r"none of the steps \[10, 20\] can be read"):
       restore(run)
-  assert not (run / "unreadable").exists()
+  assert not (run / "quarantine").exists()
 
 
 def test_the_identity_is_written_once_and_compared(tmp_path):
