@@ -133,7 +133,9 @@ def _problem(directory: Path, name: str, wanted: Mapping[str, Any]) -> str | Non
     if e.errno not in _DAMAGE:
       raise
     return f"{name}: {e.strerror}"
-  return None if found == wanted else f"{name}: found the SHA-256 {found['sha256']}, expected {wanted['sha256']}"
+  return (
+    None if found == wanted else f"{name}: found the SHA-256 {found['sha256']}, expected {wanted['sha256']}"
+  )
 
 
 def _read(path: Path) -> Manifest:
