@@ -12,7 +12,7 @@ from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Shared
 from jaxllm.nn.layers import HeadNorm, Linear, weight
 from jaxllm.ops.attention import MASKED, Score
-from jaxllm.ops.constrain import constrain
+from jaxllm.ops.constrain import constrain, gathered, summed
 from jaxllm.ops.head import soft_cap
 from jaxllm.position import Position, Rope
 from jaxllm.position.base import add_bias, inner_products
@@ -50,6 +50,7 @@ class Attention(nn.Module):
 
   cfg: ModelConfig
   layer: Layer
+  sequence: bool = False
 
   @nn.compact
   def __call__(
@@ -62,6 +63,7 @@ class Attention(nn.Module):
     cfg, position, q_side, k_side = self.cfg, self.layer.position, shared.q_side, shared.q_side
     table, p = shared.of(cfg, position)
     rows = 1 if table is None else table.rows
+    x_BTD = gathered(x_BTD, self.sequence)
     scores_keys = not rotates_once(position, rows)
     q_BTNH, k_BTKH, v_BTKH = (
       self._heads(x_BTD, name, n, letters)
@@ -110,7 +112,7 @@ class Attention(nn.Module):
     out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, scoring, sinks_N)
     out_BTNH = constrain(out_BTNH, "BTNH")
     out_BTD = Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)"))
-    return constrain(out_BTD, "BTD"), cache
+    return summed(out_BTD, self.sequence), cache
 
   def _heads(self, x_BTD: jax.Array, name: str, heads: int, letters: str) -> jax.Array:
     """The projection `name`, clipped and normalised where the config says so, [B, T, heads, H]."""

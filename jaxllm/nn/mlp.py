@@ -9,7 +9,7 @@ import jax
 
 from jaxllm.config import ModelConfig
 from jaxllm.nn.layers import Linear, weight
-from jaxllm.ops.constrain import constrain
+from jaxllm.ops.constrain import constrain, gathered, summed
 
 
 class FeedForward(nn.Module):
@@ -17,12 +17,14 @@ class FeedForward(nn.Module):
 
   cfg: ModelConfig
   mlp: Any = None
+  sequence: bool = False
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     cfg, mlp = self.cfg, self.mlp or self.cfg.mlp
+    x_BTD = gathered(x_BTD, self.sequence)
     inputs = [constrain(Linear(cfg, cfg.mlp_dim, name=name)(x_BTD), "BTF") for name in mlp.inputs]
     p = {name: weight(self, name, shape, init) for name, (shape, init) in mlp.params().items()}
     # the backward pass recomputes the activation: that is faster than to store and read what its derivative needs
     hidden_BTF = jax.checkpoint(mlp)(p, *inputs)
-    return constrain(Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF), "BTD")
+    return summed(Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF), self.sequence)

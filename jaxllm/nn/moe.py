@@ -10,7 +10,7 @@ import jax
 from jaxllm.config import ModelConfig
 from jaxllm.experts import Moe
 from jaxllm.nn.layers import weight
-from jaxllm.ops.constrain import constrain
+from jaxllm.ops.constrain import gathered, summed
 from jaxllm.ops.experts import experts_on_mesh
 
 
@@ -60,6 +60,7 @@ class MoeFeedForward(nn.Module):
 
   cfg: ModelConfig
   moe: Moe
+  sequence: bool = False
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -68,4 +69,5 @@ class MoeFeedForward(nn.Module):
     p = {"router": router} | Experts(cfg, moe, name="experts")()
     route = lambda logits_CE: moe.router(logits_CE, moe.top_k)
     activation = lambda *inputs: moe.expert({}, *inputs)
-    return constrain(experts_on_mesh(x_BTD, p, route, activation).astype(cfg.dtype), "BTD")
+    out_BTD = experts_on_mesh(gathered(x_BTD, self.sequence), p, route, activation)
+    return summed(out_BTD.astype(cfg.dtype), self.sequence)

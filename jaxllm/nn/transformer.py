@@ -19,7 +19,7 @@ from jaxllm.nn.context import Context, Shared, sides
 from jaxllm.nn.layers import REMATS, Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.nn.moe import MoeFeedForward
-from jaxllm.ops.constrain import constrain
+from jaxllm.ops.constrain import gathered, summed
 from jaxllm.ops.einsum import einsum
 from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position import Position
@@ -34,19 +34,21 @@ class Block(nn.Module):
 
   cfg: ModelConfig
   layer: Layer
+  sequence: bool = False
 
   @nn.compact
   def __call__(self, x_BTD, shared: Shared, number, cache: LayerCache | None = None):
     def attention(h_BTD):
       nonlocal cache
-      layer = Attention(self.cfg, self.layer, name="attn")
+      layer = Attention(self.cfg, self.layer, self.sequence, name="attn")
       out_BTD, cache = layer(h_BTD, shared, number, cache)
       return out_BTD
 
     norm = lambda name, h_BTD: Norm(self.cfg.norm, name=name)(h_BTD)
     mlp = self.cfg.mlp_of(self.layer)
     kind = MoeFeedForward if isinstance(mlp, Moe) else FeedForward
-    return self.cfg.wiring(x_BTD, norm, attention, kind(self.cfg, mlp, name="mlp")), cache
+    feed_forward = kind(self.cfg, mlp, self.sequence, name="mlp")
+    return self.cfg.wiring(x_BTD, norm, attention, feed_forward), cache
 
 
 class Layers(nn.Module):
@@ -59,6 +61,7 @@ class Layers(nn.Module):
   cfg: ModelConfig
   repeats: int
   remat: str = "none"
+  sequence: bool = False
 
   @nn.compact
   def __call__(self, x_BTD, shared: Shared, caches: tuple[LayerCache, ...] | None, first: jax.Array | int):
@@ -70,11 +73,11 @@ class Layers(nn.Module):
       kind, cache = cfg.layer(i), None if caches is None else caches[i]
       if once:
         if kind not in kinds:
-          kinds[kind] = jax.jit(Block(cfg, kind, parent=None).apply)
+          kinds[kind] = jax.jit(Block(cfg, kind, self.sequence, parent=None).apply)
         variables = {"params": self.variables["params"][str(i)]}
         x_BTD, cache = kinds[kind](variables, x_BTD, shared, first + i, cache)
       else:
-        x_BTD, cache = layer(cfg, kind, name=str(i))(x_BTD, shared, first + i, cache)
+        x_BTD, cache = layer(cfg, kind, self.sequence, name=str(i))(x_BTD, shared, first + i, cache)
       moved.append(cache)
     return x_BTD, None if caches is None else tuple(moved)
 
@@ -108,11 +111,13 @@ class Transformer(nn.Module):
   `scan` runs the repeats of cfg.layers as one compiled body over stacked parameters (`tree.stack_layers`): less to compile,
   for training deep models; every checkpoint holds the unstacked layout.  `remat` is what a layer keeps for its gradient, by its
   name in `REMATS`.
+  `sequence` splits the tokens of the residual stream between blocks over the mesh axis `tensor` (sequence parallelism).
   """
 
   cfg: ModelConfig
   scan: bool = False
   remat: str = "none"
+  sequence: bool = False
 
   @nn.compact
   def __call__(
@@ -158,7 +163,7 @@ class Transformer(nn.Module):
       x_BTD = position.embed(x_BTD, q_side.pos, shared.of(cfg, position)[1])
     if cfg.embed_norm:
       x_BTD = Norm(cfg.norm, name="embed_norm")(x_BTD)
-    x_BTD = constrain(x_BTD.astype(cfg.dtype), "BTD")
+    x_BTD = summed(x_BTD.astype(cfg.dtype), self.sequence)
     if self.scan:
       if cache is not None:
         raise ConfigError(
@@ -172,13 +177,15 @@ class Transformer(nn.Module):
         length=cfg.num_layers // len(cfg.layers),
       )
       first = jnp.arange(0, cfg.num_layers, len(cfg.layers), dtype=jnp.int32)
-      x_BTD, _ = body(cfg, repeats=1, remat=self.remat, name="blocks")(x_BTD, shared, None, first)
+      blocks = body(cfg, repeats=1, remat=self.remat, sequence=self.sequence, name="blocks")
+      x_BTD, _ = blocks(x_BTD, shared, None, first)
     else:
-      layers = Layers(cfg, cfg.num_layers // len(cfg.layers), self.remat, name="layers")
+      layers = Layers(cfg, cfg.num_layers // len(cfg.layers), self.remat, self.sequence, name="layers")
       x_BTD, caches = layers(x_BTD, shared, None if cache is None else moved.of_layers(places), 0)
       moved = None if cache is None else moved.with_layers(caches)
     if cfg.wiring.final_norm:
       x_BTD = Norm(cfg.norm, name="final_norm")(x_BTD)
+    x_BTD = gathered(x_BTD, self.sequence)
 
     to_logits = head(cfg, {"embed": embed_VD} | self._head())
     if logits is None:

@@ -2,10 +2,11 @@
 
 from jaxllm.parallel.mesh import batch_shards, default_rules, make_mesh, shard_batch, spell
 from jaxllm.parallel.report import report
-from jaxllm.parallel.rules import RULES, bytes_per_device, layout, place, shard, shardings, unpad
+from jaxllm.parallel.rules import RULES, RuleSet, bytes_per_device, layout, place, shard, shardings, unpad
 
 __all__ = [
   "RULES",
+  "RuleSet",
   "batch_shards",
   "bytes_per_device",
   "default_rules",

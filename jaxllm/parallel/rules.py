@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ from jaxllm import tree
 from jaxllm.config import ModelConfig
 from jaxllm.errors import ConfigError
 from jaxllm.leaf import LoRA, Matrix, QTensor
-from jaxllm.parallel.mesh import spell
+from jaxllm.parallel.mesh import default_rules, spell
 
 Spec = tuple[str | tuple[str, ...] | None, ...]
-Rules = Sequence[tuple[str, Spec]]
+Rules = Iterable[tuple[str, Spec]]
 
 _LAYER = r"(layers|blocks)/\d+/"
 PARAMETERS = (
@@ -55,23 +55,54 @@ Vectors as wide as the model stay whole, as do what positions and heads learn: t
 """
 
 
-def _rules(**axes: str) -> Rules:
+@dataclasses.dataclass(frozen=True)
+class RuleSet:
+  """Where parameters lie, and what training does beside: as an iterable it is the rules of its parameters.
+
+  stage: of ZeRO, what of training's state is divided over the fsdp axis: 0 nothing but what the rules divide, 1 the optimizer's
+  state, 2 gradients too, 3 parameters too.  sequence: between blocks, tokens are divided over the tensor axis.
+  """
+
+  parameters: tuple[tuple[str, Spec], ...]
+  stage: int = 0
+  sequence: bool = False
+
+  def __iter__(self) -> Iterator[tuple[str, Spec]]:
+    return iter(self.parameters)
+
+  @property
+  def axes(self) -> set[str]:
+    """The axes of a mesh that a run with these rules divides its state over."""
+    entries = [entry for _, spec in self.parameters for entry in spec if entry is not None]
+    named = {axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry)}
+    return named | ({"fsdp"} if self.stage else set())
+
+
+def _rules(stage: int = 0, sequence: bool = False, **axes: str) -> RuleSet:
   """The rule set that splits the dimensions of these letters."""
-  return tuple((path, tuple(axes.get(letter) for letter in letters)) for path, letters in PARAMETERS)
+  specs = tuple((path, tuple(axes.get(letter) for letter in letters)) for path, letters in PARAMETERS)
+  return RuleSet(specs, stage, sequence)
 
 
 _TENSOR = dict.fromkeys("VNKF", "tensor")
-RULES: dict[str, Rules] = {
+RULES: dict[str, RuleSet] = {
   "data": _rules(),
-  "fsdp": _rules(D="fsdp"),
+  "zero1": _rules(1),
+  "zero2": _rules(2),
+  "fsdp": _rules(3, D="fsdp"),
   "tensor": _rules(**_TENSOR),
-  "fsdp_tensor": _rules(D="fsdp", **_TENSOR),
+  "sequence": _rules(sequence=True, **_TENSOR),
+  "fsdp_tensor": _rules(3, D="fsdp", **_TENSOR),
 }
 """Rule sets by name: (regular expression of a path, mesh axis or None of each of its last dimensions), the first match counts.
 
 data: every device has all parameters.  fsdp: the model's width is split, and gathered where it is used.  tensor: heads, the
 MLP's hidden width and the vocabulary are split, which takes two sums over the axis a layer.  fsdp_tensor: both.
-Source: Rajbhandari et al. (2019), ZeRO, stage 3; Shoeybi et al. (2019), Megatron-LM, section 3.
+In training fsdp is ZeRO's stage 3.  zero1, zero2: every device has all parameters, and its part of the optimizer's state, and
+with zero2 of the gradients.  sequence: as tensor, but between blocks each device has its part of the tokens, so that norms and
+the residual stream are split too, and each of the sums is a reduce-scatter, and an all-gather before the next product.
+Source: Rajbhandari et al. (2019), ZeRO, section 5; Shoeybi et al. (2019), Megatron-LM, section 3; Korthikanti et al. (2022),
+Reducing Activation Recomputation, section 4.2.2.
 """
 
 
@@ -108,7 +139,7 @@ def place(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules, cfg: ModelC
     if missing := [axis for axis in axes if axis not in mesh.shape]:
       raise ConfigError(
         f"{path}: the rules split dimension {i} over {missing[0]!r}, which the mesh {spell(mesh)} does not have; "
-        f"add {missing[0]}=1 to it, or take other rules"
+        f"add {missing[0]}=1 to it, or take other rules, as {default_rules(mesh)}"
       )
     shards = math.prod(mesh.shape[axis] for axis in axes)
     if letters[i] == "V":

@@ -11,7 +11,7 @@ from jaxllm.errors import ConfigError
 CORES = ("auto", "plain", "blockwise", "cudnn", "splash")
 """Names of attention cores (`ops.choose.CORES`), which a flag lists without importing jax."""
 
-RULES = ("data", "fsdp", "tensor", "fsdp_tensor")
+RULES = ("data", "zero1", "zero2", "fsdp", "tensor", "sequence", "fsdp_tensor")
 """Names of rule sets (`parallel.RULES`), likewise."""
 
 STORES = ("full", "int8", "int4")

@@ -9,13 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from jaxllm import parallel
 from jaxllm.errors import ConfigError, check_choice, check_positive
 from jaxllm.nn.layers import REMATS
 from jaxllm.nn.transformer import Transformer, head
 from jaxllm.ops.losses import cross_entropy
+from jaxllm.parallel.rules import Rules, RuleSet
 from jaxllm.train import lora
 from jaxllm.train.batches import Batch
+from jaxllm.train.layout import Layout, make_layout
 from jaxllm.train.loss_scale import all_finite
 from jaxllm.train.optimizers import DECAYED, AdamW, Optimizer, chosen
 from jaxllm.train.precision import POLICIES, Policy
@@ -101,44 +105,68 @@ class TrainConfig:
     return told
 
 
-def init_state(model: Transformer, config: TrainConfig, seed: int, params: Any = None) -> State:
+def init_state(
+  model: Transformer,
+  config: TrainConfig,
+  seed: int,
+  params: Any = None,
+  mesh: Mesh | None = None,
+  rules: RuleSet | Rules | None = None,
+) -> State:
   """The state before the first step, a pure function of its arguments.
 
   params: those that training begins with, such as `lora.apply` gave them, in place of random ones of the seed; the first step
   gives them up.
+  mesh, rules: where it lies (`layout.make_layout`); every device makes what it holds, the same random bits on any mesh.
   """
-  if params is None:
-    tokens = jnp.zeros((1, config.length), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
-  policy, trained = config.precision, lora.trained(params)
-  weights = policy.wide(trained)
-  params = lora.with_trained(params, policy.stored(trained))
-  state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": config.optimizer().init(weights)}
-  if policy.keeps_master:
-    state["master"] = jax.tree.map(jnp.copy, weights)  # a step gives up both
-  if policy.loss_scale is not None:
-    state["loss_scale"] = policy.loss_scale.init()
-  return state
+  policy, layout = config.precision, _layout(model, config, mesh, rules)
+
+  def start(params):
+    trained = lora.trained(params)
+    weights = policy.wide(trained)
+    params = lora.with_trained(params, policy.stored(trained))
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": config.optimizer().init(weights)}
+    if policy.keeps_master:
+      state["master"] = jax.tree.map(jnp.copy, weights)  # a step gives up both
+    if policy.loss_scale is not None:
+      state["loss_scale"] = policy.loss_scale.init()
+    return state
+
+  if params is not None:
+    return (
+      layout.made(start, params) if mesh is None else layout.made(start, parallel.unpad(params, model.cfg))
+    )
+  tokens = jnp.zeros((1, config.length), jnp.int32)
+  init = jax.jit(lambda key: model.init(key, tokens)["params"])
+  return layout.made(lambda key: start(init(key)), jax.random.key(seed))
 
 
 def make_step(
-  model: Transformer, config: TrainConfig
+  model: Transformer,
+  config: TrainConfig,
+  mesh: Mesh | None = None,
+  rules: RuleSet | Rules | None = None,
 ) -> Callable[[State, Batch | jax.Array], tuple[State, jax.Array]]:
   """step(state, batch) -> (state, mean loss of a label in nats), compiled; the old state is given up.
 
   The batch is a `Batch`, whose weights the mean is by, or tokens [B, length + 1], of which each but the last reads the next.
   Where weights have LoRA, its factors alone are trained, and all else of the parameters stays as it is, bit for bit.  With a
   loss scale, gradients that are not all finite leave parameters, master weights and the optimizer's state as they are.
+  mesh, rules: those of `init_state`; the new state lies as the old one.  It is to be called within `jax.set_mesh(mesh)`.
   """
   policy, optimizer = config.precision, config.optimizer()
-  gradient = make_gradient(model, config)
+  layout = _layout(model, config, mesh, rules)
+  gradient = make_gradient(model, config, mesh, rules)
 
   def step(state, batch):
     scale = state["loss_scale"]["scale"] if policy.loss_scale is not None else None
     loss, grads = gradient(state["params"], batch, scale)
     weights = state["master"] if policy.keeps_master else policy.wide(lora.trained(state["params"]))
-    updates, opt = optimizer.update(grads, state["opt"], weights)
-    weights = optax.apply_updates(weights, updates)
+    weights = layout.changed(weights, state["params"])
+    plain = layout.unpadded((grads, state["opt"], weights), state["params"])
+    updates, opt = optimizer.update(*plain)
+    weights = optax.apply_updates(plain[-1], updates)
+    opt, weights = layout.padded((opt, weights), state["params"])
     new = {"params": lora.with_trained(state["params"], policy.stored(weights)), "opt": opt}
     if policy.keeps_master:
       new["master"] = weights
@@ -146,19 +174,25 @@ def make_step(
       finite = all_finite(grads)  # before they are clipped
       new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, {name: state[name] for name in new})
       new["loss_scale"] = policy.loss_scale.update(state["loss_scale"], finite)
-    return {"step": state["step"] + 1} | new, loss
+    return layout.kept({"step": state["step"] + 1} | new), loss
 
   return jax.jit(step, donate_argnums=0)
 
 
-def make_gradient(model: Transformer, config: TrainConfig):
+def make_gradient(
+  model: Transformer,
+  config: TrainConfig,
+  mesh: Mesh | None = None,
+  rules: RuleSet | Rules | None = None,
+):
   """gradient(params, batch, scale or None) -> (mean loss, its gradient by what is trained, in the reduction type).
 
   The loss is multiplied by the scale, and the gradient divided by it.  Parts of a batch are every `accumulate`-th row, which
   leaves rows that are split over a mesh where they are; their sums are of the mean over all labels of the batch.
+  mesh, rules: as in `make_step`.
   """
-  policy, parts = config.precision, config.accumulate
-  model = policy.model(model).clone(remat=config.remat)
+  policy, parts, layout = config.precision, config.accumulate, _layout(model, config, mesh, rules)
+  model = policy.model(model).clone(remat=config.remat, sequence=layout.rules.sequence or model.sequence)
 
   def objective(trained, params, batch, count, scale):
     params = lora.with_trained(params, trained)
@@ -175,9 +209,11 @@ def make_gradient(model: Transformer, config: TrainConfig):
 
   def of_part(*args):
     (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(*args)
-    return loss, policy.wide(grads)
+    return loss, layout.gradients(policy.wide(grads), args[1])
 
   def gradient(params, batch: Batch | jax.Array, scale=None):
+    layout.check_scope()
+    params = layout.computed_with(params)
     if isinstance(batch, Batch):
       count = jnp.sum(batch.weights)
       count = jnp.where(count > 0, count, 1)
@@ -189,10 +225,17 @@ def make_gradient(model: Transformer, config: TrainConfig):
     else:
       batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
       add = lambda total, part: jax.tree.map(jnp.add, total, of_part(trained, params, part, count, scale))
-      zero = jax.tree.map(jnp.zeros_like, policy.wide(trained))
+      zero = layout.gradients(jax.tree.map(jnp.zeros_like, policy.wide(trained)), params)
       (loss, grads), _ = jax.lax.scan(
         lambda *xs: (add(*xs), None), (jnp.zeros((), jnp.float32), zero), batches
       )
     return loss, grads if scale is None else jax.tree.map(lambda g: g * (1 / scale).astype(g.dtype), grads)
 
   return gradient
+
+
+def _layout(
+  model: Transformer, config: TrainConfig, mesh: Mesh | None, rules: RuleSet | Rules | None
+) -> Layout:
+  rows = config.batch_size // config.accumulate
+  return make_layout(model.cfg, mesh, rules, rows=rows, length=config.length)
