@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_table import about, measured
 
 from jaxllm.errors import ConfigError
 from jaxllm.train.loss_scale import LOSS_SCALES, LossScale, all_finite
@@ -148,9 +149,13 @@ def test_ten_thousand_steps_are_those_of_the_library(name, interval):
   if interval is not None:
     reference, scale = REFERENCES[name](interval), dataclasses.replace(scale, interval=interval)
   overflow, expected = traced(reference, *(() if interval else (1, 1e-4)))
+  row = f"{name}, interval {scale.interval}"
+  about("scale", row)
   changes = np.diff(expected)
   assert min(np.sum(changes > 0), np.sum(changes < 0)) >= (50 if interval else 2)
-  np.testing.assert_array_equal(scales_of(scale, overflow), expected)
+  found = scales_of(scale, overflow)
+  np.testing.assert_array_equal(found, expected)
+  measured("scale", row, steps=STEPS, overflows=np.sum(overflow), differ=np.sum(found != expected))
   # each number of the policy matters on this trace
   wrong = [
     dict(interval=scale.interval + 1),
