@@ -128,11 +128,11 @@ class Trained(Models):
     state = fit(
       model,
       config,
-      self.corpus.train,
+      data.Stretches(self.corpus.train, seed, config.batch_size, config.length),
       seed,
       directory,
       on_start=on_start,
-      on_step=lambda step, loss: shown[0].update(step, loss),
+      on_step=lambda step, metrics: shown[0].update(step, metrics["loss"]),
       check_stop=self._stop.check,
       stop=self._stop,
     )

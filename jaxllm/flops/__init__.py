@@ -11,7 +11,7 @@ import math
 
 from jaxllm.config import ModelConfig
 from jaxllm.experts import Moe
-from jaxllm.flops.devices import DEVICES, Device
+from jaxllm.flops.devices import DEVICES, Device, known_as
 from jaxllm.flops.memory import PRECISIONS, STAGES, activations, cache, layer_activations, states
 from jaxllm.flops.program import dots
 from jaxllm.flops.work import ATTENTION, REMAT, forward, pairs, recomputed
@@ -31,6 +31,7 @@ __all__ = [
   "dots",
   "estimated_seconds",
   "forward",
+  "known_as",
   "layer_activations",
   "pairs",
   "recomputed",

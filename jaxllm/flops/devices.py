@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,3 +35,24 @@ DEVICES = {
   "v6e": Device(918e12, 32e9, "Google Cloud TPU documentation, v6e"),
 }
 """Chips by name."""
+
+_KINDS = (
+  (r"T4", "t4"),
+  (r"L4", "l4"),
+  (r"V100", "v100"),
+  (r"A100.*40GB", "a100-40gb"),
+  (r"A100", "a100"),
+  (r"H100", "h100"),
+  (r"H200", "h200"),
+  (r"TPU v3", "tpu-v3"),
+  (r"TPU v4", "tpu-v4"),
+  (r"TPU v5 ?(lite|e)", "v5e"),
+  (r"TPU v5p?$", "v5p"),
+  (r"TPU v6 ?(lite|e)", "v6e"),
+)
+"""Patterns in what jax calls a device (`jax.Device.device_kind`), and the chip; the first that is found counts."""
+
+
+def known_as(device_kind: str) -> str | None:
+  """The name in DEVICES of what jax calls a device, or None."""
+  return next((name for pattern, name in _KINDS if re.search(rf"\b{pattern}", device_kind)), None)

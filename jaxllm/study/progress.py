@@ -47,9 +47,19 @@ class Progress:
     if self._live is not None:
       self._live.stop()
 
-  def training(self, label: str, total: int, start: int = 0, tokens_per_step: int = 0) -> Training:
-    """A training run of `total` steps of which `start` are done (not 0 after a resume)."""
-    return Training(self, label, total, start, tokens_per_step)
+  def training(
+    self,
+    label: str,
+    total: int,
+    start: int = 0,
+    tokens_per_step: int = 0,
+    utilisation: Callable[[float], tuple[float, float] | None] | None = None,
+  ) -> Training:
+    """A training run of `total` steps of which `start` are done (not 0 after a resume).
+
+    utilisation: (MFU, HFU) at so many tokens a second, or None where the devices' peak is not known.
+    """
+    return Training(self, label, total, start, tokens_per_step, utilisation)
 
   def cells(self, label: str, total: int, done: int = 0) -> Cells:
     """`total` groups of cells of which `done` are recorded already."""
@@ -110,9 +120,9 @@ class _Task:
 class Training(_Task):
   """Progress of a training run; see `Progress.training`."""
 
-  def __init__(self, progress, label, total, start, tokens_per_step):
+  def __init__(self, progress, label, total, start, tokens_per_step, utilisation=None):
     super().__init__(progress, label, total, start)
-    self._tokens_per_step = tokens_per_step
+    self._tokens_per_step, self._utilisation = tokens_per_step, utilisation
 
   def update(self, step: int, loss) -> None:
     """`step` steps are done; `loss` may be an array on a device, and is read only when it is shown."""
@@ -125,7 +135,9 @@ class Training(_Task):
     speed = (
       f"{short(rate * self._tokens_per_step)} tokens/s" if self._tokens_per_step else f"{rate:.1f} steps/s"
     )
-    return [speed, *super()._pace(now)]
+    used = self._utilisation and self._utilisation(rate * self._tokens_per_step)
+    share = [f"MFU {used[0]:.1%}, HFU {used[1]:.1%}"] if used else []
+    return [speed, *share, *super()._pace(now)]
 
 
 class Cells(_Task):

@@ -65,9 +65,14 @@ def batch(data: Data, seed: int, step: int, part: slice = slice(None)) -> Batch:
   its own: all rows once before any comes again.  A pure function of its arguments: nothing depends on devices or accumulation,
   which share out a batch, and no step on the one before it.
   """
+  return take(data, rows_of(data, seed, step, part), seed, step)
+
+
+def rows_of(data: Data, seed: int, step: int, part: slice = slice(None)) -> np.ndarray:
+  """The rows of the text that make batch `step`, int64."""
   example = step * data.size + np.arange(data.size, dtype=np.int64)[part]
   epoch, place = np.divmod(example, len(data.rows))
-  return take(data, permuted(place, len(data.rows), seed, epoch), seed, step)
+  return permuted(place, len(data.rows), seed, epoch)
 
 
 def take(data: Data, rows: Sequence[int] | np.ndarray, seed: int, step: int = 0) -> Batch:
@@ -93,3 +98,28 @@ def take(data: Data, rows: Sequence[int] | np.ndarray, seed: int, step: int = 0)
     prefix=prefix if objective.prefixed else None,
   )
   return Batch(tokens, labels, weights, context)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+  """The batches of a run over laid out text: `batch` of each step, for `loop.fit`."""
+
+  data: Data
+  seed: int
+
+  def batch(self, step: int) -> Batch:
+    """All rows of it."""
+    return batch(self.data, self.seed, step)
+
+  @property
+  def identity(self) -> dict:
+    """What tells the text and its layout from others."""
+    data = self.data
+    how = {"type": type(data.objective).__name__, **dataclasses.asdict(data.objective)}
+    return {"text": data.text.about, "objective": how, "rows": len(data.rows)}
+
+  def describe(self, step: int) -> str:
+    """Which rows of the text a batch has."""
+    rows = ", ".join(map(str, rows_of(self.data, self.seed, step)[:16].tolist()))
+    more = ", ..." if self.data.size > 16 else ""
+    return f"batch {step}, rows {rows}{more} of {self.data.text.source}"

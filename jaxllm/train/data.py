@@ -92,6 +92,29 @@ def batch(data: np.ndarray, seed: int, step: int, size: int, length: int) -> np.
   return data[starts[:, None] + np.arange(length + 1)].astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stretches:
+  """The batches of a run over bytes: `batch` of each step, for `loop.fit`."""
+
+  text: np.ndarray
+  seed: int
+  size: int
+  length: int
+
+  def batch(self, step: int) -> np.ndarray:
+    """int32 [size, length + 1]."""
+    return batch(self.text, self.seed, step, self.size, self.length)
+
+  @property
+  def identity(self) -> dict:
+    """What tells the text from others."""
+    return {"text_sha256": hashlib.sha256(np.ascontiguousarray(self.text)).hexdigest()}
+
+  def describe(self, step: int) -> str:
+    """Where the rows of a batch are from."""
+    return f"batch {step} of the text, {self.size} stretches of {self.length + 1} bytes"
+
+
 def _stdlib() -> tuple[Path, list[str]]:
   """The running Python's own sources, `pydoc_data` topics included, without tests and installed packages."""
   root = Path(sysconfig.get_paths()["stdlib"])

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
+import collections
+import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxllm import parallel
 from jaxllm.errors import CheckpointError, JaxllmError
 from jaxllm.nn.transformer import Transformer
-from jaxllm.train import data
+from jaxllm.parallel.rules import Rules, RuleSet
+from jaxllm.train import divergence
 from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.loss_scale import all_finite
 from jaxllm.train.step import State, TrainConfig, init_state, make_step
+from jaxllm.train.trainable import trained, with_trained
 
 SAVE_EVERY = 25
 """Steps between checkpoints: at most this many are done again after a kill."""
 
+_all_finite = jax.jit(all_finite)
+
 MOST_SKIPPED = 64
 """Steps in a row whose gradients overflow: twice what takes the largest loss scale that a policy starts with, 2^32, to 1."""
+
+IN_FLIGHT = 2
+"""Steps that are given to the devices ahead of what they have told: they never wait for the host, nor it for memory."""
 
 
 class DivergedError(JaxllmError):
@@ -28,36 +41,65 @@ class DivergedError(JaxllmError):
   exit_code = 1
 
 
+class Source(Protocol):
+  """Where batches come from (`data.Stretches`, `batches.Batches`): each a pure function of its step."""
+
+  identity: dict
+
+  def batch(self, step: int) -> Any:
+    """The batch of a step, on the host, whole in every process."""
+
+  def describe(self, step: int) -> str:
+    """What that batch is, for errors."""
+
+
 def fit(
   model: Transformer,
   config: TrainConfig,
-  text: np.ndarray,
+  source: Source,
   seed: int,
   directory: Path,
   on_start: Callable[[int], None],
-  on_step: Callable[[int, object], None],
+  on_step: Callable[[int, dict], None],
   check_stop: Callable[[], None],
   stop: object = False,
+  *,
+  params: Callable[[], Any] | None = None,
+  mesh: Mesh | None = None,
+  rules: RuleSet | Rules | None = None,
+  identity: dict | None = None,
+  save_every: int | None = None,
+  keep: int = 2,
+  on_state: Callable[[int, State], None] | None = None,
 ) -> State:
   """Train to config.steps, or go on from the newest checkpoint in `directory`; the final state.
 
-  `on_start(step)` is told where the run begins, `on_step(steps done, loss)` of each step (the loss may still be computing).
-  `check_stop()` is called where the state is on disk, and may raise.  `stop`, such as a `StopFlag`, is true once the run is
-  asked to stop: the step that runs then is saved, so that nothing is lost.  Raises CheckpointError if the checkpoints there are of
-  another model, configuration, seed or text, or further than config.steps.
+  `on_start(step)` is told where the run begins, `on_step(steps done, metrics)` of each step in order, some steps later
+  (`make_step` says what the metrics are), and `on_state(steps done, state)` right after it is given to the devices: the state
+  is gone with the next step.  `check_stop()` is called where the state is on disk, and may raise.  `stop`, such as a
+  `StopFlag`, is true once the run is asked to stop: the step that runs then is saved, so that nothing is lost.
+  params: makes those that training begins with (`init_state`).  Where only a part of them is trained, checkpoints hold that
+  part, and params is called after a stop, too.
+  mesh, rules: where the state lies; a run may go on on another mesh.  identity: what tells the run from others, beside model,
+  configuration, seed and text.  save_every: steps between checkpoints (SAVE_EVERY), of which the newest `keep` stay.
+  Raises CheckpointError if the checkpoints there are of another model, configuration, seed or text, or further than
+  config.steps; OSError where there is no room to save; DivergedError where the loss or a parameter is no number, or nothing but
+  skipped steps is left.
   """
-  with Checkpoints(directory) as checkpoints:
-    state = init_state(model, config, seed)
-    saved = checkpoints.restore(state)
+  scope = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+  with Checkpoints(directory, keep) as checkpoints, scope:
+
+    def begin() -> State:
+      state = init_state(model, config, seed, None if params is None else params(), mesh, rules)
+      saved = checkpoints.restore(_to_save(state, config))
+      return state if saved is None else _whole(state, saved, config)
+
+    state = begin()
     checkpoints.check_identity(
-      {
-        "model": model.cfg.to_dict(),
-        "training": config.record(),
-        "seed": seed,
-        "text_sha256": hashlib.sha256(np.ascontiguousarray(text)).hexdigest(),
-      }
+      {"model": model.cfg.to_dict(), "training": config.record(), "seed": seed}
+      | source.identity
+      | (identity or {})
     )
-    state = state if saved is None else saved
     start = int(state["step"])
     if start > config.steps:
       raise CheckpointError(
@@ -66,37 +108,71 @@ def fit(
     on_start(start)
     if start == config.steps:
       return state
-    checkpoints.check_room(state)
+    checkpoints.check_room(_to_save(state, config))
     if stop:
       check_stop()
-    step_fn = make_step(model, config)
-    losses = []
+    step_fn = make_step(model, config, mesh, rules, metrics=True)
+    put = (lambda batch: batch) if mesh is None else lambda batch: parallel.shard_batch(batch, mesh)
+    waiting, since = collections.deque(), []
+
+    def tell(most: int) -> None:
+      while len(waiting) > most:
+        done, metrics = waiting.popleft()
+        metrics = {name: np.asarray(value).item() for name, value in metrics.items()}
+        since.append(metrics)
+        on_step(done, metrics)
+
+    every = save_every or SAVE_EVERY
     for step in range(start, config.steps):
-      state, loss = step_fn(state, data.batch(text, seed, step, config.batch_size, config.length))
-      losses.append(loss)
-      on_step(step + 1, loss)
-      if (step + 1) % SAVE_EVERY == 0 or step + 1 == config.steps or stop:
-        _check_finite(losses, state, directory)
-        checkpoints.save(step + 1, state)
-        losses = []
+      state, metrics = step_fn(state, put(source.batch(step)))
+      waiting.append((step + 1, metrics))
+      if on_state is not None:
+        on_state(step + 1, state)
+      tell(IN_FLIGHT)
+      if (step + 1) % every == 0 or step + 1 == config.steps or stop:
+        tell(0)
+        if problem := _problem(since, state, config):
+          del state
+          if (at := _culprit(since, step + 1)) is not None:
+            problem += f" ({divergence.explain(model, config, source, begin, step_fn, put, at)})"
+          raise DivergedError(
+            f"{directory}: {problem}; the checkpoint before it is kept. Lower --learning_rate and use another --out"
+          )
+        checkpoints.save(step + 1, _to_save(state, config))
+        since.clear()
         check_stop()
     return state
 
 
-def _check_finite(losses, state: State, directory: Path) -> None:
+def _to_save(state: State, config: TrainConfig) -> State:
+  """The state without parameters that are not trained."""
+  return state | {"params": trained(state["params"], config.trained)}
+
+
+def _whole(state: State, saved: State, config: TrainConfig) -> State:
+  """The inverse: `state` has the parameters that are not trained."""
+  return saved | {"params": with_trained(state["params"], saved["params"], config.trained)}
+
+
+def _problem(since: list[dict], state: State, config: TrainConfig) -> str | None:
   """Before a save, so that a state of NaN never replaces a good one; no loss shows the last update yet."""
-  values, step = np.asarray(losses, np.float64), int(state["step"])
-  finite = np.isfinite(values)
-  if not np.all(finite):
-    first = int(np.argmin(finite))
-    problem = f"the loss is {values[first]} at step {step - len(values) + 1 + first}"
-  elif not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state["params"])):
-    problem = f"parameters are NaN or infinite after step {step}"
-  elif "loss_scale" in state and (skipped := int(state["loss_scale"]["skipped"])) >= MOST_SKIPPED:
+  step = int(state["step"])
+  for i, metrics in enumerate(since):
+    if not math.isfinite(metrics["loss"]):
+      return f"the loss is {metrics['loss']} at step {step - len(since) + 1 + i}"
+  if not _all_finite(trained(state["params"], config.trained)):
+    return f"parameters are NaN or infinite after step {step}"
+  if "loss_scale" in state and (skipped := int(state["loss_scale"]["skipped"])) >= MOST_SKIPPED:
     scale = float(state["loss_scale"]["scale"])
-    problem = f"gradients overflowed in all of the last {skipped} steps, to {step}, with a loss scale of {scale:g} now"
-  else:
-    return
-  raise DivergedError(
-    f"{directory}: {problem}; the checkpoint before it is kept. Lower --learning_rate and use another --out"
-  )
+    return f"gradients overflowed in all of the last {skipped} steps, to {step}, with a loss scale of {scale:g} now"
+  return None
+
+
+def _culprit(since: list[dict], done: int) -> int | None:
+  """The step, from 0, in which the first number that is not finite came up; None where steps are only skipped."""
+  first = done - len(since)
+  for i, metrics in enumerate(since):
+    overflown = not math.isfinite(metrics["grad_norm"]) and "skipped" not in metrics
+    if overflown or not math.isfinite(metrics["loss"]):
+      return first + i
+  return None if since[-1].get("skipped") else done - 1

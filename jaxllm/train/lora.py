@@ -105,7 +105,7 @@ def with_adapters(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dic
 
 def trained(params: Mapping[str, Any]) -> Mapping[str, Any]:
   """What an optimizer changes: the `adapters` where there are some, else all parameters; ConfigError if these are quantized."""
-  if _has(params):
+  if has(params):
     return adapters(params)
   if held := [path for path, x in tree.flatten(params).items() if isinstance(x, QTensor)]:
     raise ConfigError(
@@ -116,10 +116,11 @@ def trained(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def with_trained(params: Mapping[str, Any], trained: Mapping[str, Any]) -> Mapping[str, Any]:
   """The tree with other values of what `trained` gave."""
-  return with_adapters(params, trained) if _has(params) else trained
+  return with_adapters(params, trained) if has(params) else trained
 
 
-def _has(params: Mapping[str, Any]) -> bool:
+def has(params: Mapping[str, Any]) -> bool:
+  """Whether any weight has LoRA."""
   return any(isinstance(x, LoRA) for x in tree.flatten(params).values())
 
 
@@ -142,7 +143,7 @@ def unmerge(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _each(params: Mapping[str, Any], change: Any) -> dict[str, Any]:
   flat = tree.flatten(params)
-  if not _has(params):
+  if not has(params):
     raise ConfigError(
       "params: found no weight with LoRA, expected some; give what lora.apply gives, not a merged tree"
     )

@@ -17,13 +17,14 @@ from jaxllm.nn.layers import REMATS
 from jaxllm.nn.transformer import Transformer, head
 from jaxllm.ops.losses import cross_entropy
 from jaxllm.parallel.rules import Rules, RuleSet
-from jaxllm.train import lora
 from jaxllm.train.batches import Batch
 from jaxllm.train.layout import Layout, make_layout
 from jaxllm.train.loss_scale import all_finite
 from jaxllm.train.optimizers import DECAYED, AdamW, Optimizer, chosen
 from jaxllm.train.precision import POLICIES, Policy
 from jaxllm.train.schedules import Cosine, Schedule
+from jaxllm.train.trainable import Rules as Trained
+from jaxllm.train.trainable import trained, with_trained
 
 State = dict
 """{"step": int32, "params": tree, "opt": optax state}: all of a run that is not its configuration.
@@ -38,7 +39,8 @@ class TrainConfig:
   """Everything of a run beside the model and the text.  `length` is in tokens, `warmup` the share of the steps.
 
   accumulate: parts of a batch whose gradients are computed one after the other.  remat: what is kept of a layer for its
-  gradient (`REMATS`).  z_loss: the coefficient of log(sum exp logits)^2 in what is minimized.
+  gradient (`REMATS`).  z_loss: the coefficient of log(sum exp logits)^2 in what is minimized.  trained: which parameters are
+  (`trainable.trained`); None: all, or the factors of LoRA.
   """
 
   steps: int
@@ -58,6 +60,7 @@ class TrainConfig:
   accumulate: int = 1
   remat: str = "none"
   z_loss: float = 0.0
+  trained: Trained | None = None
 
   def __post_init__(self):
     check_positive(self, steps=self.steps, batch_size=self.batch_size, length=self.length)
@@ -122,9 +125,9 @@ def init_state(
   policy, layout = config.precision, _layout(model, config, mesh, rules)
 
   def start(params):
-    trained = lora.trained(params)
-    weights = policy.wide(trained)
-    params = lora.with_trained(params, policy.stored(trained))
+    changed = trained(params, config.trained)
+    weights = policy.wide(changed)
+    params = with_trained(params, policy.stored(changed), config.trained)
     state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": config.optimizer().init(weights)}
     if policy.keeps_master:
       state["master"] = jax.tree.map(jnp.copy, weights)  # a step gives up both
@@ -146,13 +149,17 @@ def make_step(
   config: TrainConfig,
   mesh: Mesh | None = None,
   rules: RuleSet | Rules | None = None,
-) -> Callable[[State, Batch | jax.Array], tuple[State, jax.Array]]:
+  *,
+  metrics: bool = False,
+) -> Callable[[State, Batch | jax.Array], tuple[State, Any]]:
   """step(state, batch) -> (state, mean loss of a label in nats), compiled; the old state is given up.
 
   The batch is a `Batch`, whose weights the mean is by, or tokens [B, length + 1], of which each but the last reads the next.
   Where weights have LoRA, its factors alone are trained, and all else of the parameters stays as it is, bit for bit.  With a
   loss scale, gradients that are not all finite leave parameters, master weights and the optimizer's state as they are.
   mesh, rules: those of `init_state`; the new state lies as the old one.  It is to be called within `jax.set_mesh(mesh)`.
+  metrics: in place of the loss {"loss", "grad_norm": the norm of the whole gradient, divided by the loss scale and not clipped,
+  "labels": what the mean is over, and with a loss scale "loss_scale": the one of this step, "skipped": 1 where it was skipped}.
   """
   policy, optimizer = config.precision, config.optimizer()
   layout = _layout(model, config, mesh, rules)
@@ -161,20 +168,28 @@ def make_step(
   def step(state, batch):
     scale = state["loss_scale"]["scale"] if policy.loss_scale is not None else None
     loss, grads = gradient(state["params"], batch, scale)
-    weights = state["master"] if policy.keeps_master else policy.wide(lora.trained(state["params"]))
+    weights = (
+      state["master"] if policy.keeps_master else policy.wide(trained(state["params"], config.trained))
+    )
     weights = layout.changed(weights, state["params"])
     plain = layout.unpadded((grads, state["opt"], weights), state["params"])
     updates, opt = optimizer.update(*plain)
     weights = optax.apply_updates(plain[-1], updates)
     opt, weights = layout.padded((opt, weights), state["params"])
-    new = {"params": lora.with_trained(state["params"], policy.stored(weights)), "opt": opt}
+    new = {"params": with_trained(state["params"], policy.stored(weights), config.trained), "opt": opt}
     if policy.keeps_master:
       new["master"] = weights
     if scale is not None:
       finite = all_finite(grads)  # before they are clipped
       new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, {name: state[name] for name in new})
       new["loss_scale"] = policy.loss_scale.update(state["loss_scale"], finite)
-    return layout.kept({"step": state["step"] + 1} | new), loss
+    new = layout.kept({"step": state["step"] + 1} | new)
+    if not metrics:
+      return new, loss
+    told = {"loss": loss, "grad_norm": optax.global_norm(grads), "labels": _labels(batch)}
+    if scale is not None:
+      told |= {"loss_scale": scale, "skipped": 1 - finite.astype(jnp.int32)}
+    return new, told
 
   return jax.jit(step, donate_argnums=0)
 
@@ -194,8 +209,8 @@ def make_gradient(
   policy, parts, layout = config.precision, config.accumulate, _layout(model, config, mesh, rules)
   model = policy.model(model).clone(remat=config.remat, sequence=layout.rules.sequence or model.sequence)
 
-  def objective(trained, params, batch, count, scale):
-    params = lora.with_trained(params, trained)
+  def objective(changed, params, batch, count, scale):
+    params = with_trained(params, changed, config.trained)
     whole = isinstance(batch, Batch)
     tokens_BT, context = (batch.tokens, batch.context) if whole else (batch[:, :-1], None)
     to_logits = policy.logits(head(model.cfg, params))
@@ -214,24 +229,27 @@ def make_gradient(
   def gradient(params, batch: Batch | jax.Array, scale=None):
     layout.check_scope()
     params = layout.computed_with(params)
+    count = _labels(batch)
     if isinstance(batch, Batch):
-      count = jnp.sum(batch.weights)
       count = jnp.where(count > 0, count, 1)
-    else:
-      count = batch.shape[0] * (batch.shape[1] - 1)
-    trained = lora.trained(params)
+    changed = trained(params, config.trained)
     if parts == 1:
-      loss, grads = of_part(trained, params, batch, count, scale)
+      loss, grads = of_part(changed, params, batch, count, scale)
     else:
       batches = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-      add = lambda total, part: jax.tree.map(jnp.add, total, of_part(trained, params, part, count, scale))
-      zero = layout.gradients(jax.tree.map(jnp.zeros_like, policy.wide(trained)), params)
+      add = lambda total, part: jax.tree.map(jnp.add, total, of_part(changed, params, part, count, scale))
+      zero = layout.gradients(jax.tree.map(jnp.zeros_like, policy.wide(changed)), params)
       (loss, grads), _ = jax.lax.scan(
         lambda *xs: (add(*xs), None), (jnp.zeros((), jnp.float32), zero), batches
       )
     return loss, grads if scale is None else jax.tree.map(lambda g: g * (1 / scale).astype(g.dtype), grads)
 
   return gradient
+
+
+def _labels(batch: Batch | jax.Array):
+  """What the loss is a mean over: the sum of the weights, or the number of labels."""
+  return jnp.sum(batch.weights) if isinstance(batch, Batch) else batch.shape[0] * (batch.shape[1] - 1)
 
 
 def _layout(

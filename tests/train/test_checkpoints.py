@@ -204,15 +204,15 @@ def poisoned(monkeypatch, bad_step, show_it):
   """Training whose parameters are NaN from `bad_step` on; the loss of that step tells only if `show_it`."""
   make_step = loop.make_step
 
-  def make(model, config):
-    step_fn = make_step(model, config)
+  def make(*args, **kwargs):
+    step_fn = make_step(*args, **kwargs)
 
     def step(state, tokens):
-      state, loss = step_fn(state, tokens)
+      state, metrics = step_fn(state, tokens)
       if int(state["step"]) == bad_step:
         state = state | {"params": jax.tree.map(lambda leaf: leaf * jnp.nan, state["params"])}
-        loss = loss * jnp.nan if show_it else loss
-      return state, loss
+        metrics = metrics | ({"loss": jnp.nan} if show_it else {})
+      return state, metrics
 
     return step
 

@@ -152,7 +152,8 @@ def traced_once(monkeypatch):
 def fit(directory, text=train_cases.TEXT, seed=3, steps=2, cfg=train_cases.CFG, **config):
   model, quiet = Transformer(cfg), lambda *args: None
   config = train_cases.config(steps, **config)
-  return loop.fit(model, config, text, seed, directory, on_start=quiet, on_step=quiet, check_stop=quiet)
+  source = data.Stretches(text, seed, train_cases.BATCH, train_cases.LENGTH)
+  return loop.fit(model, config, source, seed, directory, on_start=quiet, on_step=quiet, check_stop=quiet)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn import Transformer
 from jaxllm.position import Rope
-from jaxllm.train import step
+from jaxllm.train import data, step
 from jaxllm.train.loop import fit
 from jaxllm.train.step import TrainConfig
 
@@ -39,20 +39,20 @@ def train(directory, steps, seed=3, cfg=CFG, on_step=None, check_stop=None, **kw
   state = fit(
     Transformer(cfg),
     config(steps, **kwargs),
-    TEXT,
+    data.Stretches(TEXT, seed, BATCH, LENGTH),
     seed,
     directory,
     on_start=starts.append,
-    on_step=on_step or (lambda step, loss: None),
+    on_step=lambda step, metrics: on_step and on_step(step, metrics["loss"]),
     check_stop=check_stop or (lambda: None),
   )
   return state, starts
 
 
 @functools.cache
-def compiled_step(model, config):
+def compiled_step(model, config, *args, **kwargs):
   """`make_step`, traced once for all tests."""
-  return step.make_step(model, config)
+  return step.make_step(model, config, *args, **kwargs)
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def _first_state(model, config, seed):
   return jax.tree.map(np.asarray, step.init_state(model, config, seed))
 
 
-def first_state(model, config, seed):
+def first_state(model, config, seed, params=None, mesh=None, rules=None):
   """`init_state`, computed once; a step gives up the arrays that it gets."""
   return jax.tree.map(jnp.array, _first_state(model, config, seed))
 

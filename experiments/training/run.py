@@ -1,0 +1,155 @@
+"""A training run: the loop with what it tells, looks at and leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import jax
+
+from experiments import provenance
+from experiments.training import metrics as metrics_lib
+from experiments.training import results
+from experiments.training.settings import Settings
+from experiments.training.setup import Setup, set_up
+from jaxllm import flops, parallel
+from jaxllm.parallel import multihost
+from jaxllm.study.files import Lock, write_json
+from jaxllm.study.progress import Progress
+from jaxllm.study.stop import StopFlag
+from jaxllm.train.evaluation import make_evaluate
+from jaxllm.train.loop import fit
+
+RECOMPUTED = {"none": "none", "full": "full", "dots": "none", "dots_no_batch": "selective"}
+"""Of what `flops` counts, which is products, each of `REMATS` computes these again."""
+CHUNK = 8192
+"""Tokens beyond which `cross_entropy` computes logits again."""
+
+
+def run(s: Settings) -> int:
+  """Train to the end; 0."""
+  if s.tensorboard:
+    metrics_lib.check_tensorboard()
+  multihost.initialize()
+  first = jax.process_index() == 0
+  setup, out = set_up(s), Path(s.out)
+  out.mkdir(parents=True, exist_ok=True)
+  with StopFlag() as stop, Lock(out) if first else contextlib.nullcontext(), Progress() as progress:
+    if first:
+      write_json(out / "config.json", {**provenance.record(), "settings": dataclasses.asdict(s)})
+    watch = Watch(s, setup, out, progress if first else None)
+    with contextlib.closing(watch):
+      state = fit(
+        setup.model,
+        setup.config,
+        setup.batches(s.seed),
+        s.seed,
+        out / "checkpoints",
+        on_start=watch.start,
+        on_step=watch.step,
+        check_stop=stop.check,
+        stop=stop,
+        params=setup.params,
+        mesh=setup.mesh,
+        rules=None if setup.rules is None else parallel.RULES[setup.rules],
+        identity=setup.identity,
+        save_every=s.save_every,
+        keep=s.keep,
+        on_state=watch.state,
+      )
+      return results.write(s, setup, out, watch, state, first)
+
+
+class Watch:
+  """What is told of a run while it trains."""
+
+  def __init__(self, s: Settings, setup: Setup, out: Path, progress: Progress | None):
+    self._settings, self._setup, self._out, self._progress = s, setup, out, progress
+    self._rate = setup.config.schedule()
+    self.evaluate = make_evaluate(setup.model, setup.config, setup.held_out, s.eval_rows, setup.mesh)
+    self._metrics, self._shown = None, None
+    self._held_out: dict[int, float] = {}
+    self._skipped, self._since = 0, None
+    self._tokens = s.batch_size * s.length
+    self._cost = flops.count(
+      setup.model.cfg, s.length, remat=RECOMPUTED[s.remat], chunked_head=self._tokens // s.accumulate > CHUNK
+    )
+    self._peak = _peak(s.device)
+
+  @property
+  def rows(self) -> list[dict]:
+    """The rows of metrics."""
+    return [] if self._metrics is None else self._metrics.rows
+
+  def start(self, step: int) -> None:
+    """The run goes on from `step`."""
+    if self._progress is not None:
+      self._out.mkdir(parents=True, exist_ok=True)
+      self._metrics = metrics_lib.Metrics(self._out, step, self._settings.tensorboard)
+      self._shown = self._progress.training(
+        f"train {self._settings.name}", self._settings.steps, step, self._tokens, self._utilisation
+      )
+
+  def state(self, step: int, state) -> None:
+    """Called with the state after `step` steps, which the devices may still compute."""
+    s = self._settings
+    if s.profile is not None and step in s.profile:
+      jax.block_until_ready(state)
+      if step == s.profile[0]:
+        jax.profiler.start_trace(str(self._out / "profile"))
+      elif self._tracing(step):
+        jax.profiler.stop_trace()
+    if (s.eval_every and step % s.eval_every == 0) or step == s.steps:
+      self._held_out[step] = self.evaluate(state["params"])["loss"]
+      self._since = None  # the time that it took is none of training's
+
+  def _tracing(self, step: int) -> bool:
+    """Whether this process began the trace that ends at `step`: not where it went on from within it."""
+    return step == self._settings.profile[1] and (self._out / "profile").exists()
+
+  def step(self, step: int, metrics: dict) -> None:
+    """Called with what each step tells, in order."""
+    if self._metrics is None:
+      return
+    self._skipped += metrics.get("skipped", 0)
+    self._shown.update(step, metrics["loss"])
+    s, held_out = self._settings, self._held_out.pop(step, None)
+    if step % s.log_every and step != s.steps and held_out is None:
+      return
+    now, speed = time.monotonic(), None
+    if self._since is not None and step > self._since[0]:
+      speed = (step - self._since[0]) * self._tokens / (now - self._since[1])
+    self._since = (step, now)
+    mfu, hfu = (None, None) if speed is None else self._utilisation(speed) or (None, None)
+    # an update that is skipped does not count for the schedule, but rates of skipped steps differ by little
+    self._metrics.add(
+      metrics
+      | dict(
+        step=step, learning_rate=float(self._rate(step - 1)), skipped=self._skipped, held_out_loss=held_out
+      )
+      | dict(tokens_per_second=speed, mfu=mfu, hfu=hfu)
+    )
+    self._skipped = 0
+    if step % s.save_every == 0 or step == s.steps:
+      self._metrics.sync()
+
+  def _utilisation(self, tokens_per_second: float) -> tuple[float, float] | None:
+    """(MFU, HFU) of all devices; None where the peak of one is not known."""
+    if self._peak is None:
+      return None
+    each = tokens_per_second / (1 if self._setup.mesh is None else math.prod(self._setup.mesh.shape.values()))
+    return self._cost.mfu(each, self._peak), self._cost.hfu(each, self._peak)
+
+  def close(self) -> None:
+    """Close the files."""
+    if self._metrics is not None:
+      self._metrics.__exit__()
+
+
+def _peak(name: str | None) -> float | None:
+  """FLOP/s of a chip, by name or as jax calls it."""
+  name = name or flops.known_as(jax.devices()[0].device_kind)
+  return None if name is None else flops.DEVICES[name].flops
