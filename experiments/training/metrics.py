@@ -25,8 +25,8 @@ COLUMNS = (
   "mfu",
   "hfu",
 )
-"""step: how many are done.  loss: nats a label of that step.  labels: what it is a mean over.  skipped: steps since the row before
-whose gradients overflowed.  tokens_per_second: slots, since the row before; of a run on several devices, of all."""
+"""step: how many are done.  loss: nats a label of that step.  labels: what it is a mean over.  skipped: steps since the row
+before whose gradients overflowed.  tokens_per_second: slots, since the row before; of a run on several devices, of all."""
 
 
 class Metrics:

@@ -72,7 +72,7 @@ class Watch:
     self.evaluate = make_evaluate(setup.model, setup.config, setup.held_out, s.eval_rows, setup.mesh)
     self._metrics, self._shown = None, None
     self._held_out: dict[int, float] = {}
-    self._skipped, self._since = 0, None
+    self._skipped, self._since, self._tracing = 0, None, False
     self._tokens = s.batch_size * s.length
     self._cost = flops.count(
       setup.model.cfg, s.length, remat=RECOMPUTED[s.remat], chunked_head=self._tokens // s.accumulate > CHUNK
@@ -100,15 +100,12 @@ class Watch:
       jax.block_until_ready(state)
       if step == s.profile[0]:
         jax.profiler.start_trace(str(self._out / "profile"))
-      elif self._tracing(step):
+      elif self._tracing:  # a run that goes on from within these steps began none
         jax.profiler.stop_trace()
+      self._tracing = step == s.profile[0]
     if (s.eval_every and step % s.eval_every == 0) or step == s.steps:
       self._held_out[step] = self.evaluate(state["params"])["loss"]
       self._since = None  # the time that it took is none of training's
-
-  def _tracing(self, step: int) -> bool:
-    """Whether this process began the trace that ends at `step`: not where it went on from within it."""
-    return step == self._settings.profile[1] and (self._out / "profile").exists()
 
   def step(self, step: int, metrics: dict) -> None:
     """Called with what each step tells, in order."""

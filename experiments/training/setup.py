@@ -71,8 +71,8 @@ def set_up(s: Settings) -> Setup:
   held = lay_out(rest, objective, s.length, s.batch_size, None if ranges is None else ranges[1])
   if rows.vocab_size > cfg.vocab_size:
     raise ConfigError(
-      f"--text={s.text}: its ids, with those of --objective={s.objective}, need a vocabulary of {rows.vocab_size}, and the model "
-      f"has {cfg.vocab_size}; tokenize the text for this model"
+      f"--text={s.text}: its ids, with those of --objective={s.objective}, need a vocabulary of {rows.vocab_size}, and the "
+      f"model has {cfg.vocab_size}; tokenize the text for this model"
     )
   cfg.check_length(s.length, "--length")
   if s.scan and cfg.num_layers % len(cfg.layers):

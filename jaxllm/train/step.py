@@ -186,7 +186,11 @@ def make_step(
     new = layout.kept({"step": state["step"] + 1} | new)
     if not metrics:
       return new, loss
-    told = {"loss": loss, "grad_norm": optax.global_norm(grads), "labels": _labels(batch)}
+    told = {
+      "loss": loss,
+      "grad_norm": jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))),
+      "labels": _labels(batch),
+    }
     if scale is not None:
       told |= {"loss_scale": scale, "skipped": 1 - finite.astype(jnp.int32)}
     return new, told

@@ -14,7 +14,7 @@ def trained(params: tree.Tree, rules: Rules | None = None) -> tree.Tree:
 
   rules: (regular expression of a whole path, whether it is trained), the first that matches counts; a path is that of the
   parameters as they are, blocks/0/... where layers are stacked.
-  Raises ConfigError for a parameter that no rule matches, a rule that matches none, rules beside LoRA and where nothing is left.
+  Raises ConfigError where no rule matches a parameter, a rule matches none, there is LoRA beside rules, or nothing is left.
   """
   if rules is None:
     return lora.trained(params)

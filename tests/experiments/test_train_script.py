@@ -1,0 +1,234 @@
+"""experiments.train: what each kind of run learns and leaves, runs that go on, and runs that diverge."""
+
+import csv
+import hashlib
+import math
+import re
+import signal
+
+import jax
+import loaded_case
+import numpy as np
+import pytest
+from train_case import QUICK, call, learned, rows, settings_of, write_text
+
+from experiments.training import run, setup
+from experiments.training.metrics import COLUMNS, Metrics
+from jaxllm import hf, tree
+from jaxllm.errors import CheckpointError
+from jaxllm.nn import Transformer
+from jaxllm.nn.transformer import head
+from jaxllm.ops.losses import cross_entropy
+from jaxllm.train.checkpoint import restore_tree
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+  """(the output of a run, its flags)."""
+  out = tmp_path_factory.mktemp("train") / "out"
+  args = (*QUICK, f"--text={text}", "--learning_rate=0.02")
+  assert call(*args, f"--out={out}") == 0
+  return out, args
+
+
+def digest(directory):
+  """SHA-256 of all that the newest checkpoint holds."""
+  state = jax.tree_util.tree_leaves_with_path(restore_tree(directory / "checkpoints")[1])
+  return {jax.tree_util.keystr(path): hashlib.sha256(leaf.tobytes()).hexdigest() for path, leaf in state}
+
+
+def test_what_a_run_leaves(whole):
+  """Rows every third step, with those of held-out text; CSV has the same; the loss falls; the model reads as it was saved."""
+  out, _ = whole
+  found = rows(out)
+  assert [row["step"] for row in found] == [3, 6, 9, 12] and all(tuple(row) == COLUMNS for row in found)
+  assert [row["held_out_loss"] is None for row in found] == [True, False, True, False]
+  assert found[0]["learning_rate"] == pytest.approx(
+    0.02 * (0.98 * (1 + math.cos(math.pi * 2 / 12)) / 2 + 0.02), rel=1e-5
+  )
+  assert found[-1]["loss"] < 0.75 * found[0]["loss"] and found[-1]["labels"] == 8 * 16
+  with open(out / "metrics.csv") as file:
+    sheet = list(csv.DictReader(file))
+  assert [{k: float(v) for k, v in row.items() if v} for row in sheet] == [
+    {k: v for k, v in row.items() if v is not None} for row in found
+  ]
+  results = {row["metric"]: row["value"] for row in rows(out, "results.jsonl")}
+  assert results["held_out_loss"] == found[-1]["held_out_loss"]
+  assert results["bits_per_byte"] == pytest.approx(results["held_out_loss"] / math.log(2))
+  assert (out / "loss.png").stat().st_size > 1000
+  cfg, params = hf.load(out / "model")
+  state = restore_tree(out / "checkpoints")[1]["params"]
+  hidden = lambda p: Transformer(cfg).apply({"params": p}, np.arange(16, dtype=np.int32)[None], logits=None)[
+    0
+  ]
+  np.testing.assert_allclose(hidden(params), hidden(state), rtol=1e-5, atol=1e-5)
+
+
+def test_held_out_text_is_scored_as_evaluation_does(whole, text):
+  """The mean of its windows' losses by the model that was written; none of its bytes is in the rows that are trained on."""
+  out, args = whole
+  made = setup.set_up(settings_of(*args, f"--out={out}"))
+  data = made.held_out
+  starts = [data.rows.pieces(row)[0][0] for row in range(min(16, len(data.rows)))]
+  cut = [made.train.rows.pieces(row)[0] for row in range(len(made.train.rows))]
+  assert max(start + size for start, size in cut) <= min(starts)
+  ids = np.frombuffer(text.read_bytes(), np.uint8).astype(np.int32)
+  cfg, params = hf.load(out / "model")
+  losses = []
+  for start in starts:
+    window = ids[None, start : start + 17]
+    hidden, _ = Transformer(cfg).apply({"params": params}, window[:, :-1], logits=None)
+    losses.append(np.mean(cross_entropy(hidden, head(cfg, params), window[:, 1:])[0]))
+  results = {row["metric"]: row["value"] for row in rows(out, "results.jsonl")}
+  assert results["held_out_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(whole, tmp_path, monkeypatch):
+  """Stopped in step 4 and again in step 7: the same rows, checkpoints and files as of the run that was not."""
+  out, args = whole
+  step, told = run.Watch.step, []
+
+  def stopping(self, number, metrics):
+    step(self, number, metrics)
+    told.append(number)
+    if number in (4, 7) and number not in told[:-1]:
+      signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(run.Watch, "step", stopping)
+  codes = [call(*args, f"--out={tmp_path / 'cut'}") for _ in range(3)]
+  assert codes == [75, 75, 0] and len(told) == 12
+  assert learned(tmp_path / "cut") == learned(out)
+  assert digest(tmp_path / "cut") == digest(out)
+  for name in ("results.jsonl", "model/model.safetensors"):
+    assert (tmp_path / "cut" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_rows_beyond_the_checkpoint_are_cut(tmp_path):
+  with Metrics(tmp_path, 0) as metrics:
+    for i in range(1, 6):
+      metrics.add({"step": i, "loss": math.nan if i == 4 else 1.0 / i})
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 6, "lo')  # a kill within a line
+  with Metrics(tmp_path, 4) as metrics:
+    metrics.add({"step": 5, "loss": 0.5})
+  found = rows(tmp_path)
+  assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+  assert found[3]["loss"] is None and found[4]["loss"] == 0.5
+  assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 6
+  (tmp_path / "metrics.jsonl").write_text('{"step": "one"}\n')
+  with pytest.raises(CheckpointError, match=r"metrics.jsonl, line 1: not a row"):
+    Metrics(tmp_path, 4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """A Llama of bytes whose width a block of 64 divides."""
+  cfg = loaded_case.config(embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=64)
+  return loaded_case.save(tmp_path_factory.mktemp("checkpoint") / "model", cfg)
+
+
+def changed(before, after):
+  """Paths of parameters that have other numbers."""
+  return {path for path in before if not np.array_equal(before[path], after[path])}
+
+
+@pytest.mark.parametrize("train", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
+def test_factors_alone_are_trained_and_kept(checkpoint, text, tmp_path, train):
+  """A checkpoint of the run holds factors only, which are small; the model that is written has them added."""
+  out = tmp_path / "out"
+  args = (*QUICK, f"--model={checkpoint}", f"--text={text}", f"--train={train}", "--lora_rank=4")
+  assert call(*args, "--learning_rate=0.02", f"--out={out}") == 0
+  state = tree.flatten(restore_tree(out / "checkpoints")[1]["params"])
+  assert {path.rpartition("/")[2] for path in state} == {"a", "b"} and len(state) == 2 * 14
+  before, after = (
+    {
+      p: np.asarray(x.value.T if hasattr(x, "value") else x)
+      for p, x in tree.flatten(hf.load(where)[1]).items()
+    }
+    for where in (checkpoint, out / "model")
+  )
+  moved = changed(before, after)
+  assert all("/w" in path for path in moved) and len(moved) == 14
+  found = rows(out)
+  assert found[-1]["loss"] < found[0]["loss"]
+  assert call(*args, "--learning_rate=0.02", f"--out={out}") == 0  # nothing is left to do
+  assert [row["step"] for row in rows(out)] == [3, 6, 9, 12]
+
+
+def test_rules_choose_what_is_trained(checkpoint, text, tmp_path):
+  args = (*QUICK, f"--model={checkpoint}", f"--text={text}", "--trained=.*/mlp/.+=yes", "--trained=.+=no")
+  assert call(*args, f"--out={tmp_path}") == 0
+  before, after = (tree.flatten(hf.load(where)[1]) for where in (checkpoint, tmp_path / "model"))
+  moved = {
+    path
+    for path in before
+    if not np.array_equal(*(np.asarray(getattr(x[path], "value", x[path])) for x in (before, after)))
+  }
+  assert moved == {path for path in before if "/mlp/" in path} and len(moved) == 6
+  state = restore_tree(tmp_path / "checkpoints")[1]
+  assert set(tree.flatten(state["params"])) == moved
+  assert not any(
+    "attn" in jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state["opt"])
+  )
+
+
+@pytest.mark.parametrize(
+  "args",
+  [
+    ("--objective=glm",),
+    pytest.param(
+      ("--objective=prefix_lm", "--scan", "--remat=full", "--optimizer=lion"), marks=pytest.mark.slow
+    ),
+    pytest.param(
+      ("--separator=10", "--precision=O2", "--accumulate=2", "--tie_embeddings"), marks=pytest.mark.slow
+    ),
+    pytest.param(
+      ("--position=alibi", "--optimizer=muon", "--schedule=wsd", "--z_loss=1e-4"), marks=pytest.mark.slow
+    ),
+    pytest.param(("--num_kv_heads=1", "--optimizer=adafactor", "--precision=bf16"), marks=pytest.mark.slow),
+  ],
+)
+def test_other_runs_learn(text, tmp_path, args):
+  """GLM's blanks, prefixes, packed documents (one a line), and the other rules, schedules and types."""
+  assert call(*QUICK, f"--text={text}", "--learning_rate=0.01", *args, f"--out={tmp_path}") == 0
+  found = rows(tmp_path)
+  assert found[-1]["loss"] < found[0]["loss"] - 0.1
+  assert found[-1]["labels"] < 8 * 16 or "--objective=glm" not in args
+  assert (found[-1]["loss_scale"] is not None) == ("--precision=O2" in args)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2,fsdp=2", pytest.param("fsdp=8", marks=pytest.mark.slow)])
+def test_a_run_on_a_mesh_is_that_of_one_device(whole, tmp_path, mesh):
+  out, args = whole
+  assert call(*args, f"--mesh={mesh}", f"--out={tmp_path}") == 0
+  for found, expected in zip(learned(tmp_path), learned(out), strict=True):
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_a_run_that_diverges_names_step_rows_and_tensor(whole, text, tmp_path, capsys):
+  """The rate is so high that numbers overflow; the checkpoint before it stays."""
+  args = (*QUICK, f"--text={text}", "--learning_rate=1e9", "--warmup=0.5", "--save_every=2", "--log_every=1")
+  assert call(*args, f"--out={tmp_path}") == 1
+  said = capsys.readouterr().err
+  found = re.search(
+    r"at step (\d+) \(batch (\d+), rows ([\d, ]+) of (\S+); the first tensor that is not finite is the (.+)\);",
+    said,
+  )
+  assert found, said
+  step, batch = int(found[1]), int(found[2])
+  assert batch in (step - 1, step - 2) and len(found[3].split(",")) == 8 and found[4] == str(text)
+  assert re.match(r"(output|gradient) of \S+|parameter \S+, before the step", found[5])
+  there, state = restore_tree(tmp_path / "checkpoints")
+  assert there < step and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_a_profile_and_events_where_they_are_asked_for(text, tmp_path, monkeypatch, capsys):
+  args = (*QUICK, f"--text={text}", "--steps=6", "--profile=2:4", "--tensorboard", f"--out={tmp_path}")
+  assert call(*args) == 0
+  assert list(tmp_path.glob("profile/**/*.xplane.pb")) and list(tmp_path.glob("tensorboard/events*"))
