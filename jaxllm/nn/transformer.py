@@ -155,7 +155,9 @@ class Transformer(nn.Module):
     )
     # in float32 whatever the type of the table, and rounded once, when all is added
     x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient)
-    if self.sequence:  # each device looks all tokens up in its rows of the table, which would be gathered for a part of them
+    if (
+      self.sequence
+    ):  # each device looks all tokens up in its rows of the table, which would be gathered for a part of them
       x_BTD = constrain(x_BTD, "BTD")
     x_BTD = x_BTD.astype(jnp.float32) * cfg.embed_scale
     if cfg.embed_width is not None:
