@@ -19,7 +19,7 @@ from jaxllm.nn.context import Context, Shared, sides
 from jaxllm.nn.layers import REMATS, Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.nn.moe import MoeFeedForward
-from jaxllm.ops.constrain import gathered, summed
+from jaxllm.ops.constrain import constrain, gathered, summed
 from jaxllm.ops.einsum import einsum
 from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position import Position
@@ -154,7 +154,12 @@ class Transformer(nn.Module):
       self, "embed", (cfg.vocab_size, cfg.token_width), nn.initializers.normal(cfg.token_width**-0.5)
     )
     # in float32 whatever the type of the table, and rounded once, when all is added
-    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient).astype(jnp.float32) * cfg.embed_scale
+    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient)
+    if (
+      self.sequence
+    ):  # each device looks all tokens up in its rows of the table, which would be gathered for a part of them
+      x_BTD = constrain(x_BTD, "BTD")
+    x_BTD = x_BTD.astype(jnp.float32) * cfg.embed_scale
     if cfg.embed_width is not None:
       w = weight(self, "embed_in", (cfg.embed_width, cfg.embed_dim), _MATRIX_INIT)
       x_BTD = einsum("BTE,ED->BTD", x_BTD.astype(cfg.dtype), w.astype(cfg.dtype))

@@ -29,8 +29,8 @@ class Layout:
   What is shaped like a parameter lies as it does (gradients, moments, momenta, master weights), means of its rows and columns
   as the dimensions that they keep, and all else whole.  What a stage of ZeRO divides (`parallel.RuleSet`) is divided over fsdp
   in the largest dimension that it divides, where the rules have not done so; an array without one stays whole.
-  Methods that take `params` read their paths and shapes only, padded or not; arrays may be abstract but where a method says that
-  it constrains them, in a program that is traced.
+  Of `params` paths and shapes are read, padded or not, and arrays may be abstract: but where a method constrains them, which
+  is for a program that is traced.
   """
 
   mesh: Mesh | None
@@ -40,7 +40,7 @@ class Layout:
   def state(self, state: dict[str, Any]) -> dict[str, Any]:
     """A jax.ShapeDtypeStruct for each array of a `step.State`: its shape with the vocabulary padded, and its sharding."""
     params = self._placed(state["params"], self.rules.stage >= 3)
-    follow = self._followers(state["params"], self.rules.stage >= 1)
+    follow = lambda part: self.following(part, state["params"], 1)
     return {name: params if name == "params" else follow(part) for name, part in state.items()}
 
   def shardings(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -74,11 +74,31 @@ class Layout:
 
   def gradients(self, grads: Any, params: Any) -> Any:
     """Gradients, constrained to lie as parameters do, or from stage 2 on as the optimizer's state."""
-    return self._follow(grads, params, self.rules.stage >= 2)
+    return grads if self.mesh is None else _constrained(grads, self.following(grads, params, 2))
 
   def changed(self, weights: Any, params: Any) -> Any:
     """Weights that the optimizer is to change, constrained to lie as its state, so that each device changes its part."""
-    return self._follow(weights, params, self.rules.stage >= 1)
+    return weights if self.mesh is None else _constrained(weights, self.following(weights, params, 1))
+
+  def following(self, values: Any, params: Any, stage: int) -> Any:
+    """Shapes and shardings of arrays, of any tree, that lie as the parameters whose paths theirs end with.
+
+    stage: the first that divides them over fsdp.
+    """
+    given, placed = _named(params), _named(self._placed(params, False))
+    whole = NamedSharding(self.mesh, PartitionSpec())
+
+    def of_leaf(path, leaf):
+      name, dims = _source(path, leaf, given)
+      if dims is None:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+      at = placed[name]
+      spec = tuple(at.sharding.spec) + (None,) * (len(at.shape) - len(at.sharding.spec))
+      shape, entries = tuple(at.shape[d] for d in dims), [spec[d] for d in dims]
+      struct = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=_on(self.mesh, entries))
+      return _spread(struct) if self.rules.stage >= stage else struct
+
+    return jax.tree_util.tree_map_with_path(of_leaf, values)
 
   def unpadded(self, values: Any, params: Any) -> Any:
     """Arrays that follow parameters without padding of the vocabulary, so that means over an array do not have it."""
@@ -101,26 +121,6 @@ class Layout:
       return leaf if isinstance(leaf, QTensor) else jax.tree.map(_spread, leaf)
 
     return tree.unflatten({path: of_leaf(leaf) for path, leaf in tree.flatten(placed).items()})
-
-  def _followers(self, params: Any, spread: bool) -> Callable[[Any], Any]:
-    """A function of trees that follow the parameters: shapes and shardings."""
-    given, placed = _named(params), _named(self._placed(params, False))
-    whole = NamedSharding(self.mesh, PartitionSpec())
-
-    def of_leaf(path, leaf):
-      name, dims = _source(path, leaf, given)
-      if dims is None:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
-      at = placed[name]
-      spec = tuple(at.sharding.spec) + (None,) * (len(at.shape) - len(at.sharding.spec))
-      shape, entries = tuple(at.shape[d] for d in dims), [spec[d] for d in dims]
-      struct = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=_on(self.mesh, entries))
-      return _spread(struct) if spread else struct
-
-    return lambda values: jax.tree_util.tree_map_with_path(of_leaf, values)
-
-  def _follow(self, values: Any, params: Any, spread: bool) -> Any:
-    return values if self.mesh is None else _constrained(values, self._followers(params, spread)(values))
 
   def _sized(self, values: Any, params: Any, target: Any) -> Any:
     """Arrays that follow parameters of one size, made to follow those of another."""
@@ -146,8 +146,8 @@ def make_layout(
   """The layout of a run whose steps read `rows` rows of `length` tokens at a time (0: any).
 
   rules: default those that use all axes of the mesh; plain rules, without a stage, are those of stage 0.
-  Raises ConfigError for rules that divide over an axis that the mesh lacks, or leave tensor unused, and for rows and tokens that
-  its axes do not divide.
+  Raises ConfigError for rules that divide over an axis that the mesh lacks, or leave tensor unused, and for rows and tokens
+  that its axes do not divide.
   """
   if mesh is None:
     if rules is not None:
@@ -166,8 +166,8 @@ def make_layout(
     )
   if rules.sequence and length % tensor:
     raise ConfigError(
-      f"length: found {length} tokens on the mesh {parallel.spell(mesh)}, expected a multiple of {tensor}, as the rules sequence "
-      f"split them over tensor; the nearest is {_nearest(length, tensor)}, or take the rules tensor"
+      f"length: found {length} tokens on the mesh {parallel.spell(mesh)}, expected a multiple of {tensor}, as the rules "
+      f"split tokens over tensor; the nearest is {_nearest(length, tensor)}, or take the rules tensor"
     )
   return Layout(mesh, rules, cfg)
 
