@@ -3,8 +3,8 @@
 Text is a file of tokens (experiments.token_file), bytes for a model from scratch, or what the tokenizer of --model makes of it;
 the order of its rows is a function of --seed and the step, so a run that is stopped or killed goes on, by the same command, to
 the very numbers of one that was not.  In --out: metrics.jsonl and metrics.csv (a row every --log_every steps), checkpoints,
-results, a figure of the loss, and at the end the model as a directory for transformers and for --model of every script, where there is
-a family for it.
+results, a figure of the loss, and at the end the model as a directory for transformers and for --model of every script, where
+there is a family for it.
 
 Several processes (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID) run the same command on one mesh and --out.
 """

@@ -1,0 +1,86 @@
+"""experiments.train in two processes of four devices each: the run of one process, checkpoints included."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from train_case import QUICK, call, learned, rows, write_text
+
+from jaxllm.parallel import multihost
+from jaxllm.train.checkpoint import restore_tree
+
+ROOT = Path(__file__).parents[2]
+MESH = "--mesh=fsdp=2,tensor=4"
+
+
+def both(*args):
+  """(exit codes, what each said) of the command in two processes."""
+  with socket.create_server(("localhost", 0)) as server:
+    port = server.getsockname()[1]
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+  common = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  variables = [
+    dict(zip(multihost.VARIABLES.values(), (f"localhost:{port}", "2", str(i)), strict=True)) for i in range(2)
+  ]
+  command = [sys.executable, "-m", "experiments.train", *args]
+  run = lambda env: subprocess.Popen(
+    command, env=common | env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+  )
+  processes = [run(env) for env in variables]
+  try:
+    said = [process.communicate(timeout=200)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [process.returncode for process in processes], said
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+  """(the output of a run in this process, its flags)."""
+  root = tmp_path_factory.mktemp("two")
+  args = (*QUICK, f"--text={write_text(root)}", "--num_heads=4", "--eval_every=0")
+  assert call(*args, MESH, f"--out={root / 'one'}") == 0
+  return root / "one", args
+
+
+def check_same(out, one):
+  """Rows of metrics and the state at the end."""
+  for found, expected in zip(learned(out), learned(one), strict=True):
+    assert found["step"] == expected["step"] and found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+  states = [restore_tree(run / "checkpoints") for run in (out, one)]
+  assert [step for step, _ in states] == [12, 12]
+  for found, expected in zip(*(jax.tree.leaves(state["params"]) for _, state in states), strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.max(np.abs(expected)))
+  assert (out / "model" / "config.json").exists()
+  assert len(rows(out, "results.jsonl")) == 4
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one_and_save(one, tmp_path):
+  shutil.copytree(one[0], tmp_path / "two")
+  shutil.rmtree(tmp_path / "two" / "checkpoints" / "12")
+  codes, said = both(*one[1], MESH, f"--out={tmp_path / 'two'}")
+  assert codes == [0, 0], "\n".join(said)
+  assert sum("metrics, results and figure" in text for text in said) == 1  # the first process tells
+  check_same(tmp_path / "two", one[0])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on_from_what_they_saved(one, tmp_path):
+  out = tmp_path / "two"
+  for again in (False, True):
+    if again:
+      shutil.rmtree(out / "checkpoints" / "12")
+    codes, said = both(*one[1], MESH, f"--out={out}")
+    assert codes == [0, 0], "\n".join(said)
+    check_same(out, one[0])
+  shutil.rmtree(out / "checkpoints" / "12")
+  assert call(*one[1], "--mesh=fsdp=8", f"--out={out}") == 0  # in one process, on another mesh
+  check_same(out, one[0])
