@@ -11,8 +11,7 @@ from jaxllm.activation import MLPS, Glu
 from jaxllm.errors import ConfigError, check_choice, check_positive
 from jaxllm.experts import EXPERTS, ROUTERS, Moe
 from jaxllm.norm import NORMS, QkNorm, RMSNorm
-from jaxllm.ops.attention import Plain
-from jaxllm.ops.choose import CORES
+from jaxllm.ops.choose import CORES, Auto
 from jaxllm.position import POSITIONS, NoPE, Position, Rope, float32
 from jaxllm.position.query_scale import QUERY_SCALES, Llama4Scale, LogN, query_scale_table
 from jaxllm.position.tables import PositionTables, Table, make_table
@@ -72,7 +71,8 @@ class ModelConfig:
   transformers' `logit_scale` (Cohere) and 1 / `logits_scaling` (Granite).  attention_sinks: a learned logit a head that takes
   a share of each query's attention (Xiao et al., 2023, section 3.3; GPT-OSS).  layer_scaling: see `nn.attention.Attention`.
   norm_head: see `ops.head.Head`.
-  attention: the core (one of ops.choose.CORES), which changes speed and memory and not the result.
+  attention: the core (one of ops.choose.CORES), which changes speed and memory and not the result; by default the one for the
+  device and the length of each call.
   dtype: the compute type; parameters may be of any type.
   context_length: how many tokens the model is said to serve, for information only.  eos_ids: the tokens that end a text, where
   `generate` stops by default.
@@ -106,7 +106,7 @@ class ModelConfig:
   attention_sinks: bool = False
   layer_scaling: bool = False
   norm_head: bool = False
-  attention: Any = Plain()
+  attention: Any = Auto()
   dtype: str = "float32"
   context_length: int | None = None
   eos_ids: tuple[int, ...] = ()

@@ -168,7 +168,7 @@ def test_config_values():
         ValueError, match=f"Blockwise.{field}: found {bad!r}, expected an integer of at least 1"
       ):
         Blockwise(**{field: bad})
-  assert ModelConfig.__dataclass_fields__["attention"].default == Plain()
+  assert ModelConfig.__dataclass_fields__["attention"].default == Auto()
 
 
 CORES = {"plain": Plain(), "blockwise": Blockwise(8, 6), "auto": Auto()}

@@ -254,7 +254,7 @@ def test_a_forced_kernel_serves_decoding_by_a_reference_core(monkeypatch):
   """With a cache the order is data: the logits are those of the plain core, to the last bit."""
   monkeypatch.setattr(calls, "current_device", lambda: GPU)
   ids = np.arange(9, dtype=np.int32)[None]
-  cfg = config("rope", dtype="bfloat16")
+  cfg = config("rope", dtype="bfloat16", attention=Plain())
   params = jax.jit(Transformer(cfg).init)(jax.random.key(0), ids[:, :1])["params"]
 
   def run(core):

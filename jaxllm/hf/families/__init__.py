@@ -52,7 +52,7 @@ from jaxllm.hf.families.stablelm import STABLELM
 from jaxllm.hf.families.starcoder2 import STARCODER2
 from jaxllm.hf.family import Family
 from jaxllm.hf.settings import FLAG, IGNORED, TEXT, TOKENS, Settings, nearest, one_of
-from jaxllm.ops.attention import Plain
+from jaxllm.ops.choose import Auto
 from jaxllm.position import LogN, Position, Rope
 
 _ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, OLMO2, GRANITE, SMOLLM3, MINISTRAL3)
@@ -274,7 +274,7 @@ def comparable(cfg: ModelConfig) -> ModelConfig:
     logit_scale=1 / (1 / cfg.logit_scale),  # as it comes back from its reciprocal
     biases=tuple(sorted(cfg.biases)),
     context_length=None,
-    attention=Plain(),
+    attention=Auto(),
     rope_precision="exact",
     embed_gradient=1.0,
     layer_scaling=False,
