@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.leaf import Matrix
+from jaxllm.ops import einsum as einsums
 from jaxllm.ops.einsum import einsum, turned
 
 RNG = np.random.default_rng(0)
@@ -93,3 +94,20 @@ def test_a_turned_matrix_is_its_transpose(dtype):
   found, product = run(x)
   np.testing.assert_array_equal(found, x.T)
   np.testing.assert_allclose(product, np.asarray(x, "f").T @ np.asarray(x, "f"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", ["array", "oi"])
+def test_gradients_of_a_large_matrix_in_float32(stored, monkeypatch):
+  """On a CPU rows are transposed first for the matrix's; elsewhere, and for small ones, it is JAX's rule."""
+  rng = np.random.default_rng(2)
+  x, value = (jnp.asarray(rng.standard_normal(shape), "float32") for shape in ((40, 24), (24, 10)))
+  g = jnp.asarray(rng.standard_normal((40, 10)), "float32")
+  w = value if stored == "array" else Matrix(value.T, "oi")
+
+  def gradients():
+    return jax.jit(lambda x, w, g: jax.vjp(lambda x, w: einsum("CD,DF->CF", x, w), x, w)[1](g))(x, w, g)
+
+  expected = gradients()
+  monkeypatch.setattr(einsums, "LARGE", 240)
+  for found, true in zip(jax.tree.leaves(gradients()), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(found, true, rtol=1e-5, atol=1e-5)
