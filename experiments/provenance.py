@@ -33,3 +33,16 @@ def source_digest() -> str:
   roots = (Path(jaxllm.__file__).parent, Path(__file__).parent)
   files = sorted(path for root in roots for path in root.rglob("*.py"))
   return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def processor() -> str:
+  """The processor's name, as far as the system tells it."""
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.machine()
+  names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+  if "model name" not in names:
+    return platform.machine()
+  numbers = " ".join(f"{key} {names[key]}" for key in ("cpu family", "model") if key in names)
+  return f"{names['model name']} ({numbers})"

@@ -36,11 +36,38 @@ def cross_entropy(
 def _score(hidden_BTD, head, labels_BT, z_loss):
   logits_CV = head(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
   labels_C = labels_BT.reshape(-1)
-  label_logit_C = jnp.take_along_axis(logits_CV, labels_C[:, None], axis=-1)[:, 0]
-  log_sum_C = jax.nn.logsumexp(logits_CV, axis=-1)
+  label_logit_C, log_sum_C = _label_and_sum(logits_CV, labels_C)
   nll_C = log_sum_C - label_logit_C
   if z_loss:
     z_C = z_loss * jnp.square(log_sum_C)
     nll_C += z_C - jax.lax.stop_gradient(z_C)
   correct_C = jnp.argmax(logits_CV, axis=-1) == labels_C
   return nll_C.reshape(labels_BT.shape), correct_C.reshape(labels_BT.shape)
+
+
+@jax.custom_vjp
+def _label_and_sum(logits_CV: jax.Array, labels_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(the label's logit, log sum exp of the logits), [C] each.
+
+  Its gradient is one pass over the logits, which are read again: by JAX's own rules exponentials are kept, and the label's
+  part is an array of zeros to which one number a row is added.
+  """
+  return _label_and_sum_forward(logits_CV, labels_C)[0]
+
+
+def _label_and_sum_forward(logits_CV, labels_C):
+  label_logit_C = jnp.take_along_axis(logits_CV, labels_C[:, None], axis=-1)[:, 0]
+  top_C = jnp.max(logits_CV, axis=-1)
+  top_C = jnp.where(jnp.isfinite(top_C), top_C, 0)  # infinity less itself would be no number
+  sum_C = jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1)
+  return (label_logit_C, jnp.log(sum_C) + top_C), (logits_CV, labels_C, top_C, sum_C)
+
+
+def _label_and_sum_backward(kept, by):
+  (logits_CV, labels_C, top_C, sum_C), (by_label_C, by_sum_C) = kept, by
+  gradient_CV = (by_sum_C / sum_C)[:, None] * jnp.exp(logits_CV - top_C[:, None])
+  here_CV = labels_C[:, None] == jnp.arange(logits_CV.shape[-1], dtype=labels_C.dtype)[None]
+  return jnp.where(here_CV, gradient_CV + by_label_C[:, None], gradient_CV), None
+
+
+_label_and_sum.defvjp(_label_and_sum_forward, _label_and_sum_backward)

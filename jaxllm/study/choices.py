@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jaxllm.errors import ConfigError
 
-CORES = ("auto", "plain", "blockwise", "cudnn", "splash")
+CORES = ("auto", "plain", "blockwise", "cudnn", "splash", "by_head")
 """Names of attention cores (`ops.choose.CORES`), which a flag lists without importing jax."""
 
 RULES = ("data", "zero1", "zero2", "fsdp", "tensor", "sequence", "fsdp_tensor")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxllm.leaf import Matrix
-from jaxllm.ops.einsum import einsum
+from jaxllm.ops import einsum as einsums
+from jaxllm.ops.einsum import einsum, turned
 
 RNG = np.random.default_rng(0)
 X, W = RNG.standard_normal((3, 24)), RNG.standard_normal((24, 10))
@@ -53,3 +54,60 @@ def test_a_matrix_of_one_row_as_the_first_operand():
   one = Matrix(jnp.asarray(W[:1], "bfloat16"), "io")
   found = einsum("DF,FV->DV", one, jnp.ones((10, 4), "bfloat16"))
   np.testing.assert_allclose(found, np.asarray(one.value, "f").sum() * np.ones((1, 4)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("stored", [pytest.param("array", marks=pytest.mark.core), "io", "oi"])
+@pytest.mark.parametrize("equation", ["CD,DF->CF", "...D,DF->...F"])
+def test_gradients_of_bfloat16_rows_are_those_of_their_numbers(stored, equation):
+  """Products of 16-bit numbers summed in float32; what comes to them is rounded first, and they are at the end."""
+  rng = np.random.default_rng(1)
+  rows = (40, 24) if equation[0] == "C" else (5, 8, 24)
+  x, w = jnp.asarray(rng.standard_normal(rows), "bfloat16"), weights(stored, "bfloat16")
+  g = jnp.asarray(rng.standard_normal((*rows[:-1], 10)), "float32")
+  run = jax.jit(lambda x, w, g: jax.vjp(lambda x, w: einsum(equation, x, w), x, w)[1](g))
+  by_x, by_w = run(x, w, g)
+  value = by_w.value if isinstance(by_w, Matrix) else by_w
+  assert by_x.dtype == value.dtype == jnp.bfloat16
+  x, g = (np.asarray(y.astype("bfloat16"), np.float64).reshape(-1, y.shape[-1]) for y in (x, g))
+  true = x.T @ g
+  np.testing.assert_allclose(
+    np.asarray(value, np.float64), true.T if stored == "oi" else true, rtol=2**-8, atol=1e-5
+  )
+  matrix = np.asarray(jnp.asarray(W, "bfloat16"), np.float64)
+  np.testing.assert_allclose(
+    np.asarray(by_x, np.float64).reshape(len(x), -1), g @ matrix.T, rtol=2**-8, atol=1e-5
+  )
+
+
+def test_no_product_of_a_bfloat16_gradient_is_wider():
+  """Where what comes to it is float32, too, as it does from logits."""
+  x, w = jnp.asarray(X, "bfloat16"), jnp.asarray(W, "bfloat16")
+  gradient = jax.grad(lambda x, w: jnp.sum(jnp.square(einsum("CD,DF->CF", x, w))), argnums=(0, 1))
+  products = [line for line in jax.jit(gradient).lower(x, w).as_text().splitlines() if "dot_general" in line]
+  assert len(products) == 3 and all(line.count("bf16>") == 2 for line in products)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_turned_matrix_is_its_transpose(dtype):
+  x = jnp.asarray(X, dtype)
+  run = jax.jit(lambda x: (turned(x), jnp.dot(turned(x), x, preferred_element_type=jnp.float32)))
+  found, product = run(x)
+  np.testing.assert_array_equal(found, x.T)
+  np.testing.assert_allclose(product, np.asarray(x, "f").T @ np.asarray(x, "f"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", ["array", "oi"])
+def test_gradients_of_a_large_matrix_in_float32(stored, monkeypatch):
+  """On a CPU rows are transposed first for the matrix's; elsewhere, and for small ones, it is JAX's rule."""
+  rng = np.random.default_rng(2)
+  x, value = (jnp.asarray(rng.standard_normal(shape), "float32") for shape in ((40, 24), (24, 10)))
+  g = jnp.asarray(rng.standard_normal((40, 10)), "float32")
+  w = value if stored == "array" else Matrix(value.T, "oi")
+
+  def gradients():
+    return jax.jit(lambda x, w, g: jax.vjp(lambda x, w: einsum("CD,DF->CF", x, w), x, w)[1](g))(x, w, g)
+
+  expected = gradients()
+  monkeypatch.setattr(einsums, "LARGE", 240)
+  for found, true in zip(jax.tree.leaves(gradients()), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(found, true, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ from model_checks import relative_error
 
 from jaxllm.leaf import Matrix, dense
 from jaxllm.ops.head import Head
-from jaxllm.ops.losses import cross_entropy
+from jaxllm.ops.losses import _label_and_sum, cross_entropy
 
 B, T, D, V = 3, 7, 16, 29
 RNG = np.random.default_rng(0)
@@ -133,3 +133,24 @@ def test_a_padded_vocabulary_has_no_part_in_anything():
     for one, other in zip(map(dense, found_gradients), gradients, strict=True):
       np.testing.assert_allclose(one[..., :V], other, rtol=0, atol=1e-5)
       np.testing.assert_array_equal(one[..., V:], 0)
+
+
+def test_the_gradient_of_scores_is_that_of_jaxs_own_rules():
+  """The same numbers in the same order: to the last bit, eagerly, where XLA adds what it has multiplied and rounded."""
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(4 * rng.standard_normal((7, 50)), jnp.float32).at[3, 9].set(60.0)
+  labels = jnp.asarray(rng.integers(0, 50, 7), jnp.int32).at[3].set(9)
+  by = tuple(jnp.asarray(rng.standard_normal(7), jnp.float32) for _ in range(2))
+
+  def plain(logits):
+    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0], jax.nn.logsumexp(logits, axis=-1)
+
+  found, back = jax.vjp(lambda x: _label_and_sum(x, labels), logits)
+  expected, true_back = jax.vjp(plain, logits)
+  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(back(by)[0], true_back(by)[0])
+
+
+def test_an_infinite_logit_is_an_infinite_loss():
+  logits = jnp.zeros((2, 5)).at[0, 1].set(jnp.inf)
+  np.testing.assert_array_equal(_label_and_sum(logits, jnp.array([0, 0]))[1], [np.inf, np.log(np.float32(5))])
