@@ -115,7 +115,7 @@ def test_what_a_step_sends(rules, axes):
   about("collectives", row)
   found = collections.Counter(name for name, _ in collectives(run(rules, axes).step.as_text()))
   assert KINDS[rules] <= set(found), found
-  if rules in ("data", "tensor"):
+  if rules == "data":
     assert set(found) == {"all-reduce"}
   measured("collectives", row, **as_columns(found))
 

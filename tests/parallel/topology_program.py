@@ -28,11 +28,15 @@ COLLECTIVE = re.compile(
 
 def sent(text):
   """{"name shape": count}; a fusion there of an all-reduce and each device's part of it is a reduce-scatter."""
-  found, inside = collections.Counter(), ""
+  found, inside, channels = collections.Counter(), "", set()
   for line in text.splitlines():
     if not line.startswith(" "):
       inside = line.removeprefix("%")
     if match := COLLECTIVE.search(line):
+      channel = re.search(r"channel_id=(\d+)", line)[1]
+      if channel in channels:  # the steps of a fusion that goes on meanwhile show one several times
+        continue
+      channels.add(channel)
       name = "reduce-scatter" if inside.startswith("all-reduce-scatter") else match[2]
       shapes = re.findall(r"\[([\d,]*)\]", match[1])
       if match[3] and name == "all-gather":
