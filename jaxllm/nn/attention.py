@@ -12,8 +12,9 @@ from jaxllm.nn.cache import LayerCache
 from jaxllm.nn.context import Shared
 from jaxllm.nn.layers import HeadNorm, Linear, weight
 from jaxllm.ops.attention import MASKED, Score
-from jaxllm.ops.constrain import constrain, gathered, summed
+from jaxllm.ops.constrain import constrain, summed
 from jaxllm.ops.head import soft_cap
+from jaxllm.ops.sequence import Fan, fan
 from jaxllm.position import Position, Rope
 from jaxllm.position.base import add_bias, inner_products
 
@@ -63,10 +64,10 @@ class Attention(nn.Module):
     cfg, position, q_side, k_side = self.cfg, self.layer.position, shared.q_side, shared.q_side
     table, p = shared.of(cfg, position)
     rows = 1 if table is None else table.rows
-    x_BTD = gathered(x_BTD, self.sequence)
+    x = fan(x_BTD, self.sequence)
     scores_keys = not rotates_once(position, rows)
     q_BTNH, k_BTKH, v_BTKH = (
-      self._heads(x_BTD, name, n, letters)
+      self._heads(x, name, n, letters)
       for name, n, letters in (
         ("q", cfg.num_heads, "BTNH"),
         ("k", cfg.num_kv_heads, "BTKH"),
@@ -111,13 +112,13 @@ class Attention(nn.Module):
     scoring = Score(score, type(position).__name__, hooks(cfg, position, rows), cfg.attention_softcap)
     out_BTNH = cfg.attention(q_BTNH, k_BTKH, v_BTKH, q_side, k_side, self.layer.window, scoring, sinks_N)
     out_BTNH = constrain(out_BTNH, "BTNH")
-    out_BTD = Linear(cfg, cfg.embed_dim, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)"))
+    out_BTD = Linear(cfg, cfg.embed_dim, self.sequence, name="o")(rearrange(out_BTNH, "B T N H -> B T (N H)"))
     return summed(out_BTD, self.sequence), cache
 
-  def _heads(self, x_BTD: jax.Array, name: str, heads: int, letters: str) -> jax.Array:
+  def _heads(self, x: jax.Array | Fan, name: str, heads: int, letters: str) -> jax.Array:
     """The projection `name`, clipped and normalised where the config says so, [B, T, heads, H]."""
     cfg = self.cfg
-    x = Linear(cfg, heads * cfg.head_dim, name=name)(x_BTD)
+    x = Linear(cfg, heads * cfg.head_dim, name=name)(x)
     if cfg.clip_qkv is not None:
       x = jnp.clip(x, -cfg.clip_qkv, cfg.clip_qkv)
     x_BTNH = constrain(rearrange(x, "B T (N H) -> B T N H", N=heads), letters)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
 from jaxllm.ops.einsum import einsum
+from jaxllm.ops.sequence import Fan, columns, rows
 
 REMATS = {
   "none": None,
@@ -38,16 +39,28 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], init) -> Any:
 class Linear(nn.Module):
   """y = x w + bias, w [in, out] (an array or a `leaf.Matrix`), computed in cfg.dtype and accumulated in float32.
 
-  The module's name decides how w starts (cfg.wiring.init) and whether there is a bias (cfg.biases).
+  The module's name decides how w starts (cfg.wiring.init) and whether there is a bias (cfg.biases). sequence: y is for a
+  residual stream whose tokens are split (`ops.sequence`).
   """
 
   cfg: ModelConfig
   features: int
+  sequence: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    cfg = self.cfg
+  def __call__(self, x: jax.Array | Fan) -> jax.Array:
+    cfg, several = self.cfg, x if isinstance(x, Fan) else None
+    x = x if several is None else several.whole
     w = weight(self, "w", (x.shape[-1], self.features), cfg.wiring.init(self.name, cfg.num_layers))
+    out = None
+    if several is not None:
+      out = columns(several, w.astype(cfg.dtype))
+    elif self.sequence:
+      out = rows(x, w.astype(cfg.dtype), jnp.float32 if self.name in cfg.biases else cfg.dtype)
+    if out is not None:
+      if self.name in cfg.biases:
+        out += weight(self, "bias", (self.features,), nn.initializers.zeros)[None, None]
+      return out.astype(cfg.dtype)
     # two-dimensional operands: a CPU's matrix product is slower with more
     x_CD = x.reshape(-1, x.shape[-1])
     if self.name in cfg.biases:

@@ -9,7 +9,8 @@ import jax
 
 from jaxllm.config import ModelConfig
 from jaxllm.nn.layers import Linear, weight
-from jaxllm.ops.constrain import constrain, gathered, summed
+from jaxllm.ops.constrain import constrain, summed
+from jaxllm.ops.sequence import fan
 
 
 class FeedForward(nn.Module):
@@ -22,9 +23,9 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     cfg, mlp = self.cfg, self.mlp or self.cfg.mlp
-    x_BTD = gathered(x_BTD, self.sequence)
-    inputs = [constrain(Linear(cfg, cfg.mlp_dim, name=name)(x_BTD), "BTF") for name in mlp.inputs]
+    x = fan(x_BTD, self.sequence)
+    inputs = [constrain(Linear(cfg, cfg.mlp_dim, name=name)(x), "BTF") for name in mlp.inputs]
     p = {name: weight(self, name, shape, init) for name, (shape, init) in mlp.params().items()}
     # the backward pass recomputes the activation: that is faster than to store and read what its derivative needs
     hidden_BTF = jax.checkpoint(mlp)(p, *inputs)
-    return summed(Linear(cfg, cfg.embed_dim, name="down")(hidden_BTF), self.sequence)
+    return summed(Linear(cfg, cfg.embed_dim, self.sequence, name="down")(hidden_BTF), self.sequence)
