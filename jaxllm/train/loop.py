@@ -43,8 +43,8 @@ def fit(
 
   `on_start(step)` is told where the run begins, `on_step(steps done, loss)` of each step (the loss may still be computing).
   `check_stop()` is called where the state is on disk, and may raise.  `stop`, such as a `StopFlag`, is true once the run is
-  asked to stop: the step that runs then is saved, so that nothing is lost.  Raises CheckpointError if the checkpoints there are of
-  another model, configuration, seed or text, or further than config.steps.
+  asked to stop: the step that runs then is saved, so that nothing is lost.  Raises CheckpointError if the checkpoints there
+  are of another model, configuration, seed or text, or further than config.steps; OSError where there is no room to save.
   """
   with Checkpoints(directory) as checkpoints:
     state = init_state(model, config, seed)

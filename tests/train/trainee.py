@@ -15,10 +15,6 @@ import threading
 import time
 from pathlib import Path
 
-from jaxllm.study import compile_cache
-
-compile_cache.turn_on()
-
 import jax
 import numpy as np
 import train_cases
