@@ -240,7 +240,8 @@ def _check(orbax: ocp.Checkpointer, directory: Path, step: int) -> None:
   path = directory / str(step)
   try:
     if not (path / manifest.NAME).exists() and (path / _OLD).exists():
-      _read(orbax, directory, step)
+      if jax.process_count() == 1:  # Orbax reads in all processes together
+        _read(orbax, directory, step)
       _log.warning("%s: not verified, as it was saved before checkpoints had manifests", path)
     else:
       manifest.verified(path, step)

@@ -56,7 +56,7 @@ def check_room(directory: Path, size: int) -> None:
 
 
 def refusal(code: int, directory: Path, size: int | None = None) -> OSError:
-  """The system's error about a directory; with the size of a state, where space is what is missing, the bytes needed and free."""
+  """The system's error about a directory; of space, with the bytes that a state of `size` needs and those that are free."""
   text = os.strerror(code)
   if size is not None and code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
     free = free_bytes(directory)

@@ -33,7 +33,7 @@ def config(steps, **kwargs):
   return TrainConfig(steps=steps, batch_size=BATCH, length=LENGTH, **kwargs)
 
 
-def train(directory, steps, seed=3, cfg=CFG, on_step=None, check_stop=None, **kwargs):
+def train(directory, steps, seed=3, cfg=CFG, on_step=None, check_stop=None, stop=False, **kwargs):
   """`fit` of the small model: (state, steps at which it began)."""
   starts = []
   state = fit(
@@ -45,6 +45,7 @@ def train(directory, steps, seed=3, cfg=CFG, on_step=None, check_stop=None, **kw
     on_start=starts.append,
     on_step=lambda step, metrics: on_step and on_step(step, metrics["loss"]),
     check_stop=check_stop or (lambda: None),
+    stop=stop,
   )
   return state, starts
 

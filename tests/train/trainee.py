@@ -15,10 +15,6 @@ import threading
 import time
 from pathlib import Path
 
-from jaxllm.study import compile_cache
-
-compile_cache.turn_on()
-
 import jax
 import numpy as np
 import train_cases
@@ -33,7 +29,7 @@ from jaxllm.study import run_app
 from jaxllm.study.cells import Ledger
 from jaxllm.study.files import Lock
 from jaxllm.study.stop import StopFlag
-from jaxllm.train import checkpoint, disk, loop, manifest
+from jaxllm.train import checkpoint, data, disk, loop, manifest
 
 LARGE = dataclasses.replace(train_cases.CFG, embed_dim=32, head_dim=16, vocab_size=65_536)
 """Of a state of more than 48 MiB, which takes about as long to save as two steps take."""
@@ -73,22 +69,21 @@ def train(request):
   with Lock(request["out"]), StopFlag() as stop:
     loop.Checkpoints, loop.SAVE_EVERY = Told, request["save_every"]
     model = Transformer(LARGE if request.get("large") else train_cases.CFG)
-    batch = loop.data.batch
 
-    def slow_batch(text, seed, step, *args):
-      say("DATA", step)
-      time.sleep(request.get("data_seconds", 0))
-      return batch(text, seed, step, *args)
+    class Slow(data.Stretches):
+      def batch(self, step):
+        say("DATA", step)
+        time.sleep(request.get("data_seconds", 0))
+        return super().batch(step)
 
-    loop.data.batch = slow_batch
     state = loop.fit(
       model,
       train_cases.config(request["steps"]),
-      train_cases.TEXT,
+      Slow(train_cases.TEXT, 3, train_cases.BATCH, train_cases.LENGTH),
       3,
       Path(request["out"]),
       on_start=lambda step: say("START", step),
-      on_step=lambda step, loss: say("STEP", step, np.asarray(loss).tobytes().hex()),
+      on_step=lambda step, metrics: say("STEP", step, np.float32(metrics["loss"]).tobytes().hex()),
       check_stop=stop.check,
       stop=stop,
     )
