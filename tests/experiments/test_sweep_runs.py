@@ -142,12 +142,12 @@ def test_a_model_that_diverges_fails_its_cells_and_not_the_others(tmp_path, corp
 
   make_step = loop.make_step
 
-  def poisoned(model, config):
-    step_fn = make_step(model, config)
+  def poisoned(model, *args, **kwargs):
+    step_fn = make_step(model, *args, **kwargs)
 
     def step(state, tokens):
-      state, loss = step_fn(state, tokens)
-      return state, loss * float("nan") if model.cfg.ropes else loss
+      state, metrics = step_fn(state, tokens)
+      return state, metrics | ({"loss": float("nan")} if model.cfg.ropes else {})
 
     return step
 
