@@ -15,6 +15,8 @@ def cross_entropy(
 
   Logits are float32 and exist for `chunk` tokens at a time, forward and backward: 32k tokens of a 152k vocabulary at once
   would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they are.
+  Over a vocabulary that a mesh splits no logits are gathered: devices sum a token's maximum, sum and label's logit (Shoeybi et
+  al. (2019), Megatron-LM, section 3), and backward the gradient of its hidden state.
   z_loss: the gradient, and not the value, is that of -log softmax + z_loss log(sum exp logits)^2, which holds logits near 0.
   Source of the latter: Chowdhery et al. (2022), PaLM, section 5 (1e-4 there).
   """

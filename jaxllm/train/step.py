@@ -135,10 +135,11 @@ def init_state(
       state["loss_scale"] = policy.loss_scale.init()
     return state
 
+  if params is not None and mesh is None:
+    return start(params)
   if params is not None:
-    return (
-      layout.made(start, params) if mesh is None else layout.made(start, parallel.unpad(params, model.cfg))
-    )
+    placed = parallel.shard(params, mesh, layout.rules, model.cfg)
+    return layout.made(lambda params: start(parallel.unpad(params, model.cfg)), placed)
   tokens = jnp.zeros((1, config.length), jnp.int32)
   init = jax.jit(lambda key: model.init(key, tokens)["params"])
   return layout.made(lambda key: start(init(key)), jax.random.key(seed))

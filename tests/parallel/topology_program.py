@@ -18,7 +18,7 @@ from jaxllm.train.layout import make_layout
 from jaxllm.train.optimizers import AdamW
 from jaxllm.train.step import TrainConfig, init_state, make_gradient, make_step
 
-B, T, D, V = 8, 128, 256, 2048
+B, T, D, V = 8, 128, 256, 4096
 CFG = ModelConfig(V, D, 1, 8, 8, 32, 1024, layers=(Layer(Rope()),), dtype="bfloat16")
 CONFIG = TrainConfig(steps=10, batch_size=B, length=T, rule=AdamW())
 COLLECTIVE = re.compile(
