@@ -19,7 +19,7 @@ from jaxllm.nn.context import Context, Shared, sides
 from jaxllm.nn.layers import REMATS, Norm, weight
 from jaxllm.nn.mlp import FeedForward
 from jaxllm.nn.moe import MoeFeedForward
-from jaxllm.ops.constrain import constrain, gathered, summed
+from jaxllm.ops.constrain import constrain, gathered, looked_up, summed
 from jaxllm.ops.einsum import einsum
 from jaxllm.ops.head import Head, shrink_gradient
 from jaxllm.position import Position
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
       self, "embed", (cfg.vocab_size, cfg.token_width), nn.initializers.normal(cfg.token_width**-0.5)
     )
     # in float32 whatever the type of the table, and rounded once, when all is added
-    x_BTD = shrink_gradient(embed_VD[tokens_BT], cfg.embed_gradient)
+    x_BTD = shrink_gradient(looked_up(embed_VD[tokens_BT]), cfg.embed_gradient)
     if (
       self.sequence
     ):  # each device looks all tokens up in its rows of the table, which would be gathered for a part of them

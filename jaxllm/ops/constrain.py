@@ -14,7 +14,11 @@ AXES = ("data", "fsdp", "tensor")
 """The names that mesh axes have: copies of the model, shards of parameters over the batch, and shards of each product."""
 
 LETTERS = dict.fromkeys("BC", ("data", "fsdp")) | dict.fromkeys("NKFV", ("tensor",))
-"""The axes over which the dimension of a letter is split (C: tokens of several rows, one after the other); others are whole."""
+LETTERS |= {"b": ("data",), "d": ("fsdp",)}
+"""The axes over which the dimension of a letter is split (C: tokens of several rows, one after the other); others are whole.
+
+b, d: rows and width of what is `looked_up`.
+"""
 
 SEQUENCE = {"T": ("tensor",)}
 """And where tokens are split between blocks.  Source: Korthikanti et al. (2022), section 4.2.2."""
@@ -55,6 +59,18 @@ def summed(x_BTD: jax.Array, sequence: bool) -> jax.Array:
   That is the transpose of `gathered`.  Raises ConfigError for tokens that the axis does not divide.
   """
   return _summed(x_BTD) if sequence else constrain(x_BTD, "BTD")
+
+
+def looked_up(x_BTD: jax.Array) -> jax.Array:
+  """Rows of a table, on a mesh whose fsdp axis may divide the table's width: each device takes its part of all that axis' rows.
+
+  An all-to-all then splits the rows.  From the width to the rows of all axes at once there is none: the compiler would give
+  every device all rows, forward and backward.
+  """
+  sizes = compiler_axes()
+  if sizes.get("fsdp", 1) == 1 or x_BTD.shape[-1] % sizes["fsdp"]:
+    return x_BTD
+  return jax.lax.with_sharding_constraint(x_BTD, activation_spec(x_BTD.shape, "b-d", sizes))
 
 
 _whole = lambda x_BTD: constrain(x_BTD, "BTD")

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,11 @@ D = CASES["llama"].embed_dim
 
 def sent(rules, axes, layers, **fields):
   """[(name, shapes of the results)] of the gradient of a Llama of so many layers."""
+  return collectives(text_of(rules, axes, layers, **fields))
+
+
+def text_of(rules, axes, layers, **fields):
+  """That program."""
   cfg, mesh, rules = (
     dataclasses.replace(CASES["llama"], num_layers=layers),
     make_mesh(axes),
@@ -39,7 +45,7 @@ def sent(rules, axes, layers, **fields):
   with jax.set_mesh(mesh):
     placed = parallel.shard(params(cfg), mesh, rules, cfg)
     program = jax.jit(make_gradient(Transformer(cfg), config, mesh, rules))
-    return collectives(program.lower(placed, parallel.shard_batch(tokens(cfg), mesh)).compile().as_text())
+    return program.lower(placed, parallel.shard_batch(tokens(cfg), mesh)).compile().as_text()
 
 
 def of_the_stream(found, rows=B):
@@ -82,6 +88,18 @@ def test_sequence_gathers_and_scatters_twice_forward_and_twice_backward(axes, la
   all_of, stream = of_a_layer("sequence", axes, layers)
   assert stream == {"all-reduce": 4, "all-gather": 4} == all_of
   measured("collectives", row, **as_columns(all_of))
+
+
+@pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", pytest.param("fsdp=8", marks=pytest.mark.slow)])
+def test_no_device_has_all_rows_of_what_is_looked_up(axes):
+  """The width of the table is split, and then the rows: by an all-to-all, not by way of all of both."""
+  text = text_of("fsdp_tensor" if "tensor" in axes else "fsdp", axes, 1)
+  moved = {name: sum(map(math.prod, shapes)) for name, shapes in collectives(text)}
+  assert moved["all-to-all"] == B * T * D // math.prod(
+    make_mesh(axes).shape.get(a, 1) for a in ("data", "fsdp")
+  )
+  rows = B // make_mesh(axes).shape.get("data", 1)
+  assert not re.search(rf"\[(1,)?{rows},{T},{D}\]", text)
 
 
 def score(cfg, p, hidden_BTD, ids):
