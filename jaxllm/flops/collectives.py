@@ -23,7 +23,6 @@ KINDS = (
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
-_FUSED_SCATTER = re.compile(r"all-reduce-scatter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +49,21 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
   """The collectives of `compiled.as_text()`, in the order of the text.
 
-  An asynchronous one, which a -start and a -done or a chain of fusions stand for, is one.  What loops have counts as often as
-  they run.  Raises DataError for what is no program.
+  An asynchronous one, which a -start and a -done stand for, is one, and so is one of a TPU that goes on in several fusions,
+  some of them in loops: those of one channel.  What loops have counts as often as they run.  Raises DataError for what is no
+  program.
   """
   program = Program.of(text)
-  return list(_of(program, program.entry, {}, 1, False))
+  whole, parts = [], {}
+  for channel, one in _of(program, program.entry, {}, 1, False):
+    if channel is None:
+      whole.append(one)
+    elif channel not in parts:
+      parts[channel] = len(whole)
+      whole.append(one)
+    elif one.count < whole[parts[channel]].count:
+      whole[parts[channel]] = one
+  return whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,39 +83,23 @@ def totals(found: list[Collective]) -> dict[str, Sum]:
   return {kind: Sum(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
 
 
-def _of(program: Program, name: str, known: Known, times: int, once: bool) -> Iterator[Collective]:
-  """Those of one call of a computation."""
-  seen = set()
+def _of(
+  program: Program, name: str, known: Known, times: int, once: bool, fused: str | None = None
+) -> Iterator[tuple[str | None, Collective]]:
+  """(channel, collective) of those of one call of a computation; no channel outside of fusions.  fused: the fusion's result."""
   for one in program.computations[name].values():
     if (found := _read(one, times, once)) is not None:
-      yield found
+      if fused is not None and "all-reduce-scatter" in name and found.kind == "all-reduce":
+        found = dataclasses.replace(found, kind="reduce-scatter", arrays=_arrays(fused))
+      yield None if fused is None else one.attribute("channel_id"), found
     elif one.op == "while":
       trips, inside = program.trips(name, one, known)
-      factor = times if trips is None else times * trips
-      if factor:
-        yield from _of(program, one.attribute("body"), inside, factor, once or trips is None)
-    elif one.op == "fusion":
-      for channel, found in _fused(program, one, times, once):
-        if channel is None or channel not in seen:
-          yield found
-        seen.add(channel)
-    elif not one.op.endswith(("-done", "-update")):
-      conditional = one.op == "conditional"
+      if trips != 0:
+        yield from _of(program, one.attribute("body"), inside, times * (trips or 1), once or trips is None)
+    elif not one.op.endswith(("-done", "-update")):  # they name again what their start has called
+      result = one.kind if one.op == "fusion" else None
       for inner in (*one.called, *one.branches):
-        yield from _of(program, inner, {}, times, once or conditional)
-
-
-def _fused(program: Program, fusion: Instruction, times: int, once: bool) -> Iterator[tuple[str | None, Collective]]:
-  """(channel, collective) of those in a fusion: the TPU compiler shares one out among several, all of one channel."""
-  for inner in fusion.called:
-    scatter = _FUSED_SCATTER.search(inner) or _FUSED_SCATTER.search(fusion.name)
-    for one in program.computations[inner].values():
-      if one.op == "fusion":
-        yield from _fused(program, one, times, once)
-      elif (found := _read(one, times, once)) is not None:
-        if scatter and found.kind == "all-reduce":
-          found = dataclasses.replace(found, kind="reduce-scatter", arrays=_arrays(fusion.kind))
-        yield one.attribute("channel_id"), found
+        yield from _of(program, inner, {}, times, once or one.op == "conditional", result)
 
 
 def _read(one: Instruction, times: int, once: bool) -> Collective | None:

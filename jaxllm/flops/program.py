@@ -12,12 +12,13 @@ _SHAPE = re.compile(r"\(?\w+\[([\d,]*)\]")
 _OPAQUE = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul|dot|conv)[^"]*"', re.IGNORECASE)
 
 
-def dots(text: str) -> int:
+def dots(text: str, rounds: int | None = None) -> int:
   """FLOPs of the products in the text of an XLA program: 2 times the numbers of the result times what is summed, a product.
 
   text: `lowered.compile().as_text()` of a CPU, or `lowered.as_text("hlo")` of any platform.  What a computation has counts
   once a call, and the body of a loop as often as it runs (`text.Program.trips`).  A ragged product counts each row once.
-  Raises DataError for products whose number is not in the text: in loops without a count, in branches, in a library's calls.
+  rounds: how often loops run of which the text does not tell; by default products in them raise DataError, as do those whose
+  number is not in the text: in branches, in a library's calls.
   """
   program = Program.of(text)
   known: dict[str, int] = {}
@@ -26,13 +27,15 @@ def dots(text: str) -> int:
     if name not in known:
       instructions = program.computations[name].values()
       shapes = {one.name: _sizes(one.kind) for one in instructions}
-      known[name] = sum(_flops(program, name, one, shapes, total) for one in instructions)
+      known[name] = sum(_flops(program, name, one, shapes, total, rounds) for one in instructions)
     return known[name]
 
   return total(program.entry)
 
 
-def _flops(program: Program, name: str, one: Instruction, shapes: dict[str, list[int]], total) -> int:
+def _flops(
+  program: Program, name: str, one: Instruction, shapes: dict[str, list[int]], total, rounds: int | None
+) -> int:
   """FLOPs of one instruction of the computation `name`, with those of what it calls."""
   _, kind, op, rest = one
   if op in ("dot", "ragged-dot"):
@@ -42,6 +45,7 @@ def _flops(program: Program, name: str, one: Instruction, shapes: dict[str, list
   called = sum(map(total, one.called))
   if op == "while" and called:
     trips, _ = program.trips(name, one, {})
+    trips = rounds if trips is None else trips
     if trips is None:
       raise DataError(
         "program: found products in a loop of unknown length; unroll it, or give it a fixed one"

@@ -69,6 +69,7 @@ class Program:
   computations: Mapping[str, Mapping[str, Instruction]]
   roots: Mapping[str, str]
   entry: str
+  _found: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
   @staticmethod
   def of(text: str) -> Program:
@@ -129,6 +130,20 @@ class Program:
 
   def _value(self, name: str, what: str, known: Known, args: list | None = None) -> Linear | None:
     """What an instruction of the computation `name` is, if it is a whole number that can be followed; args: of a fusion."""
+    return self._once(self._new_value, name, what, known, args)
+
+  def _elements(self, name: str, what: str | None, known: Known, args: list | None = None) -> list:
+    """What the elements of a tuple are."""
+    return self._once(self._new_elements, name, what, known, args)
+
+  def _once(self, find, name: str, what: str | None, known: Known, args: list | None):
+    """find(...), remembered: loops in loops ask for the same many times."""
+    key = (find.__name__, name, what, tuple(known.items()), None if args is None else tuple(args))
+    if key not in self._found:
+      self._found[key] = find(name, what, known, args)
+    return self._found[key]
+
+  def _new_value(self, name: str, what: str, known: Known, args: list | None) -> Linear | None:
     one = self.computations[name].get(what)
     if one is None:
       return None
@@ -154,8 +169,7 @@ class Program:
       return self._value(inner, self.roots[inner], {}, given)
     return None
 
-  def _elements(self, name: str, what: str | None, known: Known, args: list | None = None) -> list:
-    """What the elements of a tuple are."""
+  def _new_elements(self, name: str, what: str | None, known: Known, args: list | None) -> list:
     one = self.computations.get(name, {}).get(what)
     if one is None:
       return []
@@ -171,9 +185,13 @@ class Program:
       return self._elements(inner, self.roots[inner], {}, given)
     if one.op == "while":  # what it does not change
       body = one.attribute("body")
-      steps, starts = self._elements(body, self.roots.get(body), {}), self._elements(name, one.operands[0], known)
+      steps, starts = (
+        self._elements(body, self.roots.get(body), {}),
+        self._elements(name, one.operands[0], known),
+      )
       return [
-        start if step == Linear(k, 0) else None for k, (step, start) in enumerate(zip(steps, starts, strict=False))
+        start if step == Linear(k, 0) else None
+        for k, (step, start) in enumerate(zip(steps, starts, strict=False))
       ]
     return []
 

@@ -34,10 +34,11 @@ class Generation:
 
   plane: shapes of two dimensions, or () where a slice has three.  most: chips of the largest slice.  cores: devices a chip.
   config: libtpu's name for a chip's mode; "megacore" makes one device of two cores, as JAX does on such machines.
-  chip: its name in `flops.DEVICES`.
+  chip: its name in `flops.DEVICES`.  memory: GiB that the compiler lets a device use, of what the data sheet says.
   """
 
   chip: str
+  memory: float
   most: int
   plane: tuple[tuple[int, int], ...] = ()
   cores: int = 1
@@ -63,15 +64,16 @@ class Generation:
 
 _POD = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 GENERATIONS = {
-  "v3": Generation("tpu-v3", 1024, ((2, 2), *_POD[3:], (16, 32), (32, 32)), cores=2),
-  "v4": Generation("tpu-v4", 4096, config="megacore"),
-  "v5e": Generation("v5e", 256, _POD),
-  "v5p": Generation("v5p", 6144),
-  "v6e": Generation("v6e", 256, _POD),
+  "v3": Generation("tpu-v3", 15.48, 1024, ((2, 2), *_POD[3:], (16, 32), (32, 32)), cores=2),
+  "v4": Generation("tpu-v4", 30.75, 4096, config="megacore"),
+  "v5e": Generation("v5e", 15.75, 256, _POD),
+  "v5p": Generation("v5p", 95.74, 6144),
+  "v6e": Generation("v6e", 31.25, 256, _POD),
 }
 """Kinds of TPU by name.  Slices of v4 and v5p are 4i x 4j x 4k chips with i <= j <= k, or one of four smaller ones.
 
-Source: Google Cloud TPU documentation, the page of each version, and "TPU configurations".
+Source: Google Cloud TPU documentation, the page of each version, and "TPU configurations"; the memory is what libtpu 0.0.42
+says when it refuses a program.
 """
 
 
