@@ -16,7 +16,8 @@ FLAGS = flags.FlagValues()
 COLUMNS = ("model", "job", "topology", "mesh", "rules", "quantity", "unit", "value", "status", "reason")
 PRECISIONS = ("model", "O0", "O1", "O2", "O3", "bf16", "bf16_master", "bf16_pure")
 REMATS = ("none", "full", "dots", "dots_no_batch")
-SCHEMES = ("none", "int8", "int4", "nf4", "w8a8")
+SCHEMES = ("none", "int8", "int8_tensor", "int8_asym", "int4", "int4_asym", "int3", "int3_asym", "w8a8")
+SCHEMES += ("zeroquant", "llm_int8", "nf4", "fp4", "glm_int8", "glm_int4")
 SMOKE = dict(model="llama-7b", mesh="data=1", length=64, batch_size=1)
 """What --smoke sets of what is not given."""
 
@@ -109,7 +110,7 @@ def main(f) -> int:
     table.show(title)
   said = dict(model=f.model, job=f.job, topology=f.topology or "", mesh=parallel.spell(on.mesh), rules=rules)
   with files.Lock(out):
-    files.write_results(out, [said | dict(status="ok") | row for row in found.rows()], COLUMNS)
+    files.write_results(out, [said | row for row in found.rows()], COLUMNS)
     body = "\n".join(f"## {title}\n\n{table.markdown()}" for title, table in shown.items())
     files.write_text(out / "report.md", f"# {f.model}, {f.job}\n\n{body}")
   print(f"report and results: {out}")

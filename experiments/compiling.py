@@ -5,6 +5,7 @@ Nothing is made but shapes: a model of any size takes a few megabytes here.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -24,6 +25,7 @@ from jaxllm.ops.constrain import activation_spec
 from jaxllm.parallel import topology
 from jaxllm.sampling import Greedy
 from jaxllm.study.report import Table
+from jaxllm.study.rows import not_applicable, ok
 from jaxllm.train.step import TrainConfig, init_state, make_step
 
 HEAD_CHUNK = 8192
@@ -75,7 +77,7 @@ class Report:
     return self.program.fits(self.target.memory)
 
   def rows(self) -> list[dict[str, Any]]:
-    """A quantity a row: name, unit, value, and a reason where there is none."""
+    """A quantity a row: name, unit, and a value or the reason why there is none."""
     one, devices = self.program, self.target.mesh.size
     found = [
       ("arguments", "B/device", one.arguments),
@@ -91,11 +93,14 @@ class Report:
     found += [("FLOPs by formula", "FLOP/device", self.formula / devices)]
     found += [("FLOPs of the program's products", "FLOP/device", one.products and one.products / devices)]
     found += [("FLOPs by XLA, loops once", "FLOP/device", one.flops)]
-    found += [("time at peak FLOP/s", "s", self.target.peak and self.formula / devices / self.target.peak)]
+    if self.target.peak is not None:
+      found += [("time at peak FLOP/s", "s", self.formula / devices / self.target.peak)]
     found += [("tokens", "", self.tokens), ("compile time", "s", one.seconds)]
     for kind, total in totals(list(one.collectives)).items():
       found += [(f"{kind}, number", "", total.count), (f"{kind}, results", "B/device", total.bytes)]
-    return [dict(quantity=name, unit=unit, value=value, reason=one.refused) for name, unit, value in found]
+    reason = one.refused or "not known of this device or program"
+    cells = [(dict(quantity=name, unit=unit), value) for name, unit, value in found]
+    return [not_applicable(cell, reason) if value is None else ok(cell, value) for cell, value in cells]
 
   def tables(self) -> dict[str, Table]:
     """Tables by title: quantities, and the largest collectives with what they are of."""
@@ -103,12 +108,17 @@ class Report:
     verdict = {True: "fits", False: "does not fit", None: "memory of a device not known"}[self.fits]
     notes = (f"{verdict}: {self.program.refused}",) if self.program.refused else (verdict,)
     shown = {f"{self.title}; {self.target.what}": Table(("quantity", "value"), lines, 1, notes)}
-    largest = sorted(self.program.collectives, key=lambda one: -one.count * one.bytes)[:12]
+    alike = collections.Counter()
+    for one in self.program.collectives:
+      alike[dataclasses.replace(one, count=1, once=False)] += one.count
     body = tuple(
-      (one.kind, " ".join(f"{dtype}{list(shape)}" for dtype, shape in one.arrays[:2]), f"{one.count:,}",
-       f"{one.count * one.bytes / 1e9:,.3f}", one.source[-70:])
-      for one in largest
-    )  # fmt: skip
+      (
+        one.kind,
+        " ".join(f"{dtype}{list(shape)}" for dtype, shape in one.arrays[:2]),
+        *(f"{count:,}", f"{count * one.bytes / 1e9:,.3g}", one.source[-70:]),
+      )
+      for one, count in sorted(alike.items(), key=lambda item: -item[1] * item[0].bytes)[:12]
+    )
     if body:
       shown["The largest collectives"] = Table(("kind", "result", "times", "GB", "of"), body, 2, ())
     return shown
@@ -164,7 +174,8 @@ def report_decoding(
   parts = flops.forward(cfg, 1)
   parts["attention"] *= length  # it reads all slots, used or not
   title = f"a token of {batch} rows, cache {store} of {length:,}, {parallel.spell(mesh)}, {rules}"
-  return Report(title, on, program, batch * sum(parts.values()), batch)
+  # no time at peak FLOP/s: what takes time is to read the weights and the cache
+  return Report(title, dataclasses.replace(on, peak=None), program, batch * sum(parts.values()), batch)
 
 
 def abstract_state(model: Transformer, config: TrainConfig, mesh: Mesh, rules: parallel.rules.Rules) -> Any:
@@ -208,5 +219,5 @@ def _written(value: Any, unit: str) -> str:
   if value is None:
     return "-"
   if unit == "B/device":
-    return f"{value / 1e9:,.3f} GB"
+    return f"{value / 1e9:,.4g} GB"
   return f"{value:,.4g} {unit}".strip()
