@@ -73,7 +73,7 @@ class Report:
 
   @property
   def fits(self) -> bool | None:
-    """Whether each device has the memory; None where nobody says how much it has."""
+    """Whether each device has the memory; None where that is not known (`Compiled.fits`)."""
     return self.program.fits(self.target.memory)
 
   def rows(self) -> list[dict[str, Any]]:
@@ -98,16 +98,25 @@ class Report:
     found += [("tokens", "", self.tokens), ("compile time", "s", one.seconds)]
     for kind, total in totals(list(one.collectives)).items():
       found += [(f"{kind}, number", "", total.count), (f"{kind}, results", "B/device", total.bytes)]
-    reason = one.refused or "not known of this device or program"
+    reason = one.refused or "nobody says"
+    reasons = {"fits": one.refused or self._doubt()}
     cells = [(dict(quantity=name, unit=unit), value) for name, unit, value in found]
-    return [not_applicable(cell, reason) if value is None else ok(cell, value) for cell, value in cells]
+    return [
+      not_applicable(cell, reasons.get(cell["quantity"], reason)) if value is None else ok(cell, value)
+      for cell, value in cells
+    ]
+
+  def _doubt(self) -> str:
+    """Why it is not known whether it fits."""
+    if self.target.memory is None:
+      return "the memory of a device is not known"
+    return "not certain to fit: the compiler takes it, but what it sets aside is more than the memory"
 
   def tables(self) -> dict[str, Table]:
     """Tables by title: quantities, and the largest collectives with what they are of."""
     lines = tuple((row["quantity"], _written(row["value"], row["unit"])) for row in self.rows())
-    verdict = {True: "fits", False: "does not fit", None: "memory of a device not known"}[self.fits]
-    notes = (f"{verdict}: {self.program.refused}",) if self.program.refused else (verdict,)
-    shown = {f"{self.title}; {self.target.what}": Table(("quantity", "value"), lines, 1, notes)}
+    verdict = {True: "fits", False: f"does not fit: {self.program.refused}", None: self._doubt()}[self.fits]
+    shown = {f"{self.title}; {self.target.what}": Table(("quantity", "value"), lines, 1, (verdict,))}
     alike = collections.Counter()
     for one in self.program.collectives:
       alike[dataclasses.replace(one, count=1, once=False)] += one.count

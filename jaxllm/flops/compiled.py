@@ -25,7 +25,7 @@ class Compiled:
   """A program's bytes on each device, and what else its compiler says of it.
 
   arguments: what it is given.  outputs, aliased: what it gives, and how much of that takes the place of arguments.
-  temporaries: all else that it holds at its fullest.  needed: all of these together.  seconds: to compile it.  products:
+  temporaries: all else that is set aside for it.  needed: all of these together.  seconds: to compile it.  products:
   FLOPs of the products of all devices (`program.dots`, of the program as it was traced; a loop of unknown length is run once);
   None where that is not in the text.  flops: of one device by XLA's cost analysis, which takes each loop as run once.
   collectives: in the order of its text.
@@ -45,10 +45,13 @@ class Compiled:
   refused: str | None = None
 
   def fits(self, memory: float | None) -> bool | None:
-    """Whether a device that has so many bytes holds it; None where nobody says how many."""
+    """Whether a device that has so many bytes holds it; None where nobody says how many, and where they are fewer than needed.
+
+    In the latter case it is not certain: the compiler took the program, and it looks at what is in use at once.
+    """
     if self.refused is not None:
       return False
-    return None if memory is None else self.needed <= memory
+    return True if memory is not None and self.needed <= memory else None
 
 
 def compiled(f: Any, *args: Any) -> Compiled:

@@ -224,11 +224,12 @@ def test_a_compiled_program():
   found = compiled(jax.jit(f, donate_argnums=1), struct((64, 64), "fsdp"), struct((8, 64), "fsdp"))
   assert found.arguments == 4 * (64 * 64 + 8 * 64) // 4
   assert found.outputs == found.aliased == 4 * 8 * 64 // 4
-  assert found.needed == found.arguments + found.temporaries and found.temporaries >= 4 * 64 * 64
+  assert found.temporaries >= 4 * 64 * 64  # the whole matrix
+  assert found.needed == found.arguments + found.temporaries
   assert found.products == 3 * 2 * 8 * 64 * 64
   assert found.flops < found.products / 4 * 1.5 / 2  # the loop once
   sums = totals(list(found.collectives))
   assert sums == {"all-reduce": Sum(3, 3 * 4 * 64), "all-gather": Sum(1, 4 * 64 * 64)}
-  assert found.fits(None) is None and found.fits(found.needed) and not found.fits(found.needed - 1)
+  assert found.fits(None) is None and found.fits(found.needed) and found.fits(found.needed - 1) is None
   assert Compiled(1, None, 0.0, refused="no room").fits(1e12) is False
   np.testing.assert_equal(jax.config.jax_enable_compilation_cache, True)
