@@ -24,9 +24,11 @@ class Device:
 
 
 def current_device() -> Device:
-  """The default backend, and the mesh in scope (`jax.set_mesh`)."""
+  """The default backend, and the mesh in scope (`jax.set_mesh`), whose devices may be TPUs that are compiled for from afar."""
   mesh = jax.sharding.get_abstract_mesh()
   split = any(size > 1 for size in mesh.shape.values())
+  if getattr(mesh.abstract_device, "device_kind", "").startswith("TPU"):
+    return Device("tpu", partitioned=split)
   platform, first = jax.default_backend(), jax.devices()[0]
   if platform == "gpu" and "cuda" in first.client.platform_version:
     major, minor = str(first.compute_capability).split(".")
