@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import flops, parallel, quant, tree
 from jaxllm.config import ModelConfig
@@ -26,6 +27,7 @@ from jaxllm.parallel import topology
 from jaxllm.sampling import Greedy
 from jaxllm.study.report import Table
 from jaxllm.study.rows import not_applicable, ok
+from jaxllm.train.layout import make_layout
 from jaxllm.train.step import TrainConfig, init_state, make_step
 
 HEAD_CHUNK = 8192
@@ -133,13 +135,24 @@ class Report:
     return shown
 
 
-def report_training(cfg: ModelConfig, config: TrainConfig, rules: str, on: Target) -> Report:
-  """The optimizer step that `train.step.make_step` makes, on tokens [batch_size, length + 1], layers scanned."""
-  model, mesh = Transformer(cfg, scan=True), on.mesh
+def report_training(
+  cfg: ModelConfig,
+  config: TrainConfig,
+  rules: str,
+  on: Target,
+  *,
+  scan: bool = True,
+  params: Callable[[], Any] | None = None,
+) -> Report:
+  """The optimizer step that `train.step.make_step` makes, on tokens [batch_size, length + 1].
+
+  scan: layers as one compiled body.  params: makes those that training begins with, as for `train.loop.fit`; it is traced only.
+  """
+  model, mesh = Transformer(cfg, scan=scan), on.mesh
   with jax.set_mesh(mesh):
-    state = abstract_state(model, config, mesh, parallel.RULES[rules])
+    state = abstract_state(model, config, mesh, parallel.RULES[rules], params)
     tokens = _laid_out(jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32), "B-", mesh)
-    program = compiled(make_step(model, config), state, tokens)
+    program = compiled(make_step(model, config, mesh, parallel.RULES[rules]), state, tokens)
   remat = {"none": "none", "full": "full", "dots": "none", "dots_no_batch": "selective"}[config.remat]
   rows = config.batch_size // config.accumulate
   chunked = rows * config.length > HEAD_CHUNK
@@ -187,23 +200,19 @@ def report_decoding(
   return Report(title, dataclasses.replace(on, peak=None), program, batch * sum(parts.values()), batch)
 
 
-def abstract_state(model: Transformer, config: TrainConfig, mesh: Mesh, rules: parallel.rules.Rules) -> Any:
-  """The state of `init_state` on a mesh as jax.ShapeDtypeStructs: parameters by the rules, and so what is shaped like one."""
-  init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-  params = jax.eval_shape(init)  # and no array: on such devices none can be
-  params = parallel.layout(params, mesh, rules, model.cfg)
-  state = jax.eval_shape(lambda params: init_state(model, config, 0, params), params)
-  found = {path: leaf for path, leaf in tree.flatten(params).items()}
-
-  def put(path, leaf):
-    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    like = next((found[p] for i in range(len(names)) if (p := "/".join(names[i:])) in found), None)
-    same = like is not None and like.shape == leaf.shape
-    return jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=like.sharding if same else NamedSharding(mesh, PartitionSpec())
-    )
-
-  return jax.tree_util.tree_map_with_path(put, state)
+def abstract_state(
+  model: Transformer,
+  config: TrainConfig,
+  mesh: Mesh,
+  rules: parallel.RuleSet,
+  params: Callable[[], Any] | None = None,
+) -> Any:
+  """The state of `init_state` on a mesh as jax.ShapeDtypeStructs, as `train.layout` lays it out."""
+  layout = make_layout(
+    model.cfg, mesh, rules, rows=config.batch_size // config.accumulate, length=config.length
+  )
+  begin = lambda: init_state(model, config, 0, None if params is None else params())
+  return layout.state(jax.eval_shape(begin))  # and no array: on such devices none can be
 
 
 def _state_on(state: loop.State, mesh: Mesh) -> loop.State:

@@ -120,6 +120,13 @@ def _define() -> None:
     "metrics for TensorBoard too, in --out/tensorboard (the extra `tensorboard`)",
   )
   flag("enum", "device", None, "the chip, for MFU and HFU; default what jax says it is", choices.DEVICES)
+  flag("bool", "compile_only", False, "compile the step, print what it needs, and train nothing")
+  flag(
+    "string",
+    "topology",
+    None,
+    "with --compile_only: a TPU slice that is not there, as v5e:4x4 (the extra `tpu`)",
+  )
   flag(
     "string",
     "out",
@@ -134,9 +141,14 @@ _define()
 
 def main(f) -> int:
   """The whole run."""
+  s = settings.read(f)
+  if s.compile_only:
+    from experiments.training import compile_only
+
+    return compile_only.run(s)
   from experiments.training import run
 
-  return run.run(settings.read(f))
+  return run.run(s)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ class Settings:
   profile: tuple[int, int] | None
   tensorboard: bool
   device: str | None
+  compile_only: bool
+  topology: str | None
   out: str
 
   @property
@@ -212,6 +214,10 @@ def _check_together(f, given: set[str], values: dict) -> None:
   if f.rules is not None and f.rules not in choices.RULES:
     raise ConfigError(
       f"--rules={f.rules}: not known{choices.nearest(f.rules, choices.RULES)}; expected one of {', '.join(choices.RULES)}"
+    )
+  if f.topology is not None and not f.compile_only:
+    raise ConfigError(
+      f"--topology={f.topology} without --compile_only: nothing runs there; give it, or leave it out"
     )
   if f.train != "full" and f.trained:
     raise ConfigError(

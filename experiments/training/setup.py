@@ -65,7 +65,8 @@ def set_up(s: Settings) -> Setup:
       checkpoint.directory, checkpoint.cfg, verify=bool(checkpoint.opened.kept.digests)
     )
   train, rest, ranges = _texts(s, tokenizer)
-  cfg = checkpoint.cfg if checkpoint is not None else _config(s, train)
+  own_ids = GLM_IDS if s.objective == "glm" and s.glm_ids is None else 0
+  cfg = checkpoint.cfg if checkpoint is not None else model_config(s, train.vocab_size + own_ids)
   objective = _objective(s, cfg, train)
   rows = lay_out(train, objective, s.length, s.batch_size, None if ranges is None else ranges[0])
   held = lay_out(rest, objective, s.length, s.batch_size, None if ranges is None else ranges[1])
@@ -82,20 +83,20 @@ def set_up(s: Settings) -> Setup:
   mesh, rules = _mesh(s, checkpoint)
   return Setup(
     model=Transformer(cfg, scan=s.scan),
-    config=_train_config(s),
+    config=train_config(s),
     train=rows,
     held_out=held,
     mesh=mesh,
     rules=rules,
-    params=None if checkpoint is None and s.train == "full" else lambda: _params(s, cfg, checkpoint),
+    params=None if checkpoint is None and s.train == "full" else lambda: begin_with(s, cfg, checkpoint),
     identity=_identity(s, checkpoint),
     tokenizer=tokenizer or _tokenizer(checkpoint, train),
     family=None if checkpoint is None else checkpoint.family,
   )
 
 
-def _config(s: Settings, text: Text) -> ModelConfig:
-  """Of a model from scratch: a shape by name, or a Llama of the sizes, whose vocabulary is the text's."""
+def model_config(s: Settings, vocab_size: int) -> ModelConfig:
+  """Of a model from scratch: a shape by name, or a Llama of the sizes and the vocabulary."""
   attention = CORES[s.attention]()
   if s.shape is not None:
     if s.shape not in SHAPES:
@@ -113,7 +114,7 @@ def _config(s: Settings, text: Text) -> ModelConfig:
     raise ConfigError(f"--base={s.base} with --position={s.position}, which has none; leave it out")
   method = kind(**{name: value for name, value in fields.items() if name in known and value is not None})
   return ModelConfig(
-    vocab_size=text.vocab_size + (GLM_IDS if s.objective == "glm" and s.glm_ids is None else 0),
+    vocab_size=vocab_size,
     embed_dim=s.embed_dim,
     num_layers=s.num_layers,
     num_heads=s.num_heads,
@@ -164,9 +165,11 @@ def _objective(s: Settings, cfg: ModelConfig, text: Text) -> Objective:
   return kind(mask=ids[0], sop=ids[1], eop=ids[2], two_dimensional=two)
 
 
-def _train_config(s: Settings) -> TrainConfig:
-  precision = s.precision
-  if precision == "auto":
+def train_config(s: Settings, precision: str | None = None) -> TrainConfig:
+  """How the run trains; precision: what "auto" stands for, None: what is best on the devices that there are."""
+  if s.precision != "auto":
+    precision = s.precision
+  elif precision is None:
     precision = "model" if jax.default_backend() == "cpu" else "bf16"
   return TrainConfig(
     s.steps,
@@ -198,8 +201,8 @@ def _mesh(s: Settings, checkpoint: Checkpoint | None):
   return mesh, s.rules or parallel.default_rules(mesh)
 
 
-def _params(s: Settings, cfg: ModelConfig, checkpoint: Checkpoint | None) -> Any:
-  """Those that training begins with."""
+def begin_with(s: Settings, cfg: ModelConfig, checkpoint: Checkpoint | None = None) -> Any:
+  """The parameters that training begins with."""
   key = jax.random.key(s.seed)
   if checkpoint is None:
     tokens = np.zeros((1, s.length), np.int32)
