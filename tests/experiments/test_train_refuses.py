@@ -53,6 +53,8 @@ FLAGS = {
   "--lora_rank=4": "--lora_rank=4 with --train=full",
   "--train=qlora --scan": "--scan with --train=qlora",
   "--train=lora --lora_rank=1000": "rank: found 1000, expected an integer from 1 to",
+  "--topology=v5e:4x4": "--topology=v5e:4x4 without --compile_only",
+  "--compile_only --topology=v5e:3x4": "topology 'v5e:3x4'",
   "--profile=5": "--profile=5: expected FIRST:LAST",
   "--profile=5:90": "--profile=5:90: expected FIRST:LAST with FIRST below LAST and LAST at most 12",
   "--length=1000000": "expected at least 1000001 in a row",

@@ -232,3 +232,15 @@ def test_a_profile_and_events_where_they_are_asked_for(text, tmp_path, monkeypat
   args = (*QUICK, f"--text={text}", "--steps=6", "--profile=2:4", "--tensorboard", f"--out={tmp_path}")
   assert call(*args) == 0
   assert list(tmp_path.glob("profile/**/*.xplane.pb")) and list(tmp_path.glob("tensorboard/events*"))
+
+
+def test_what_a_step_needs_without_a_run(tmp_path, capsys):
+  """The state is given up for the next one, and the program's products are those of the formula."""
+  args = ("--compile_only", "--mesh=data=4,tensor=2", "--rules=sequence", "--train=lora", "--lora_rank=4")
+  assert call(*QUICK, *args, f"--out={tmp_path}") == 0
+  report = (tmp_path / "compiled.md").read_text()
+  number = lambda name: float(re.search(rf"\| {name} +\| +([\d.e+-]+) ", report)[1])
+  assert number("aliased") == pytest.approx(number("outputs"), rel=0.02) and number("temporaries") > 0
+  assert number("all-gather, number") > 0
+  assert {path.name for path in tmp_path.iterdir()} == {"LOCK", "compiled.md"}
+  assert "report: " in capsys.readouterr().out
