@@ -26,7 +26,7 @@ def test_no_name_is_two_components():
 def test_every_component_is_in_a_model_or_has_tests_of_its_own():
   """Else the oracle would never see it, and nobody would notice."""
   apart = {"batch", "l2", "clamped_glu", "xielu", "blockwise", "embed_gradient", "prefix"}
-  apart |= {"auto", "cudnn", "splash", *components.INTEGERS}
+  apart |= {"plain", "by_head", "cudnn", "splash", *components.INTEGERS}
   apart |= components.SAMPLERS.keys() | (components.ACTIVATIONS.keys() - {"silu", "gelu", "gelu_tanh"})
   assert set().union(*map(named, MODELS.values())) == COMPONENTS.keys() - apart
 
@@ -36,7 +36,7 @@ def test_every_component_is_in_a_model_or_has_tests_of_its_own():
   [
     ("yarn", {"yarn"}),
     ("yarn, and more", set()),
-    (MODELS["sandwich"], {"yarn", "rms", "sandwich", "glu", "silu", "plain"}),
+    (MODELS["sandwich"], {"yarn", "rms", "sandwich", "glu", "silu", "auto"}),
     (dict(OTHER), {"layer", "mlp", "gelu", "log_n"}),
     (QkNorm(LayerNorm(), place="after"), {"qk_norm after", "layer"}),
     (LayerNorm, {"layer"}),
