@@ -100,8 +100,12 @@ class Report:
     found += [("tokens", "", self.tokens), ("compile time", "s", one.seconds)]
     for kind, total in totals(list(one.collectives)).items():
       found += [(f"{kind}, number", "", total.count), (f"{kind}, results", "B/device", total.bytes)]
-    reason = one.refused or "nobody says"
-    reasons = {"fits": one.refused or self._doubt()}
+    reason = one.refused or "the compiler does not say"
+    reasons = {
+      "fits": one.refused or self._doubt(),
+      "memory": "the memory of a device is not known",
+      "FLOPs of the program's products": "some are in branches, so that their number is not in the text",
+    }
     cells = [(dict(quantity=name, unit=unit), value) for name, unit, value in found]
     return [
       not_applicable(cell, reasons.get(cell["quantity"], reason)) if value is None else ok(cell, value)
