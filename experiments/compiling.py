@@ -31,7 +31,7 @@ from jaxllm.train.layout import make_layout
 from jaxllm.train.step import TrainConfig, init_state, make_step
 
 HEAD_CHUNK = 8192
-"""Tokens of a step beyond which `ops.losses.cross_entropy` computes logits a chunk at a time, and again."""
+"""Tokens of a step on a device beyond which `ops.losses.cross_entropy` computes logits a chunk at a time, and again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def report_training(
     tokens = _laid_out(jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32), "B-", mesh)
     program = compiled(make_step(model, config, mesh, parallel.RULES[rules]), state, tokens)
   remat = {"none": "none", "full": "full", "dots": "none", "dots_no_batch": "selective"}[config.remat]
-  rows = config.batch_size // config.accumulate
+  rows = config.batch_size // config.accumulate // parallel.batch_shards(mesh)
   chunked = rows * config.length > HEAD_CHUNK
   count = flops.count(cfg, config.length, remat=remat, chunked_head=chunked)
   tokens = config.batch_size * config.length

@@ -26,7 +26,7 @@ from jaxllm.train.loop import fit
 RECOMPUTED = {"none": "none", "full": "full", "dots": "none", "dots_no_batch": "selective"}
 """Of what `flops` counts, which is products, each of `REMATS` computes these again."""
 CHUNK = 8192
-"""Tokens beyond which `cross_entropy` computes logits again."""
+"""Tokens of a device beyond which `cross_entropy` computes logits again."""
 
 
 def run(s: Settings) -> int:
@@ -68,15 +68,14 @@ class Watch:
 
   def __init__(self, s: Settings, setup: Setup, out: Path, progress: Progress | None):
     self._settings, self._setup, self._out, self._progress = s, setup, out, progress
-    self._rate = setup.config.schedule()
     self.evaluate = make_evaluate(setup.model, setup.config, setup.held_out, s.eval_rows, setup.mesh)
     self._metrics, self._shown = None, None
     self._held_out: dict[int, float] = {}
     self._skipped, self._since, self._tracing = 0, None, False
     self._tokens = s.batch_size * s.length
-    self._cost = flops.count(
-      setup.model.cfg, s.length, remat=RECOMPUTED[s.remat], chunked_head=self._tokens // s.accumulate > CHUNK
-    )
+    shards = 1 if setup.mesh is None else parallel.batch_shards(setup.mesh)
+    chunked = self._tokens // s.accumulate // shards > CHUNK
+    self._cost = flops.count(setup.model.cfg, s.length, remat=RECOMPUTED[s.remat], chunked_head=chunked)
     self._peak = _peak(s.device)
 
   @property
@@ -121,12 +120,9 @@ class Watch:
       speed = (step - self._since[0]) * self._tokens / (now - self._since[1])
     self._since = (step, now)
     mfu, hfu = (None, None) if speed is None else self._utilisation(speed) or (None, None)
-    # an update that is skipped does not count for the schedule, but rates of skipped steps differ by little
     self._metrics.add(
       metrics
-      | dict(
-        step=step, learning_rate=float(self._rate(step - 1)), skipped=self._skipped, held_out_loss=held_out
-      )
+      | dict(step=step, skipped=self._skipped, held_out_loss=held_out)
       | dict(tokens_per_second=speed, mfu=mfu, hfu=hfu)
     )
     self._skipped = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxllm.ops.constrain import batch_shards
 from jaxllm.ops.head import Head
 
 
@@ -13,14 +14,16 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """-log softmax(head(hidden))[label] in nats, and whether the label is the most likely token: float32 and bool [B, T].
 
-  Logits are float32 and exist for `chunk` tokens at a time, forward and backward: 32k tokens of a 152k vocabulary at once
-  would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they are.
+  Logits are float32 and exist for `chunk` tokens at a time on each device, forward and backward: 32k tokens of a 152k vocabulary
+  at once would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they
+  are; each gathers a head that is split, and sums its gradient, over the mesh anew.
   Over a vocabulary that a mesh splits no logits are gathered: devices sum a token's maximum, sum and label's logit (Shoeybi et
   al. (2019), Megatron-LM, section 3), and backward the gradient of its hidden state.
   z_loss: the gradient, and not the value, is that of -log softmax + z_loss log(sum exp logits)^2, which holds logits near 0.
   Source of the latter: Chowdhery et al. (2022), PaLM, section 5 (1e-4 there).
   """
   B, T = labels_BT.shape
+  chunk *= batch_shards()
   if labels_BT.size <= chunk:
     return _score(hidden_BTD, head, labels_BT, z_loss)
   count = -(-T // max(1, chunk // B))

@@ -78,7 +78,10 @@ class TrainConfig:
       )
 
   def schedule(self) -> optax.Schedule:
-    """Learning rate of a step: linear from 0 over the warm-up, then `rate`, to final_ratio of the peak."""
+    """Learning rate of an update: linear from 0 over the warm-up, then `rate`, to final_ratio of the peak.
+
+    It counts updates: a step that is skipped, as its gradient overflowed, is none.
+    """
     peak = self.learning_rate
     return self.rate(peak, int(self.warmup * self.steps), self.steps, peak * self.final_ratio)
 
@@ -160,7 +163,7 @@ def make_step(
   loss scale, gradients that are not all finite leave parameters, master weights and the optimizer's state as they are.
   mesh, rules: those of `init_state`; the new state lies as the old one.  It is to be called within `jax.set_mesh(mesh)`.
   metrics: in place of the loss {"loss", "grad_norm": the norm of the whole gradient, divided by the loss scale and not clipped,
-  "labels": what the mean is over, and with a loss scale "loss_scale": the one of this step, "skipped": 1 where it was skipped}.
+  "learning_rate", "labels": what the mean is over, and with a loss scale "loss_scale": the one of this step, "skipped": 1 where it was skipped}.
   """
   policy, optimizer = config.precision, config.optimizer()
   layout = _layout(model, config, mesh, rules)
@@ -189,6 +192,7 @@ def make_step(
       return new, loss
     told = {
       "loss": loss,
+      "learning_rate": config.schedule()(state["opt"][1][-1].count),  # its place in the chain of `optimizer`
       "grad_norm": jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))),
       "labels": _labels(batch),
     }

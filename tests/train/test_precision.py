@@ -168,6 +168,18 @@ def test_skipped_steps_leave_parameters_moments_and_their_count_as_they_are():
   assert types(state["params"]) == {"float16", "float32"}
 
 
+def test_the_rate_counts_updates():
+  """A step that is skipped has the rate that the next one has, and metrics tell it."""
+  config = train_cases.config(12, precision=SCALED, warmup=0.5)
+  state, run = step.init_state(MODEL, config, 0, tree_of()), step.make_step(MODEL, config, metrics=True)
+  updates, skipped = 0, 0
+  for i in range(12):
+    state, told = run(state, batch(i))
+    assert float(told["learning_rate"]) == pytest.approx(float(config.schedule()(updates)), rel=1e-6)
+    updates, skipped = updates + 1 - int(told["skipped"]), skipped + int(told["skipped"])
+  assert 2 < skipped < 10
+
+
 def constant_gradient(monkeypatch, grads):
   """A step whose gradient is given: of the reduction type, as `make_gradient` has it."""
   monkeypatch.setattr(step, "make_gradient", lambda *_: lambda *_: (jnp.float32(1), grads()))
