@@ -14,9 +14,9 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """-log softmax(head(hidden))[label] in nats, and whether the label is the most likely token: float32 and bool [B, T].
 
-  Logits are float32 and exist for `chunk` tokens at a time on each device, forward and backward: 32k tokens of a 152k vocabulary
-  at once would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they
-  are; each gathers a head that is split, and sums its gradient, over the mesh anew.
+  Logits are float32 and exist for `chunk` tokens of a device at a time, forward and backward: 32k tokens of a 152k vocabulary
+  would be 20 GB.  A chunk holds some positions of all rows (one at least), so that rows split over a mesh stay where they are;
+  each gathers a head that is split, and sums its gradient, over the mesh anew.
   Over a vocabulary that a mesh splits no logits are gathered: devices sum a token's maximum, sum and label's logit (Shoeybi et
   al. (2019), Megatron-LM, section 3), and backward the gradient of its hidden state.
   z_loss: the gradient, and not the value, is that of -log softmax + z_loss log(sum exp logits)^2, which holds logits near 0.

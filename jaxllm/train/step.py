@@ -162,8 +162,8 @@ def make_step(
   Where weights have LoRA, its factors alone are trained, and all else of the parameters stays as it is, bit for bit.  With a
   loss scale, gradients that are not all finite leave parameters, master weights and the optimizer's state as they are.
   mesh, rules: those of `init_state`; the new state lies as the old one.  It is to be called within `jax.set_mesh(mesh)`.
-  metrics: in place of the loss {"loss", "grad_norm": the norm of the whole gradient, divided by the loss scale and not clipped,
-  "learning_rate", "labels": what the mean is over, and with a loss scale "loss_scale": the one of this step, "skipped": 1 where it was skipped}.
+  metrics: in place of the loss {"loss", "learning_rate", "grad_norm": the norm of the whole gradient, divided by the loss scale
+  and not clipped, "labels": what the mean is over, and with a loss scale "loss_scale": that of this step, "skipped": 0 or 1}.
   """
   policy, optimizer = config.precision, config.optimizer()
   layout = _layout(model, config, mesh, rules)
