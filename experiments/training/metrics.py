@@ -58,6 +58,8 @@ class Metrics:
     self.rows.append(row)
     self._lines.write(_line(row))
     self._sheet.write(_sheet([row]))
+    for file in (self._lines, self._sheet):
+      file.flush()  # for whoever watches
     if self._events is not None:
       for name, value in row.items():
         if name != "step" and value is not None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments import provenance
 from experiments.training import metrics as metrics_lib
@@ -19,7 +21,7 @@ from jaxllm import flops, parallel
 from jaxllm.parallel import multihost
 from jaxllm.study.files import Lock, write_json
 from jaxllm.study.progress import Progress
-from jaxllm.study.stop import StopFlag
+from jaxllm.study.stop import StopFlag, Stopped
 from jaxllm.train.evaluation import make_evaluate
 from jaxllm.train.loop import fit
 
@@ -37,7 +39,8 @@ def run(s: Settings) -> int:
   first = jax.process_index() == 0
   setup, out = set_up(s), Path(s.out)
   out.mkdir(parents=True, exist_ok=True)
-  with StopFlag() as stop, Lock(out) if first else contextlib.nullcontext(), Progress() as progress:
+  with StopFlag() as flag, Lock(out) if first else contextlib.nullcontext(), Progress() as progress:
+    stop = flag if jax.process_count() == 1 else SharedStop(flag)
     if first:
       write_json(out / "config.json", {**provenance.record(), "settings": dataclasses.asdict(s)})
     watch = Watch(s, setup, out, progress if first else None)
@@ -61,6 +64,29 @@ def run(s: Settings) -> int:
         on_state=watch.state,
       )
       return results.write(s, setup, out, watch, state, first)
+
+
+class SharedStop:
+  """A `StopFlag` of which all processes know: a signal reaches each at another step, if at all, and none can go on alone.
+
+  It is asked once a step in every process, and they agree every AGREED-th time.
+  """
+
+  AGREED = 8
+
+  def __init__(self, flag: StopFlag):
+    self._flag, self._asked, self._stopped = flag, 0, False
+
+  def __bool__(self) -> bool:
+    self._asked += 1
+    if not self._stopped and self._asked % self.AGREED == 0:
+      self._stopped = bool(multihost_utils.process_allgather(np.array(bool(self._flag))).any())
+    return self._stopped
+
+  def check(self) -> None:
+    """Raises Stopped in all processes, or in none."""
+    if self._stopped:
+      raise Stopped("a signal")
 
 
 class Watch:

@@ -116,7 +116,8 @@ class Batches:
     """What tells the text and its layout from others."""
     data = self.data
     how = {"type": type(data.objective).__name__, **dataclasses.asdict(data.objective)}
-    return {"text": data.text.about, "objective": how, "rows": len(data.rows)}
+    text = {"sha256": data.text.sha256, "tokens": len(data.text), "separator": data.text.separator}
+    return {"text": text, "objective": how, "rows": len(data.rows)}
 
   def describe(self, step: int) -> str:
     """Which rows of the text a batch has."""

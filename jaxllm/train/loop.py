@@ -91,8 +91,16 @@ def fit(
 
     def begin() -> State:
       state = init_state(model, config, seed, None if params is None else params(), mesh, rules)
-      saved = checkpoints.restore(_to_save(state, config))
-      return state if saved is None else _whole(state, saved, config)
+      if not checkpoints.steps:
+        return state
+      part = _to_save(state, config)
+      target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), part)
+      kept = None if part["params"] is state["params"] else state["params"]
+      del part, state  # before there is another: a device may have room for one
+      saved = checkpoints.restore(target)
+      return (
+        saved if kept is None else saved | {"params": with_trained(kept, saved["params"], config.trained)}
+      )
 
     state = begin()
     checkpoints.check_identity(
@@ -147,11 +155,6 @@ def fit(
 def _to_save(state: State, config: TrainConfig) -> State:
   """The state without parameters that are not trained."""
   return state | {"params": trained(state["params"], config.trained)}
-
-
-def _whole(state: State, saved: State, config: TrainConfig) -> State:
-  """The inverse: `state` has the parameters that are not trained."""
-  return saved | {"params": with_trained(state["params"], saved["params"], config.trained)}
 
 
 def _problem(since: list[dict], state: State, config: TrainConfig) -> str | None:

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -19,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 MESH = "--mesh=fsdp=2,tensor=4"
 
 
-def both(*args):
-  """(exit codes, what each said) of the command in two processes."""
+def both(*args, strike=None):
+  """(exit codes, what each said) of the command in two processes; strike: called with them before they are waited for."""
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
   flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
@@ -34,6 +36,8 @@ def both(*args):
   )
   processes = [run(env) for env in variables]
   try:
+    if strike is not None:
+      strike(processes)
     said = [process.communicate(timeout=200)[0] for process in processes]
   finally:
     for process in processes:
@@ -84,3 +88,25 @@ def test_two_processes_train_as_one_and_go_on_from_what_they_saved(one, tmp_path
   shutil.rmtree(out / "checkpoints" / "12")
   assert call(*one[1], "--mesh=fsdp=8", f"--out={out}") == 0  # in one process, on another mesh
   check_same(out, one[0])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_one_step(one, tmp_path):
+  """And the same command goes on from it."""
+  out = tmp_path / "two"
+  args = (*one[1], MESH, "--steps=100000", "--save_every=100000", f"--out={out}")
+
+  def strike(processes):
+    """Once steps are told of: then both have compiled."""
+    while len(rows(out) if (out / "metrics.jsonl").exists() else []) < 1:
+      assert all(process.poll() is None for process in processes)
+      time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+
+  steps = []
+  for _ in range(2):
+    codes, said = both(*args, strike=strike)
+    assert codes == [75, 75], "\n".join(said)
+    steps.append(restore_tree(out / "checkpoints")[0])
+    (out / "metrics.jsonl").write_text("")
+  assert 0 < steps[0] < steps[1] < 100000
