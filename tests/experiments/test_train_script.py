@@ -21,6 +21,7 @@ from jaxllm.nn import Transformer
 from jaxllm.nn.transformer import head
 from jaxllm.ops.losses import cross_entropy
 from jaxllm.study.progress import Progress
+from jaxllm.train import divergence
 from jaxllm.train.checkpoint import restore_tree
 
 
@@ -228,6 +229,16 @@ def test_a_run_that_diverges_names_step_rows_and_tensor(whole, text, tmp_path, c
   assert re.match(r"(output|gradient) of \S+|parameter \S+, before the step", found[5])
   there, state = restore_tree(tmp_path / "checkpoints")
   assert there < step and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_a_run_that_diverges_says_so_where_there_is_no_memory_to_look(text, tmp_path, monkeypatch, capsys):
+  def full(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  monkeypatch.setattr(divergence, "first_bad", full)
+  args = (*QUICK, f"--text={text}", "--learning_rate=1e9", "--save_every=2", f"--out={tmp_path}")
+  assert call(*args) == 1
+  assert re.search(r"cannot be told: RESOURCE_EXHAUSTED: out of memory\)", capsys.readouterr().err)
 
 
 def test_a_run_that_is_refused_leaves_the_record_of_the_other(whole, tmp_path):
