@@ -3,8 +3,10 @@
 import csv
 import hashlib
 import io
+import itertools
 import math
 import re
+import shutil
 import signal
 
 import jax
@@ -138,6 +140,28 @@ def checkpoint(tmp_path_factory):
 def changed(before, after):
   """Paths of parameters that have other numbers."""
   return {path for path in before if not np.array_equal(before[path], after[path])}
+
+
+def test_what_tells_a_run_from_others(checkpoint, text, tmp_path):
+  """Checkpoints hold no more than factors: those of other weights of the same shapes are another run's."""
+  plain = (*QUICK, f"--text={text}")
+  lora = (*plain, "--train=lora", "--lora_rank=4")
+  other = tmp_path / "other"
+  shutil.copytree(checkpoint, other)
+  weights = other / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+  runs = [
+    (*plain, "--eval_share=0.1"),
+    plain,
+    (*plain, "--scan"),
+    (*lora, f"--model={checkpoint}"),
+    (*lora, f"--model={checkpoint}", "--lora_alpha=3"),
+    (*lora, f"--model={other}", "--noverify"),
+  ]
+  found = [setup.set_up(settings_of(*args)).identity for args in runs]
+  assert all(a != b for a, b in itertools.combinations(found, 2))
+  again = setup.set_up(settings_of(*lora, f"--model={checkpoint}", "--save_every=3")).identity
+  assert again == found[3]
 
 
 @pytest.mark.parametrize("train", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
