@@ -41,8 +41,6 @@ def run(s: Settings) -> int:
   out.mkdir(parents=True, exist_ok=True)
   with StopFlag() as flag, Lock(out) if first else contextlib.nullcontext(), Progress() as progress:
     stop = flag if jax.process_count() == 1 else SharedStop(flag)
-    if first:
-      write_json(out / "config.json", {**provenance.record(), "settings": dataclasses.asdict(s)})
     watch = Watch(s, setup, out, progress if first else None)
     with contextlib.closing(watch):
       state = fit(
@@ -98,6 +96,8 @@ class Watch:
     self._metrics, self._shown = None, None
     self._held_out: dict[int, float] = {}
     self._skipped, self._since, self._tracing = 0, None, False
+    self._away = 0.0  # seconds of looks at held-out text
+    self._looks: dict[int, float] = {}  # when the steps before each were done, until it is told of
     self._tokens = s.batch_size * s.length
     shards = 1 if setup.mesh is None else parallel.batch_shards(setup.mesh)
     chunked = self._tokens // s.accumulate // shards > CHUNK
@@ -113,6 +113,9 @@ class Watch:
     """The run goes on from `step`."""
     if self._progress is not None:
       self._out.mkdir(parents=True, exist_ok=True)
+      # not before: a run that is refused, as its directory is another's, leaves that one's record
+      settings = dataclasses.asdict(self._settings)
+      write_json(self._out / "config.json", {**provenance.record(), "settings": settings})
       self._metrics = metrics_lib.Metrics(self._out, step, self._settings.tensorboard)
       self._shown = self._progress.training(
         f"train {self._settings.name}", self._settings.steps, step, self._tokens, self._utilisation
@@ -129,8 +132,10 @@ class Watch:
         jax.profiler.stop_trace()
       self._tracing = step == s.profile[0]
     if (s.eval_every and step % s.eval_every == 0) or step == s.steps:
+      jax.block_until_ready(state)
+      self._looks[step] = self._clock()
       self._held_out[step] = self.evaluate(state["params"])["loss"]
-      self._since = None  # the time that it took is none of training's
+      self._away += self._clock() - self._looks[step]
 
   def step(self, step: int, metrics: dict) -> None:
     """Called with what each step tells, in order."""
@@ -141,10 +146,7 @@ class Watch:
     s, held_out = self._settings, self._held_out.pop(step, None)
     if step % s.log_every and step != s.steps and held_out is None:
       return
-    now, speed = time.monotonic(), None
-    if self._since is not None and step > self._since[0]:
-      speed = (step - self._since[0]) * self._tokens / (now - self._since[1])
-    self._since = (step, now)
+    speed = self._speed(step)
     mfu, hfu = (None, None) if speed is None else self._utilisation(speed) or (None, None)
     self._metrics.add(
       metrics
@@ -155,6 +157,20 @@ class Watch:
     if step % s.save_every == 0 or step == s.steps:
       self._metrics.sync()
 
+  def _speed(self, step: int) -> float | None:
+    """Slots a second since the row that was timed last; None for the first, and where the time of a step is not known.
+
+    What is told of the steps before a look at held-out text comes after it, when all of them are done: they are timed together.
+    """
+    if step not in self._looks and any(step < look for look in self._looks):
+      return None
+    since, self._since = self._since, (step, self._looks.pop(step, self._clock()))
+    return None if since is None else (step - since[0]) * self._tokens / (self._since[1] - since[1])
+
+  def _clock(self) -> float:
+    """Seconds, in which a look at held-out text takes no time."""
+    return time.monotonic() - self._away
+
   def _utilisation(self, tokens_per_second: float) -> tuple[float, float] | None:
     """(MFU, HFU) of all devices; None where the peak of one is not known."""
     if self._peak is None:
@@ -163,7 +179,10 @@ class Watch:
     return self._cost.mfu(each, self._peak), self._cost.hfu(each, self._peak)
 
   def close(self) -> None:
-    """Close the files."""
+    """Close the files, and end a trace whose last step did not come."""
+    if self._tracing:
+      self._tracing = False
+      jax.profiler.stop_trace()
     if self._metrics is not None:
       self._metrics.__exit__()
 

@@ -162,6 +162,8 @@ def _check_numbers(values: dict) -> None:
   for name in ("final_ratio", "weight_decay", "z_loss"):
     if not 0 <= values[name] < math.inf:
       raise ConfigError(f"--{name}={values[name]}: expected a number of at least 0")
+  if values["seed"] >= 1 << 32:  # jax.random.key would take the rest by 2^32, in silence
+    raise ConfigError(f"--seed={values['seed']}: expected a whole number below 2^32")
   if values["eval_share"] == 0:
     raise ConfigError("--eval_share=0: expected a number above 0 and below 1, as held-out text is looked at")
   if values["batch_size"] % values["accumulate"]:

@@ -35,7 +35,13 @@ def explain(
   for i in range(int(state["step"]), step):
     state, _ = step_fn(state, put(source.batch(i)))
   batch = put(source.batch(step))
-  return f"{source.describe(step)}; {first_bad(model, config, state, batch)}"
+  try:
+    found = first_bad(model, config, state, batch)
+  except (
+    jax.errors.JaxRuntimeError
+  ) as e:  # it keeps more than a step does, and the error is that the run diverged
+    found = f"what is not finite first cannot be told: {str(e).splitlines()[0][:200]}"
+  return f"{source.describe(step)}; {found}"
 
 
 def first_bad(model: Transformer, config: TrainConfig, state: State, batch: Any) -> str:

@@ -17,6 +17,7 @@ from jaxllm.train import objectives, optimizers, precision, schedules
 FLAGS = {
   "--steps=0": "--steps=0: expected a whole number of at least 1",
   "--keep=1": "--keep=1: expected a whole number of at least 2",
+  "--seed=4294967296": "--seed=4294967296: expected a whole number below 2.32",
   "--learning_rate=nan": "--learning_rate=nan: found nan, expected a number above 0",
   "--warmup=1": "--warmup=1.0: expected a number from 0 to below 1",
   "--weight_decay=-1": "--weight_decay=-1.0: expected a number of at least 0",

@@ -2,8 +2,11 @@
 
 import csv
 import hashlib
+import io
+import itertools
 import math
 import re
+import shutil
 import signal
 
 import jax
@@ -14,11 +17,13 @@ from train_case import QUICK, call, learned, rows, settings_of, write_text
 
 from experiments.training import run, setup
 from experiments.training.metrics import COLUMNS, Metrics
-from jaxllm import hf, tree
+from jaxllm import flops, hf, tree
 from jaxllm.errors import CheckpointError
 from jaxllm.nn import Transformer
 from jaxllm.nn.transformer import head
 from jaxllm.ops.losses import cross_entropy
+from jaxllm.study.progress import Progress
+from jaxllm.train import divergence
 from jaxllm.train.checkpoint import restore_tree
 
 
@@ -137,6 +142,28 @@ def changed(before, after):
   return {path for path in before if not np.array_equal(before[path], after[path])}
 
 
+def test_what_tells_a_run_from_others(checkpoint, text, tmp_path):
+  """Checkpoints hold no more than factors: those of other weights of the same shapes are another run's."""
+  plain = (*QUICK, f"--text={text}")
+  lora = (*plain, "--train=lora", "--lora_rank=4")
+  other = tmp_path / "other"
+  shutil.copytree(checkpoint, other)
+  weights = other / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+  runs = [
+    (*plain, "--eval_share=0.1"),
+    plain,
+    (*plain, "--scan"),
+    (*lora, f"--model={checkpoint}"),
+    (*lora, f"--model={checkpoint}", "--lora_alpha=3"),
+    (*lora, f"--model={other}", "--noverify"),
+  ]
+  found = [setup.set_up(settings_of(*args)).identity for args in runs]
+  assert all(a != b for a, b in itertools.combinations(found, 2))
+  again = setup.set_up(settings_of(*lora, f"--model={checkpoint}", "--save_every=3")).identity
+  assert again == found[3]
+
+
 @pytest.mark.parametrize("train", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_factors_alone_are_trained_and_kept(checkpoint, text, tmp_path, train):
   """A checkpoint of the run holds factors only, which are small; the model that is written has them added."""
@@ -226,6 +253,66 @@ def test_a_run_that_diverges_names_step_rows_and_tensor(whole, text, tmp_path, c
   assert re.match(r"(output|gradient) of \S+|parameter \S+, before the step", found[5])
   there, state = restore_tree(tmp_path / "checkpoints")
   assert there < step and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_a_run_that_diverges_says_so_where_there_is_no_memory_to_look(text, tmp_path, monkeypatch, capsys):
+  def full(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  monkeypatch.setattr(divergence, "first_bad", full)
+  args = (*QUICK, f"--text={text}", "--learning_rate=1e9", "--save_every=2", f"--out={tmp_path}")
+  assert call(*args) == 1
+  assert re.search(r"cannot be told: RESOURCE_EXHAUSTED: out of memory\)", capsys.readouterr().err)
+
+
+def test_a_run_that_is_refused_leaves_the_record_of_the_other(whole, tmp_path):
+  out, args = whole
+  record = (out / "config.json").read_bytes()
+  assert call(*args, f"--out={out}", "--learning_rate=0.5") == CheckpointError.exit_code
+  assert (out / "config.json").read_bytes() == record
+
+
+def test_tokens_a_second_are_those_of_training(text, tmp_path, monkeypatch):
+  """Of devices that need 2 s a step and 1000 s a look at held-out text: the steps told of after it are timed together."""
+  now, looks = [0.0], []
+  monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+  args = ("--smoke", f"--text={text}", "--steps=12", "--log_every=1", "--mesh=data=8", "--device=v5e")
+  s = settings_of(*args)
+  made = setup.set_up(s)
+  watch = run.Watch(s, made, tmp_path, Progress(io.StringIO()))
+
+  def done(step):
+    now[0] = max(now[0], 2.0 * step + 1000 * len(looks))
+
+  def look(params):
+    looks.append(params)
+    now[0] += 1000
+    return {"loss": 1.0}
+
+  def told(step):
+    done(step)
+    watch.step(step, {"loss": 1.0, "skipped": step % 2})
+
+  monkeypatch.setattr(run.jax, "block_until_ready", lambda state: done(state["params"]))
+  watch.evaluate = look
+  watch.start(0)
+  for step in range(1, 13):
+    watch.state(step, {"params": step})
+    if step > 2:
+      told(step - 2)
+  told(11)
+  told(12)
+  watch.close()
+  found = rows(tmp_path)
+  assert looks == [10, 12] and [row["held_out_loss"] for row in found] == [None] * 9 + [1.0, None, 1.0]
+  assert [row["skipped"] for row in found] == [step % 2 for step in range(1, 13)]
+  rate, peak = s.batch_size * s.length / 2, flops.DEVICES["v5e"].flops
+  untimed = (1, 8, 9, 11)
+  assert [row["tokens_per_second"] for row in found] == [
+    None if step in untimed else pytest.approx(rate) for step in range(1, 13)
+  ]
+  cost = flops.count(made.model.cfg, s.length)
+  assert found[2]["mfu"] == pytest.approx(cost.mfu(rate / 8, peak)) and found[2]["hfu"] == found[2]["mfu"]
 
 
 def test_a_profile_and_events_where_they_are_asked_for(text, tmp_path, monkeypatch, capsys):

@@ -168,6 +168,28 @@ def test_skipped_steps_leave_parameters_moments_and_their_count_as_they_are():
   assert types(state["params"]) == {"float16", "float32"}
 
 
+@pytest.mark.parametrize(
+  "policy", [POLICIES["model"], dataclasses.replace(POLICIES["O0"], loss_scale=LOSS_SCALES["static"])]
+)
+def test_the_norm_of_a_gradient_is_before_scale_and_clip(policy):
+  """Of the mean over all labels, in parts or not, whatever the loss scale and the clip."""
+  config = train_cases.config(1, precision=policy, accumulate=2, clip_norm=1e-3)
+  state = step.init_state(MODEL, config, 0, tree_of())
+  tokens = batch(0)
+
+  def loss(params):
+    hidden, _ = MODEL.apply({"params": params}, tokens[:, :-1], logits=None)
+    logits = head(MODEL.cfg, params)(hidden)
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1))
+
+  grads = jax.tree.leaves(jax.grad(loss)(state["params"]))
+  expected = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in grads))
+  _, told = step.make_step(MODEL, config, metrics=True)(state, tokens)
+  assert (
+    float(told["grad_norm"]) == pytest.approx(expected, rel=1e-4) and told["labels"] == tokens[:, 1:].size
+  )
+
+
 def test_the_rate_counts_updates():
   """A step that is skipped has the rate that the next one has, and metrics tell it."""
   config = train_cases.config(12, precision=SCALED, warmup=0.5)
