@@ -102,7 +102,8 @@ class Watch:
     shards = 1 if setup.mesh is None else parallel.batch_shards(setup.mesh)
     chunked = self._tokens // s.accumulate // shards > CHUNK
     self._cost = flops.count(setup.model.cfg, s.length, remat=RECOMPUTED[s.remat], chunked_head=chunked)
-    self._peak = _peak(s.device)
+    # what is counted has the gradients of all weights, of which a run that trains a part computes some
+    self._peak = _peak(s.device) if s.train == "full" and not s.trained else None
 
   @property
   def rows(self) -> list[dict]:

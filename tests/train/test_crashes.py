@@ -54,8 +54,11 @@ def whole(server, tmp_path_factory):
 
 
 def restored(run):
-  """(step, digest) of what a run began with."""
-  ((_, step, sha),) = run.all("RESTORED")
+  """(step, digest) of what a run began with; (0, "") where there was nothing."""
+  found = run.all("RESTORED")
+  if not found:
+    return 0, ""
+  ((_, step, sha),) = found
   return int(step), sha
 
 
@@ -246,8 +249,8 @@ def test_one_writer_and_a_lock_that_dies_with_its_holder(server, tmp_path, log):
   measured("faults", "two writers", tried=1, lost=0, bytes_differ=0)
 
 
-PHASES = ["RESTORED", "DATA", "STEP", "SAVING", "SAVED"]
-"""After RESTORED a program is compiled, or read; after DATA the next batch is made, for 50 ms."""
+PHASES = ["START", "DATA", "STEP", "SAVING", "SAVED"]
+"""After START a program is compiled, or read; after DATA the next batch is made, for 50 ms."""
 
 
 @pytest.mark.parametrize(("signals", "large"), [(1, False), pytest.param(50, True, marks=FULL)])
