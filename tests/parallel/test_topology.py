@@ -100,10 +100,10 @@ def tiny(tmp_path, **changes):
 
 @needs_libtpu
 def test_a_training_step(tmp_path):
-  """Bytes of ZeRO's third stage: weights and moments, 12 a number, in four; norms whole.  Every weight is gathered."""
+  """Bytes of ZeRO's third stage: weights, norms too, and moments, 12 a number, in four.  Every weight is gathered."""
   model = tiny(tmp_path)
   found, report = compile_for(tmp_path, model, "--topology=v5e:2x2", "--length=64", "--batch_size=8")
-  state = 12 * ((2 * LAYER + TABLES) // 4 + NORMS)
+  state = 12 * (2 * LAYER + TABLES + NORMS) // 4
   assert state < found["arguments"] < 1.02 * state  # tiles, tokens and counters beside it
   assert found["aliased"] == pytest.approx(found["arguments"], abs=2**14)
   assert found["needed"] == found["arguments"] + found["outputs"] - found["aliased"] + found["temporaries"]
