@@ -27,7 +27,12 @@ def _define() -> None:
   flag("integer", "embed_dim", 128, "from scratch: width")
   flag("integer", "num_heads", 4, "from scratch: query heads")
   flag("integer", "num_kv_heads", None, "from scratch: heads of keys and values; default --num_heads")
-  flag("integer", "mlp_dim", None, "from scratch: hidden width of the SwiGLU; default 8/3 of the width")
+  flag(
+    "integer",
+    "mlp_dim",
+    None,
+    "from scratch: hidden width of the SwiGLU; default 8/3 of the width, up to a multiple of 64",
+  )
   flag("string", "position", None, "from scratch: a name of position.POSITIONS; default rope (glm: rope_2d)")
   flag("float", "base", None, "from scratch: the base of its frequencies; default the method's")
   flag("bool", "tie_embeddings", False, "from scratch: the head is the embedding")

@@ -135,7 +135,7 @@ def read(f) -> Settings:
   _check_numbers(values)
   _check_together(f, given, values)
   values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
-  values["mlp_dim"] = values["mlp_dim"] or max(8, round(values["embed_dim"] / 3) * 8)
+  values["mlp_dim"] = values["mlp_dim"] or 64 * math.ceil(values["embed_dim"] / 24)
   values["position"] = values["position"] or ("rope_2d" if f.objective == "glm" else "rope")
   values["trained"] = tuple(map(_rule, f.trained))
   values["glm_ids"] = None if f.glm_ids is None else _ids(f.glm_ids)

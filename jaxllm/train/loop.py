@@ -143,9 +143,10 @@ def fit(
           del state
           if (at := _culprit(since, step + 1)) is not None:
             problem += f" ({divergence.explain(model, config, source, begin, step_fn, put, at)})"
-          raise DivergedError(
-            f"{directory}: {problem}; the checkpoint before it is kept. Lower --learning_rate and use another --out"
+          kept = (
+            "the checkpoint before it is kept" if checkpoints.steps else "there is no checkpoint before it"
           )
+          raise DivergedError(f"{directory}: {problem}; {kept}. Lower --learning_rate and use another --out")
         checkpoints.save(step + 1, _to_save(state, config))
         since.clear()
         check_stop()
