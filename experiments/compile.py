@@ -9,13 +9,13 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments.training import settings
 from jaxllm.errors import ConfigError
 from jaxllm.study import choices, run_app
 
 FLAGS = flags.FlagValues()
 COLUMNS = ("model", "job", "topology", "mesh", "rules", "quantity", "unit", "value", "status", "reason")
-PRECISIONS = ("model", "O0", "O1", "O2", "O3", "bf16", "bf16_master", "bf16_pure")
-REMATS = ("none", "full", "dots", "dots_no_batch")
+PRECISIONS, REMATS = settings.PRECISIONS[1:], settings.REMATS
 SCHEMES = ("none", "int8", "int8_tensor", "int8_asym", "int4", "int4_asym", "int3", "int3_asym", "w8a8")
 SCHEMES += ("zeroquant", "llm_int8", "nf4", "fp4", "glm_int8", "glm_int4")
 SMOKE = dict(model="llama-7b", mesh="data=1", length=64, batch_size=1)
@@ -105,14 +105,11 @@ def main(f) -> int:
   else:
     scheme = None if f.quant == "none" else quant.SCHEMES[f.quant]()
     found = report_decoding(cfg, scheme, rules, on, batch=f.batch_size, length=f.length, store=f.cache_type)
-  out, shown = Path(f.out or f"runs/compile_{Path(f.model).name}_{f.job}"), found.tables()
-  for title, table in shown.items():
-    table.show(title)
+  out = Path(f.out or f"runs/compile_{Path(f.model).name}_{f.job}")
   said = dict(model=f.model, job=f.job, topology=f.topology or "", mesh=parallel.spell(on.mesh), rules=rules)
   with files.Lock(out):
     files.write_results(out, [said | row for row in found.rows()], COLUMNS)
-    body = "\n".join(f"## {title}\n\n{table.markdown()}" for title, table in shown.items())
-    files.write_text(out / "report.md", f"# {f.model}, {f.job}\n\n{body}")
+    found.write(out / "report.md", f"{f.model}, {f.job}")
   print(f"report and results: {out}")
   return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from experiments.step_cost import count_of
 from jaxllm import flops, parallel, quant, tree
 from jaxllm.config import ModelConfig
 from jaxllm.flops.collectives import totals
@@ -25,13 +27,11 @@ from jaxllm.nn.shapes import expected_shapes
 from jaxllm.ops.constrain import activation_spec
 from jaxllm.parallel import topology
 from jaxllm.sampling import Greedy
+from jaxllm.study import files
 from jaxllm.study.report import Table
 from jaxllm.study.rows import not_applicable, ok
 from jaxllm.train.layout import make_layout
 from jaxllm.train.step import TrainConfig, init_state, make_step
-
-HEAD_CHUNK = 8192
-"""Tokens of a step on a device beyond which `ops.losses.cross_entropy` computes logits a chunk at a time, and again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +138,14 @@ class Report:
       shown["The largest collectives"] = Table(("kind", "result", "times", "GB", "of"), body, 2, ())
     return shown
 
+  def write(self, path: Path, heading: str) -> None:
+    """Print the tables, and write them as Markdown."""
+    shown = self.tables()
+    for title, table in shown.items():
+      table.show(title)
+    body = "\n".join(f"## {title}\n\n{table.markdown()}" for title, table in shown.items())
+    files.write_text(path, f"# {heading}\n\n{body}")
+
 
 def report_training(
   cfg: ModelConfig,
@@ -157,10 +165,7 @@ def report_training(
     state = abstract_state(model, config, mesh, parallel.RULES[rules], params)
     tokens = _laid_out(jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32), "B-", mesh)
     program = compiled(make_step(model, config, mesh, parallel.RULES[rules]), state, tokens)
-  remat = {"none": "none", "full": "full", "dots": "none", "dots_no_batch": "selective"}[config.remat]
-  rows = config.batch_size // config.accumulate // parallel.batch_shards(mesh)
-  chunked = rows * config.length > HEAD_CHUNK
-  count = flops.count(cfg, config.length, remat=remat, chunked_head=chunked)
+  count = count_of(cfg, config, parallel.batch_shards(mesh))
   tokens = config.batch_size * config.length
   how = f"{parallel.spell(mesh)}, {rules}, remat {config.remat}"
   title = f"training step, batch {config.batch_size} of {config.length:,}, {how}"

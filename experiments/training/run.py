@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments import provenance
+from experiments.step_cost import count_of
 from experiments.training import metrics as metrics_lib
 from experiments.training import results
 from experiments.training.settings import Settings
@@ -22,13 +23,9 @@ from jaxllm.parallel import multihost
 from jaxllm.study.files import Lock, write_json
 from jaxllm.study.progress import Progress
 from jaxllm.study.stop import StopFlag, Stopped
+from jaxllm.train.batches import Batches
 from jaxllm.train.evaluation import make_evaluate
 from jaxllm.train.loop import fit
-
-RECOMPUTED = {"none": "none", "full": "full", "dots": "none", "dots_no_batch": "selective"}
-"""Of what `flops` counts, which is products, each of `REMATS` computes these again."""
-CHUNK = 8192
-"""Tokens of a device beyond which `cross_entropy` computes logits again."""
 
 
 def run(s: Settings) -> int:
@@ -46,7 +43,7 @@ def run(s: Settings) -> int:
       state = fit(
         setup.model,
         setup.config,
-        setup.batches(s.seed),
+        Batches(setup.train, s.seed),
         s.seed,
         out / "checkpoints",
         on_start=watch.start,
@@ -100,8 +97,7 @@ class Watch:
     self._looks: dict[int, float] = {}  # when the steps before each were done, until it is told of
     self._tokens = s.batch_size * s.length
     shards = 1 if setup.mesh is None else parallel.batch_shards(setup.mesh)
-    chunked = self._tokens // s.accumulate // shards > CHUNK
-    self._cost = flops.count(setup.model.cfg, s.length, remat=RECOMPUTED[s.remat], chunked_head=chunked)
+    self._cost = count_of(setup.model.cfg, setup.config, shards)
     # what is counted has the gradients of all weights, of which a run that trains a part computes some
     self._peak = _peak(s.device) if s.train == "full" and not s.trained else None
 

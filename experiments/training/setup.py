@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +16,13 @@ from experiments.training.settings import Settings
 from jaxllm import hf, parallel, quant, tree
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
+from jaxllm.leaf import Matrix, dense
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.choose import CORES
 from jaxllm.position import POSITIONS
 from jaxllm.study import choices
 from jaxllm.train import data, lora
-from jaxllm.train.batches import Batches, Data, lay_out
+from jaxllm.train.batches import Data, lay_out
 from jaxllm.train.objectives import OBJECTIVES, Objective
 from jaxllm.train.optimizers import OPTIMIZERS
 from jaxllm.train.packing import documents, held_out
@@ -47,11 +49,6 @@ class Setup:
   identity: dict
   tokenizer: hf.Tokenizer | None
   family: str | None
-
-  @property
-  def batches(self) -> Callable[[int], Batches]:
-    """The source of a seed."""
-    return lambda seed: Batches(self.train, seed)
 
 
 def set_up(s: Settings) -> Setup:
@@ -131,7 +128,7 @@ def model_config(s: Settings, vocab_size: int) -> ModelConfig:
 def _texts(s: Settings, tokenizer: hf.Tokenizer | None) -> tuple[Text, Text, tuple | None]:
   """(text to train on, text that is held out, documents of each where both are one text)."""
   path = s.text
-  if path is not None and (path.endswith(".bin") or (tokenizer is None and not _is_directory(path))):
+  if path is not None and (path.endswith(".bin") or (tokenizer is None and not Path(path).is_dir())):
     text = open_text(path, s.separator)
     return text, text, held_out(documents(text), s.eval_share)
   corpus = data.load_corpus(path)
@@ -146,12 +143,6 @@ def _texts(s: Settings, tokenizer: hf.Tokenizer | None) -> tuple[Text, Text, tup
     return (*(made(part, text, data.VOCAB_SIZE) for part, text in parts.items()), None)
   encode = lambda text: np.asarray(tokenizer.encode(bytes(text).decode()), np.uint32)
   return (*(made(part, encode(text), tokenizer.vocab_size) for part, text in parts.items()), None)
-
-
-def _is_directory(path: str) -> bool:
-  from pathlib import Path
-
-  return Path(path).is_dir()
 
 
 def _objective(s: Settings, cfg: ModelConfig, text: Text) -> Objective:
@@ -221,8 +212,6 @@ def begin_with(s: Settings, cfg: ModelConfig, checkpoint: Checkpoint | None = No
 
 def _dense(leaf: Any) -> Any:
   """An array [in, out], which is what is trained: files have [out, in]."""
-  from jaxllm.leaf import Matrix, dense
-
   return dense(leaf).astype(leaf.dtype) if isinstance(leaf, Matrix) else leaf
 
 

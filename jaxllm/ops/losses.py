@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from jaxllm.ops.constrain import batch_shards
 from jaxllm.ops.head import Head
 
+CHUNK = 8192
+"""Tokens of a device whose logits exist at a time."""
+
 
 def cross_entropy(
-  hidden_BTD: jax.Array, head: Head, labels_BT: jax.Array, chunk: int = 8192, z_loss: float = 0.0
+  hidden_BTD: jax.Array, head: Head, labels_BT: jax.Array, chunk: int = CHUNK, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
   """-log softmax(head(hidden))[label] in nats, and whether the label is the most likely token: float32 and bool [B, T].
 
@@ -70,6 +73,9 @@ def _label_and_sum_forward(logits_CV, labels_C):
 
 def _label_and_sum_backward(kept, by):
   (logits_CV, labels_C, top_C, sum_C), (by_label_C, by_sum_C) = kept, by
+  labels_C = jnp.where(
+    labels_C < 0, labels_C + logits_CV.shape[-1], labels_C
+  )  # from the end, as they were read
   gradient_CV = (by_sum_C / sum_C)[:, None] * jnp.exp(logits_CV - top_C[:, None])
   here_CV = labels_C[:, None] == jnp.arange(logits_CV.shape[-1], dtype=labels_C.dtype)[None]
   return jnp.where(here_CV, gradient_CV + by_label_C[:, None], gradient_CV), None

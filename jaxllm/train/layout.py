@@ -43,10 +43,6 @@ class Layout:
     follow = lambda part: self.following(part, state["params"], 1)
     return {name: params if name == "params" else follow(part) for name, part in state.items()}
 
-  def shardings(self, state: dict[str, Any]) -> dict[str, Any]:
-    """The NamedSharding of each array of a state, for jax.jit and to restore a checkpoint."""
-    return jax.tree.map(lambda struct: struct.sharding, self.state(state))
-
   def made(self, make: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """The state make(*args), whose vocabulary is not padded, computed by each device for what it holds."""
     if self.mesh is None:

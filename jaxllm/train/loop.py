@@ -26,13 +26,13 @@ from jaxllm.train.trainable import trained, with_trained
 SAVE_EVERY = 25
 """Steps between checkpoints: at most this many are done again after a kill."""
 
-_all_finite = jax.jit(all_finite)
-
 MOST_SKIPPED = 64
 """Steps in a row whose gradients overflow: twice what takes the largest loss scale that a policy starts with, 2^32, to 1."""
 
 IN_FLIGHT = 2
 """Steps that are given to the devices ahead of what they have told: they never wait for the host, nor it for memory."""
+
+_all_finite = jax.jit(all_finite)
 
 
 class DivergedError(JaxllmError):

@@ -154,3 +154,12 @@ def test_the_gradient_of_scores_is_that_of_jaxs_own_rules():
 def test_an_infinite_logit_is_an_infinite_loss():
   logits = jnp.zeros((2, 5)).at[0, 1].set(jnp.inf)
   np.testing.assert_array_equal(_label_and_sum(logits, jnp.array([0, 0]))[1], [np.inf, np.log(np.float32(5))])
+
+
+def test_a_negative_label_counts_from_the_end_in_the_gradient_too():
+  """As arrays are indexed: its loss is that of the last token, and so is its gradient."""
+  head = Head(jax.random.normal(jax.random.key(0), (4, 7)))
+  hidden = jax.random.normal(jax.random.key(1), (2, 3, 4))
+  of = lambda label: jax.grad(lambda x: jnp.sum(cross_entropy(x, head, jnp.full((2, 3), label))[0]))(hidden)
+  np.testing.assert_array_equal(of(-1), of(6))
+  assert np.any(of(-1) != of(5))
