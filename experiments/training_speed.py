@@ -10,6 +10,9 @@ The share of time in products is of one core, in processes of their own, by the 
 kernel, which has products within, is told apart.  The time to compile is of the step with layers scanned (one compiled body)
 and unrolled, each in a new process without a compilation cache.
 
+On a GPU, torch's side is there too, in torch's own types of `autocast`, and where the chip is known MFU and HFU are told, by
+the convention of `flops` (all pairs of tokens count); shares are of CPUs only.
+
 The bars, of a CPU and the 20 M-parameter shape: tokens a second against torch, eager and compiled, at least 1.0 times in
 float32 and 0.7 times in bfloat16 (the aim is 1.0); 32 scanned layers compile in at most 1.5 times the time of 8.  Exits with 1
 where one is missed, or where the losses differ.
@@ -32,6 +35,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import loading, provenance, step_profile
+from experiments.training import settings
 from jaxllm.errors import ConfigError
 from jaxllm.study import choices, interval, run_app
 from jaxllm.study import rows as rows_lib
@@ -47,9 +51,10 @@ STEPS = 3
 """Steps whose losses are compared."""
 SIZES = {
   "20m": dict(vocab_size=8192, embed_dim=384, num_layers=8, num_heads=6, mlp_dim=1024),
+  "1b": dict(vocab_size=32000, embed_dim=2048, num_layers=20, num_heads=16, mlp_dim=5632),
   "tiny": dict(vocab_size=64, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32),
 }
-"""Shapes by name (fields of ModelConfig); as many key heads as heads, and a head of its own: 20.5 M parameters, 10 k."""
+"""Shapes by name (fields of ModelConfig); as many key heads as heads, a head of its own: 20.5 M, 1.16 G, 10 k parameters."""
 RATE, DECAY, BETAS, CLIP = 1e-3, 0.1, (0.9, 0.98), 1.0
 TORCH = ("torch", "torch.compile")
 COLUMNS = ("size", "dtype", "length", "batch", "metric", "value", *rows_lib.OUTCOME[1:])
@@ -63,6 +68,10 @@ flags.DEFINE_integer("rounds", 7, "rounds; each side takes a step a round", flag
 flags.DEFINE_enum(
   "attention", "auto", choices.CORES, "attention core; auto: by device, method and length", flag_values=FLAGS
 )
+flags.DEFINE_enum(
+  "remat", "none", settings.REMATS, "what a layer keeps for its gradient, here", flag_values=FLAGS
+)
+flags.DEFINE_bool("scan", False, "layers as one compiled body, here", flag_values=FLAGS)
 flags.DEFINE_bool("compiled", True, "also torch.compile", flag_values=FLAGS)
 flags.DEFINE_bool("shares", True, "also the share of time in products", flag_values=FLAGS)
 flags.DEFINE_bool("depths", True, "also the time to compile", flag_values=FLAGS)
@@ -98,7 +107,7 @@ def model_config(size: str, attention: str, layers: int | None = None):
   return ModelConfig(**shape, **more, attention=CORES[attention](), dtype="float32")
 
 
-def train_config(dtype: str, batch: int, length: int):
+def train_config(dtype: str, batch: int, length: int, remat: str = "none"):
   """The run that both sides are of."""
   from jaxllm.train.precision import POLICIES
   from jaxllm.train.schedules import Constant
@@ -108,6 +117,7 @@ def train_config(dtype: str, batch: int, length: int):
     *(1000, batch, length),
     **dict(learning_rate=RATE, warmup=0.0, weight_decay=DECAY, beta1=BETAS[0], beta2=BETAS[1]),
     **dict(clip_norm=CLIP, rate=Constant(), precision=POLICIES["bf16" if dtype == "bfloat16" else "model"]),
+    remat=remat,
   )
 
 
@@ -118,19 +128,29 @@ def batch_of(vocab_size: int, batch: int, length: int):
   return np.random.default_rng(0).integers(0, vocab_size, (batch, length + 1)).astype(np.int32)
 
 
-def our_side(size: str, attention: str, dtype: str, batch: int, length: int, directory: str | None = None):
+def our_side(
+  size: str,
+  attention: str,
+  dtype: str,
+  batch: int,
+  length: int,
+  directory: str | None = None,
+  remat: str = "none",
+  scan: bool = False,
+):
   """(the compiled step, one step with its loss); writes the weights before the first to `directory`, if one is given."""
   import jax.numpy as jnp
 
-  from jaxllm import hf
+  from jaxllm import hf, tree
   from jaxllm.nn import Transformer
   from jaxllm.train.step import init_state, make_step
 
-  cfg, config = model_config(size, attention), train_config(dtype, batch, length)
-  model, tokens = Transformer(cfg), jnp.asarray(batch_of(cfg.vocab_size, batch, length))
+  cfg, config = model_config(size, attention), train_config(dtype, batch, length, remat)
+  model, tokens = Transformer(cfg, scan=scan), jnp.asarray(batch_of(cfg.vocab_size, batch, length))
   held = {"state": init_state(model, config, 0)}
   if directory is not None:
-    hf.save(directory, cfg, held["state"]["params"])
+    params = held["state"]["params"]
+    hf.save(directory, cfg, tree.unstack_layers(params) if scan else params)
   step = make_step(model, config).lower(held["state"], tokens).compile()
 
   def run() -> float:
@@ -141,19 +161,22 @@ def our_side(size: str, attention: str, dtype: str, batch: int, length: int, dir
 
 
 def torch_side(directory: str, dtype: str, batch: int, length: int, compiled: bool = False):
-  """One step of transformers' Llama, with its loss, from the weights in `directory`."""
+  """One step of transformers' Llama, with its loss, from the weights in `directory`, on the GPU if jax has one."""
+  import jax
   import torch
   import transformers
 
+  device = "cuda" if jax.default_backend() == "gpu" else "cpu"
   model = transformers.AutoModelForCausalLM.from_pretrained(
     directory, dtype=torch.float32, attn_implementation="sdpa", use_cache=False
-  ).train()
+  ).to(device)
+  model.train()
   inside = [x for name, x in model.named_parameters() if name.endswith("proj.weight")]
   others = [x for name, x in model.named_parameters() if not name.endswith("proj.weight")]
   groups = [{"params": inside, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
   optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
-  compute = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-  tokens = torch.tensor(batch_of(model.config.vocab_size, batch, length), dtype=torch.long)
+  compute = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+  tokens = torch.tensor(batch_of(model.config.vocab_size, batch, length), dtype=torch.long, device=device)
 
   def forward():
     with compute:
@@ -229,9 +252,11 @@ def in_own_process(call: str, **environment: str) -> dict:
 
 def speeds(dtype: str, f, notes: list[str], problems: list[str]) -> dict[str, float]:
   """The numbers of one line of the first table; adds what is not measured, and what is missed."""
+  import jax
+
   directory, task = tempfile.mkdtemp(prefix="jaxllm-speed-"), (dtype, f.batch, f.length)
   try:
-    sides = {"jaxllm": our_side(f.size, f.attention, *task, directory)[1]}
+    sides = {"jaxllm": our_side(f.size, f.attention, *task, directory, f.remat, f.scan)[1]}
     sides["torch"] = torch_side(directory, *task)
     if f.compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
       notes.append("NOT MEASURED: torch.compile, which needs a C++ compiler (g++)")
@@ -239,6 +264,8 @@ def speeds(dtype: str, f, notes: list[str], problems: list[str]) -> dict[str, fl
       sides["torch.compile"] = torch_side(directory, *task, compiled=True)
     losses, seconds = measure(sides, f.rounds)
     found = {}
+    if utilisation := utilised(dtype, f, statistics.median(seconds["jaxllm"])):
+      found |= dict(zip(("MFU", "HFU"), utilisation, strict=True))
     for name, times in seconds.items():
       found[f"{name} tokens/s"] = f.batch * f.length / statistics.median(times)
       if name == "jaxllm":
@@ -250,11 +277,30 @@ def speeds(dtype: str, f, notes: list[str], problems: list[str]) -> dict[str, fl
       if not differs <= SAME[dtype]:
         told = ", ".join(f"{a:.4f} and {b:.4f}" for a, b in zip(losses["jaxllm"], losses[name], strict=True))
         problems.append(f"MISSED: {dtype}, losses of the first steps here and by {name}: {told}")
-    if f.shares:
+    if f.shares and (jax.default_backend() != "cpu" or f.scan or f.remat != "none"):
+      notes.append(
+        "NOT MEASURED: the share of time in products, which is told on CPUs, without --scan and --remat"
+      )
+    elif f.shares:
       found |= step_profile.shares(in_own_process, directory, f.size, f.attention, *task)
   finally:
     shutil.rmtree(directory)
   return found
+
+
+def utilised(dtype: str, f, seconds: float) -> tuple[float, float] | None:
+  """(MFU, HFU) of a step that takes so long; None of a chip that is not known, and of float32, whose peak is not told."""
+  import jax
+
+  from experiments.step_cost import count_of
+  from jaxllm import flops
+
+  chip = flops.known_as(jax.devices()[0].device_kind)
+  if chip is None or dtype == "float32":
+    return None
+  cost = count_of(model_config(f.size, f.attention), train_config(dtype, f.batch, f.length, f.remat), 1)
+  speed, peak = f.batch * f.length / seconds, flops.DEVICES[chip].flops
+  return cost.mfu(speed, peak), cost.hfu(speed, peak)
 
 
 def missed(dtype: str, found: dict[str, float]) -> list[str]:
@@ -276,6 +322,7 @@ def line(dtype: str, found: dict[str, float]) -> str:
       cells.append(f"{found[f'{name} loss difference']:.1e}")
     else:
       cells += ["-"] * 3
+  cells += [f"{found[name]:.1%}" if name in found else "-" for name in ("MFU", "HFU")]
   cells += [f"{found[name]:.0%}" if name in found else "-" for name in step_profile.SHARES]
   return f"| {' | '.join(cells)} |"
 
@@ -311,15 +358,17 @@ def main(f) -> int:
   if f.smoke:
     f.size, f.dtypes, f.length, f.batch, f.rounds = "tiny", "float32", 8, 2, 2
     f.compiled = f.shares = f.depths = False
-  cores = len(os.sched_getaffinity(0))
+  cores, device = len(os.sched_getaffinity(0)), jax.devices()[0]
+  chip = f"{device.device_kind}, " if device.platform != "cpu" else ""
   print(
-    f"{provenance.processor()}, {cores} cores, jax {jax.__version__}, torch {torch.__version__} on "
+    f"{chip}{provenance.processor()}, {cores} cores, jax {jax.__version__}, torch {torch.__version__} on "
     f"{torch.get_num_threads()} threads, transformers {transformers.__version__}, Python {platform.python_version()}; "
     f"{f.batch} rows of {f.length} tokens\n"
   )
   header = ["dtype", "jaxllm tokens/s"]
   for name in TORCH:
     header += [f"{name} tokens/s", "ratio", "losses differ"]
+  header += ["MFU", "HFU"]
   header += [name.replace(" share", "") for name in step_profile.SHARES]
   print(f"| {' | '.join(header)} |\n|---{'|---:' * (len(header) - 1)}|", flush=True)
   rows, problems, notes = [], [], []

@@ -49,6 +49,28 @@ def test_bars_are_of_each_of_torchs_columns():
   assert cells[1:3] == [" float32 ", " 1 "] and set(cells[3:-1]) == {" - "}
 
 
+@pytest.mark.core
+def test_utilisation_is_of_the_chip_and_of_what_remat_does_again(monkeypatch):
+  from types import SimpleNamespace
+
+  import jax
+
+  from jaxllm import flops
+
+  f = SimpleNamespace(size="20m", attention="plain", batch=4, length=512, remat="full")
+  assert training_speed.utilised("bfloat16", f, 1.0) is None  # of a CPU
+  monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
+  cfg = training_speed.model_config("20m", "plain")
+  layers = cfg.num_layers * (
+    4 * 384 * 384 + 3 * 384 * 1024 + 2 * 512 * 384
+  )  # all pairs: scores, and their values
+  once = 2 * 4 * 512 * (layers + 384 * 8192) / flops.DEVICES["h200"].flops
+  again = 2 * 4 * 512 * layers / flops.DEVICES["h200"].flops
+  mfu, hfu = training_speed.utilised("bfloat16", f, 1.0)
+  assert mfu == pytest.approx(3 * once) and hfu == pytest.approx(3 * once + again)
+  assert training_speed.utilised("float32", f, 1.0) is None
+
+
 TEXT = """
 %inner (a: f32[2,2], b: f32[2,2]) -> f32[2,2] {
   ROOT %dot.3 = f32[2,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
