@@ -7,16 +7,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.config import ModelConfig
-from jaxllm.ops.einsum import einsum
+from jaxllm.ops.einsum import PRODUCT, einsum
 from jaxllm.ops.sequence import Fan, columns, rows
 
+_WITH_WEIGHTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 REMATS = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_saveable,
-  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, _WITH_WEIGHTS
+  ),
+  "dots_no_batch": _WITH_WEIGHTS,
 }
 """What is kept of a layer for its gradient, the rest being computed again: all; its input; also every product; or only those
 with weights, without attention's of activations with each other.  On a CPU it saves memory where layers are scanned: XLA orders
@@ -60,7 +64,7 @@ class Linear(nn.Module):
     if out is not None:
       if self.name in cfg.biases:
         out += weight(self, "bias", (self.features,), nn.initializers.zeros)[None, None]
-      return out.astype(cfg.dtype)
+      return checkpoint_name(out.astype(cfg.dtype), PRODUCT)
     # two-dimensional operands: a CPU's matrix product is slower with more
     x_CD = x.reshape(-1, x.shape[-1])
     if self.name in cfg.biases:
@@ -68,7 +72,7 @@ class Linear(nn.Module):
       out = (out + weight(self, "bias", (self.features,), nn.initializers.zeros)[None]).astype(cfg.dtype)
     else:
       out = einsum("CD,DF->CF", x_CD, w.astype(cfg.dtype), out_dtype=cfg.dtype)
-    return out.reshape(*x.shape[:-1], self.features)
+    return checkpoint_name(out.reshape(*x.shape[:-1], self.features), PRODUCT)
 
 
 class Norm(nn.Module):

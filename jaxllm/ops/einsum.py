@@ -11,6 +11,11 @@ from jaxllm.leaf import LoRA, Matrix, QTensor
 from jaxllm.ops.device import current_device
 from jaxllm.ops.quantized import product
 
+PRODUCT = "product"
+"""What checkpoint policies know a layer's product of activations with a weight by (`jax.ad_checkpoint.checkpoint_name`), in the
+type that it goes on in: of a product with a gradient of its own, or a sum of several, they see no dot.
+"""
+
 LARGE = 2**17
 """Numbers of a float32 matrix, and of the rows before it, from which on a CPU transposes rows for the matrix's gradient.
 

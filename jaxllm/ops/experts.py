@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxllm.errors import ConfigError
 from jaxllm.leaf import Matrix, QTensor
 from jaxllm.ops.constrain import activation_spec, compiler_axes
-from jaxllm.ops.einsum import einsum
+from jaxllm.ops.einsum import PRODUCT, einsum
 from jaxllm.ops.grouped import group, grouped_dot, permute, spread
 
 Params = Mapping[str, Mapping[str, Any]]
@@ -44,11 +45,12 @@ def experts(
     out_RF = grouped_dot(x_RD, part["w"], sizes_E, jnp.float32 if "bias" in part else x_CD.dtype)
     if "bias" in part:
       out_RF = (out_RF + part["bias"].astype(jnp.float32)[index_R[order_R]]).astype(x_CD.dtype)
-    return out_RF
+    return checkpoint_name(out_RF, PRODUCT)
 
   # the backward pass recomputes the activation, as in nn.mlp
   hidden_RF = jax.checkpoint(activation)(*(project(name) for name in ("gate", "up") if name in p))
-  out_RD = permute(grouped_dot(hidden_RF, p["down"]["w"], sizes_E), inverse_R, order_R)
+  out_RD = checkpoint_name(grouped_dot(hidden_RF, p["down"]["w"], sizes_E), PRODUCT)
+  out_RD = permute(out_RD, inverse_R, order_R)
   out_CD = jnp.einsum(
     "CkD,Ck->CD", out_RD.reshape(C, k, out_RD.shape[-1]), weights_Ck, preferred_element_type=jnp.float32
   )
