@@ -115,7 +115,12 @@ class Watch:
       write_json(self._out / "config.json", {**provenance.record(), "settings": settings})
       self._metrics = metrics_lib.Metrics(self._out, step, self._settings.tensorboard)
       self._shown = self._progress.training(
-        f"train {self._settings.name}", self._settings.steps, step, self._tokens, self._utilisation
+        f"train {self._settings.name}",
+        self._settings.steps,
+        step,
+        self._tokens,
+        self._utilisation,
+        self._clock,
       )
 
   def state(self, step: int, state) -> None:

@@ -54,12 +54,14 @@ class Progress:
     start: int = 0,
     tokens_per_step: int = 0,
     utilisation: Callable[[float], tuple[float, float] | None] | None = None,
+    clock: Callable[[], float] | None = None,
   ) -> Training:
     """A training run of `total` steps of which `start` are done (not 0 after a resume).
 
     utilisation: (MFU, HFU) at so many tokens a second, or None where the devices' peak is not known.
+    clock: seconds for the rate, where some of the time does not count as training; default the display's own.
     """
-    return Training(self, label, total, start, tokens_per_step, utilisation)
+    return Training(self, label, total, start, tokens_per_step, utilisation, clock)
 
   def cells(self, label: str, total: int, done: int = 0) -> Cells:
     """`total` groups of cells of which `done` are recorded already."""
@@ -88,24 +90,31 @@ class _Task:
   took none of this one's time.
   """
 
-  def __init__(self, progress: Progress, label: str, total: int, done: int):
+  def __init__(
+    self,
+    progress: Progress,
+    label: str,
+    total: int,
+    done: int,
+    clock: Callable[[], float] | None = None,
+  ):
     self.label, self.total, self.done = label, total, done
     self.row = None  # its row in the live display
-    self._progress = progress
+    self._progress, self._clock = progress, clock or progress._clock
     self._first = None  # (units done, time) after the first update
     self._shown = None  # time of the last line
 
   def _advance(self, done: int, text: Callable[[], str]) -> None:
     """Sets the units done; `text` is called only when a line is due, and may wait for the device."""
     self.done = done
-    clock = self._progress._clock
-    if self._first is not None and done < self.total and clock() - self._shown < self._progress._every:
+    shown = self._progress._clock
+    if self._first is not None and done < self.total and shown() - self._shown < self._progress._every:
       return
     words = text()
-    now = clock()
+    now = self._clock()
     if self._first is None:
       self._first = (done, now)
-    self._shown = now
+    self._shown = shown()
     self._progress._show(self, "  ".join([words, *self._pace(now)]))
 
   def _rate(self, now: float) -> float | None:
@@ -120,8 +129,8 @@ class _Task:
 class Training(_Task):
   """Progress of a training run; see `Progress.training`."""
 
-  def __init__(self, progress, label, total, start, tokens_per_step, utilisation=None):
-    super().__init__(progress, label, total, start)
+  def __init__(self, progress, label, total, start, tokens_per_step, utilisation=None, clock=None):
+    super().__init__(progress, label, total, start, clock)
     self._tokens_per_step, self._utilisation = tokens_per_step, utilisation
 
   def update(self, step: int, loss) -> None:

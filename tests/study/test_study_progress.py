@@ -52,6 +52,20 @@ def test_the_rate_counts_neither_the_compilation_nor_an_earlier_run():
   assert train(0, 20, tokens=0)[1] == "rope: 11/20  loss 2.5000  2.0 steps/s  4s left"
 
 
+def test_time_that_is_not_trained_in_is_not_in_the_rate():
+  shown, trained, stream = Clock(), Clock(), io.StringIO()
+  with Progress(stream, clock=shown) as progress:
+    training = progress.training("rope", 3, tokens_per_step=1000, clock=trained)
+    for done, looked in ((1, 0), (2, 100), (3, 0)):
+      trained.now += 0.5
+      shown.now += 0.5 + looked  # at held-out text, say
+      training.update(done, 2.5)
+  assert stream.getvalue().splitlines()[1:] == [
+    "rope: 2/3  loss 2.5000  2k tokens/s  0s left",
+    "rope: 3/3  loss 2.5000  2k tokens/s",
+  ]
+
+
 def test_a_run_of_one_step_is_one_line():
   assert train(9, 10) == ["rope: 10/10  loss 2.5000"]
 
