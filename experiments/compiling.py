@@ -33,13 +33,18 @@ from jaxllm.study.rows import not_applicable, ok
 from jaxllm.train.layout import make_layout
 from jaxllm.train.step import TrainConfig, init_state, make_step
 
+COLUMNS = ("model", "job", "topology", "mesh", "rules", "quantity", "unit", "value", "status", "reason")
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What is compiled for: a mesh, what its devices are, the bytes that one may hold and its FLOP/s, None where unknown."""
+  """What is compiled for: a mesh, what its devices are, their topology's name if they are not at hand, the bytes that one may
+  hold and its FLOP/s, None where unknown.
+  """
 
   mesh: Mesh
   what: str
+  topology: str = ""
   memory: float | None = None
   peak: float | None = None
 
@@ -58,6 +63,7 @@ def target(mesh: str, topology_name: str | None = None) -> Target:
   return Target(
     parallel.make_mesh(mesh, devices),
     f"{len(devices)} devices of {topology_name}, {devices[0].device_kind}",
+    topology_name,
     generation.memory * 2**30,
     chip.flops / generation.cores,
   )
@@ -69,6 +75,7 @@ class Report:
 
   title: str
   target: Target
+  rules: str
   program: Compiled
   formula: float
   tokens: int
@@ -138,13 +145,18 @@ class Report:
       shown["The largest collectives"] = Table(("kind", "result", "times", "GB", "of"), body, 2, ())
     return shown
 
-  def write(self, path: Path, heading: str) -> None:
-    """Print the tables, and write them as Markdown."""
+  def write(self, out: Path, model: str, job: str) -> None:
+    """Print the tables, and write them to the directory: report.md, results.jsonl and results.csv."""
     shown = self.tables()
     for title, table in shown.items():
       table.show(title)
     body = "\n".join(f"## {title}\n\n{table.markdown()}" for title, table in shown.items())
-    files.write_text(path, f"# {heading}\n\n{body}")
+    mesh = parallel.spell(self.target.mesh)
+    said = dict(model=model, job=job, topology=self.target.topology, mesh=mesh, rules=self.rules)
+    with files.Lock(out):
+      files.write_results(out, [said | row for row in self.rows()], COLUMNS)
+      files.write_text(out / "report.md", f"# {model}, {job}\n\n{body}")
+    print(f"report and results: {out}")
 
 
 def report_training(
@@ -169,7 +181,7 @@ def report_training(
   tokens = config.batch_size * config.length
   how = f"{parallel.spell(mesh)}, {rules}, remat {config.remat}"
   title = f"training step, batch {config.batch_size} of {config.length:,}, {how}"
-  return Report(title, on, program, count.hardware * tokens, tokens)
+  return Report(title, on, rules, program, count.hardware * tokens, tokens)
 
 
 def report_decoding(
@@ -206,7 +218,7 @@ def report_decoding(
   parts["attention"] *= length  # it reads all slots, used or not
   title = f"a token of {batch} rows, cache {store} of {length:,}, {parallel.spell(mesh)}, {rules}"
   # no time at peak FLOP/s: what takes time is to read the weights and the cache
-  return Report(title, dataclasses.replace(on, peak=None), program, batch * sum(parts.values()), batch)
+  return Report(title, dataclasses.replace(on, peak=None), rules, program, batch * sum(parts.values()), batch)
 
 
 def abstract_state(

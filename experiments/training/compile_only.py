@@ -10,8 +10,8 @@ from experiments.training.settings import Settings
 from experiments.training.setup import GLM_IDS, begin_with, model_config, train_config
 from jaxllm import hf, parallel
 from jaxllm.config import ModelConfig
+from jaxllm.hf import hub
 from jaxllm.ops.choose import CORES
-from jaxllm.study import files
 from jaxllm.train.tokens import BYTES, open_text
 
 
@@ -24,16 +24,14 @@ def run(s: Settings) -> int:
   rules = s.rules or parallel.default_rules(on.mesh)
   params = None if s.train == "full" else lambda: begin_with(s, cfg)
   found = report_training(cfg, config, rules, on, scan=s.scan, params=params)
-  with files.Lock(Path(s.out)):
-    found.write(Path(s.out) / "compiled.md", s.name)
-  print(f"report: {s.out}/compiled.md")
+  found.write(Path(s.out) / "compiled", s.name, "train")
   return 0
 
 
 def _config(s: Settings) -> ModelConfig:
   """The model's, of the settings alone; the vocabulary of one from scratch is that of --text's header, or bytes."""
   if s.model is not None:
-    cfg = hf.load_config(s.model)[1]
+    cfg = hf.load_config(hub.find(s.model, weights=False))[1]
     cfg = cfg if s.dtype == "auto" else dataclasses.replace(cfg, dtype=s.dtype)
     return dataclasses.replace(cfg, attention=CORES[s.attention]())
   given = s.text is not None and s.text.endswith(".bin")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import itertools
+import json
 import math
 import re
 import shutil
@@ -325,9 +326,9 @@ def test_what_a_step_needs_without_a_run(tmp_path, capsys):
   """The state is given up for the next one, and the program's products are those of the formula."""
   args = ("--compile_only", "--mesh=data=4,tensor=2", "--rules=sequence", "--train=lora", "--lora_rank=4")
   assert call(*QUICK, *args, f"--out={tmp_path}") == 0
-  report = (tmp_path / "compiled.md").read_text()
-  number = lambda name: float(re.search(rf"\| {name} +\| +([\d.e+-]+) ", report)[1])
-  assert number("aliased") == pytest.approx(number("outputs"), rel=0.02) and number("temporaries") > 0
-  assert number("all-gather, number") > 0
-  assert {path.name for path in tmp_path.iterdir()} == {"LOCK", "compiled.md"}
-  assert "report: " in capsys.readouterr().out
+  rows = list(map(json.loads, (tmp_path / "compiled" / "results.jsonl").read_text().splitlines()))
+  number = {row["quantity"]: row["value"] for row in rows}
+  assert number["aliased"] == pytest.approx(number["outputs"], rel=0.02) and number["temporaries"] > 0
+  assert number["all-gather, number"] > 0 and rows[0]["job"] == "train" and rows[0]["rules"] == "sequence"
+  assert [path.name for path in tmp_path.iterdir()] == ["compiled"]
+  assert f"report and results: {tmp_path}" in capsys.readouterr().out

@@ -80,16 +80,21 @@ def test_without_libtpu(monkeypatch):
     topology.devices("v5e:4x4")
 
 
-def compile_for(tmp_path, *arguments):
-  """{quantity: value} of the results, and the report, of a process of `experiments.compile`."""
-  command = [sys.executable, "-m", "experiments.compile", f"--out={tmp_path / 'out'}", *arguments]
+TRAINING = ("experiments.train", "--compile_only", "--scan", "--remat=full")
+DECODING = ("experiments.compile",)
+
+
+def compile_for(tmp_path, script, *arguments):
+  """{quantity: value} of the results, and the report, of a process of a script."""
+  command = [sys.executable, "-m", *script, f"--out={tmp_path / 'out'}", *arguments]
   env = {
     name: value for name, value in os.environ.items() if name not in (*topology.ENVIRONMENT, "XLA_FLAGS")
   }
   ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
   assert ran.returncode == 0, ran.stderr[-3000:]
-  rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
-  return {row["quantity"]: row["value"] for row in rows}, (tmp_path / "out" / "report.md").read_text()
+  out = tmp_path / "out" / ("compiled" if script is TRAINING else "")
+  rows = map(json.loads, (out / "results.jsonl").read_text().splitlines())
+  return {row["quantity"]: row["value"] for row in rows}, (out / "report.md").read_text()
 
 
 def tiny(tmp_path, **changes):
@@ -102,7 +107,9 @@ def tiny(tmp_path, **changes):
 def test_a_training_step(tmp_path):
   """Bytes of ZeRO's third stage: weights, norms too, and moments, 12 a number, in four.  Every weight is gathered."""
   model = tiny(tmp_path)
-  found, report = compile_for(tmp_path, model, "--topology=v5e:2x2", "--length=64", "--batch_size=8")
+  found, report = compile_for(
+    tmp_path, TRAINING, model, "--topology=v5e:2x2", "--length=64", "--batch_size=8"
+  )
   state = 12 * (2 * LAYER + TABLES + NORMS) // 4
   assert state < found["arguments"] < 1.02 * state  # tiles, tokens and counters beside it
   assert found["aliased"] == pytest.approx(found["arguments"], abs=2**14)
@@ -121,8 +128,8 @@ def test_a_training_step(tmp_path):
 def test_decoding_in_integers(tmp_path):
   """Weights of a byte in four; two sums a layer, one of the embedding, and those that find a token."""
   model = tiny(tmp_path)
-  arguments = ("--job=decode", "--topology=v5e:2x2", "--length=64", "--batch_size=8")
-  found, _ = compile_for(tmp_path, model, *arguments)
+  arguments = ("--topology=v5e:2x2", "--length=64", "--batch_size=8")
+  found, _ = compile_for(tmp_path, DECODING, model, *arguments)
   weights = (2 * LAYER + 2 * TABLES) // 4 + 2 * NORMS
   cache = 2 * 2 * 2 * 8 * 64 * 512 // 4
   assert weights + cache < found["arguments"] < 1.1 * (weights + cache)
@@ -137,7 +144,7 @@ def test_what_does_not_fit_is_said(tmp_path):
   """Twelve bytes a number, and gradients, on one chip of 16 GiB."""
   model = tiny(tmp_path, hidden_size=8192, intermediate_size=65536)
   arguments = ("--topology=v5e:1x1", "--mesh=data=1", "--length=64", "--batch_size=1")
-  found, report = compile_for(tmp_path, model, *arguments)
+  found, report = compile_for(tmp_path, TRAINING, model, *arguments)
   assert found["fits"] == 0 and found["needed"] > found["memory"] and found["temporaries"] is None
   assert "does not fit: Ran out of memory" in report
 
@@ -147,9 +154,8 @@ def test_what_does_not_fit_is_said(tmp_path):
 @pytest.mark.parametrize(("remat", "length", "fits"), [("full", 2048, 1), ("none", 2048, 0)])
 def test_llama_3_8b_on_sixteen_chips(tmp_path, remat, length, fits):
   """float32 weights and moments in sixteen: 12 bytes x 8.03 B / 16 = 6.02 GB, and what a layer's gradient takes."""
-  found, _ = compile_for(
-    tmp_path, "--model=llama-3-8b", "--topology=v5e:4x4", f"--length={length}", f"--remat={remat}"
-  )
+  arguments = (f"--length={length}", "--batch_size=16", f"--remat={remat}")
+  found, _ = compile_for(tmp_path, TRAINING, "--shape=llama-3-8b", "--topology=v5e:4x4", *arguments)
   assert found["arguments"] == pytest.approx(12 * 8_030_261_248 / 16, rel=2e-3)
   assert found["fits"] == fits
 
@@ -158,7 +164,7 @@ def test_llama_3_8b_on_sixteen_chips(tmp_path, remat, length, fits):
 @pytest.mark.slow
 def test_llama_3_70b_decodes_in_integers(tmp_path):
   arguments = ("--mesh=data=2,tensor=8", "--batch_size=16", "--length=4096")
-  found, _ = compile_for(tmp_path, "--model=llama-3-70b", "--job=decode", "--topology=v5e:4x4", *arguments)
+  found, _ = compile_for(tmp_path, DECODING, "--model=llama-3-70b", "--topology=v5e:4x4", *arguments)
   layer = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672
   cache = 80 * 2 * 2 * 8 * 4096 * 8 * 128
   expected = (80 * layer + 2 * 2 * 128256 * 8192 + cache) / 8
