@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +165,11 @@ def report_training(
   on: Target,
   *,
   scan: bool = True,
-  params: Callable[[], Any] | None = None,
+  params: Any = None,
 ) -> Report:
   """The optimizer step that `train.step.make_step` makes, on tokens [batch_size, length + 1].
 
-  scan: layers as one compiled body.  params: makes those that training begins with, as for `train.loop.fit`; it is traced only.
+  scan: layers as one compiled body.  params: what training begins with, as `abstract_state` has it.
   """
   model, mesh = Transformer(cfg, scan=scan), on.mesh
   with jax.set_mesh(mesh):
@@ -226,14 +225,17 @@ def abstract_state(
   config: TrainConfig,
   mesh: Mesh,
   rules: parallel.RuleSet,
-  params: Callable[[], Any] | None = None,
+  params: Any = None,
 ) -> Any:
-  """The state of `init_state` on a mesh as jax.ShapeDtypeStructs, as `train.layout` lays it out."""
+  """The state of `init_state` on a mesh as jax.ShapeDtypeStructs, as `train.layout` lays it out.
+
+  params: structs of those that training begins with; None: random ones.
+  """
   layout = make_layout(
     model.cfg, mesh, rules, rows=config.batch_size // config.accumulate, length=config.length
   )
-  begin = lambda: init_state(model, config, 0, None if params is None else params())
-  return layout.state(jax.eval_shape(begin))  # and no array: on such devices none can be
+  begin = lambda params: init_state(model, config, 0, params)
+  return layout.state(jax.eval_shape(begin, params))  # and no array: on such devices none can be
 
 
 def _state_on(state: loop.State, mesh: Mesh) -> loop.State:

@@ -43,6 +43,12 @@ def _define() -> None:
     "a .bin of tokens, or UTF-8 text: a file, or a directory; default Python's own sources",
   )
   flag(
+    "string",
+    "tokenizer",
+    None,
+    "from scratch, with a .bin: whose tokenizer is written beside the model; default the one that its header names",
+  )
+  flag(
     "integer",
     "separator",
     None,

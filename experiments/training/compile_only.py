@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from experiments.compiling import report_training, target
+from experiments.training.begin import shapes_of
 from experiments.training.settings import Settings
-from experiments.training.setup import GLM_IDS, begin_with, model_config, train_config
+from experiments.training.setup import GLM_IDS, model_config, train_config
 from jaxllm import hf, parallel
 from jaxllm.config import ModelConfig
 from jaxllm.hf import hub
@@ -22,8 +23,7 @@ def run(s: Settings) -> int:
   cfg.check_length(s.length, "--length")
   config = train_config(s, "bf16" if s.topology else None)
   rules = s.rules or parallel.default_rules(on.mesh)
-  params = None if s.train == "full" else lambda: begin_with(s, cfg)
-  found = report_training(cfg, config, rules, on, scan=s.scan, params=params)
+  found = report_training(cfg, config, rules, on, scan=s.scan, params=shapes_of(s, cfg))
   found.write(Path(s.out) / "compiled", s.name, "train")
   return 0
 

@@ -21,7 +21,7 @@ def write(s: Settings, setup: Setup, out: Path, watch, state, first: bool) -> in
   """Results, figure and model; prints where they are; 1 where a result is no number."""
   held = watch.evaluate(state["params"])
   found = {"held_out_loss": held["loss"], "perplexity": _exp(held["loss"])}
-  if setup.train.text.vocab_size == 256 and s.objective == "causal":
+  if s.objective == "causal" and s.model is None and not (s.text or "").endswith(".bin"):  # a token is a byte
     found["bits_per_byte"] = held["loss"] / math.log(2)
   if first:
     losses = [row for row in watch.rows if row["loss"] is not None]

@@ -16,6 +16,7 @@ from experiments import provenance
 from experiments.step_cost import count_of
 from experiments.training import metrics as metrics_lib
 from experiments.training import results
+from experiments.training.notes import notes
 from experiments.training.settings import Settings
 from experiments.training.setup import Setup, set_up
 from jaxllm import flops, parallel
@@ -35,6 +36,9 @@ def run(s: Settings) -> int:
   multihost.initialize()
   first = jax.process_index() == 0
   setup, out = set_up(s), Path(s.out)
+  said = notes(s, setup)  # in every process: what the mesh cannot hold is refused
+  if first:
+    print(*said, sep="\n", end="\n" * bool(said), flush=True)
   out.mkdir(parents=True, exist_ok=True)
   with StopFlag() as flag, Lock(out) if first else contextlib.nullcontext(), Progress() as progress:
     stop = flag if jax.process_count() == 1 else SharedStop(flag)

@@ -76,6 +76,7 @@ class Settings:
   base: float | None
   tie_embeddings: bool
   text: str | None
+  tokenizer: str | None
   separator: int | None
   objective: str
   glm_ids: tuple[int, ...] | None
@@ -197,6 +198,8 @@ def _check_together(f, given: set[str], values: dict) -> None:
     )
   if f.text is not None and f.text.endswith(".bin") and f.separator is not None:
     raise ConfigError(f"--separator={f.separator} with --text={f.text}, whose header says it; leave it out")
+  if f.tokenizer is not None and (f.model or not (f.text or "").endswith(".bin")):
+    raise ConfigError(f"--tokenizer={f.tokenizer}: it is for --text=FILE.bin, from scratch; leave it out")
   if f.separator is not None and (f.text is None or not Path(f.text).is_file() or f.model is not None):
     raise ConfigError(
       f"--separator={f.separator}: it is for --text=FILE of bytes, from scratch; leave it out"
@@ -255,6 +258,7 @@ def _steps(text: str, steps: int) -> tuple[int, int]:
   found = re.fullmatch(r"(\d+):(\d+)", text)
   if not found or not int(found[1]) < int(found[2]) <= steps:
     raise ConfigError(
-      f"--profile={text}: expected FIRST:LAST with FIRST below LAST and LAST at most {steps}, as 20:23"
+      f"--profile={text}: expected FIRST:LAST with FIRST below LAST and LAST at most {steps}, as "
+      f"{max(0, steps - 4)}:{max(1, steps - 1)}"
     )
   return int(found[1]), int(found[2])

@@ -12,16 +12,16 @@ import numpy as np
 
 from experiments.checkpoint import Checkpoint
 from experiments.shapes import SHAPES
+from experiments.training.begin import begin_with, shapes_of
 from experiments.training.settings import Settings
-from jaxllm import hf, parallel, quant, tree
+from jaxllm import hf, parallel
 from jaxllm.config import Layer, ModelConfig
 from jaxllm.errors import ConfigError
-from jaxllm.leaf import Matrix, dense
 from jaxllm.nn.transformer import Transformer
 from jaxllm.ops.choose import CORES
 from jaxllm.position import POSITIONS
 from jaxllm.study import choices
-from jaxllm.train import data, lora
+from jaxllm.train import data
 from jaxllm.train.batches import Data, lay_out
 from jaxllm.train.objectives import OBJECTIVES, Objective
 from jaxllm.train.optimizers import OPTIMIZERS
@@ -30,6 +30,7 @@ from jaxllm.train.precision import POLICIES
 from jaxllm.train.schedules import SCHEDULES
 from jaxllm.train.step import TrainConfig
 from jaxllm.train.tokens import Text, open_text
+from jaxllm.train.trainable import trained
 
 GLM_IDS = 3
 """[MASK], <sop> and <eop>, after the ids of the text."""
@@ -64,6 +65,8 @@ def set_up(s: Settings) -> Setup:
   train, rest, ranges = _texts(s, tokenizer)
   own_ids = GLM_IDS if s.objective == "glm" and s.glm_ids is None else 0
   cfg = checkpoint.cfg if checkpoint is not None else model_config(s, train.vocab_size + own_ids)
+  if checkpoint is None and train.separator is not None:
+    cfg = dataclasses.replace(cfg, eos_ids=(train.separator,))
   objective = _objective(s, cfg, train)
   rows = lay_out(train, objective, s.length, s.batch_size, None if ranges is None else ranges[0])
   held = lay_out(rest, objective, s.length, s.batch_size, None if ranges is None else ranges[1])
@@ -77,6 +80,7 @@ def set_up(s: Settings) -> Setup:
     raise ConfigError(
       f"--scan: {cfg.num_layers} layers are no whole repeats of a pattern of {len(cfg.layers)}"
     )
+  trained(shapes_of(s, cfg), s.trained or None)  # refuses rules, ranks and widths before there is a weight
   mesh, rules = _mesh(s, checkpoint)
   return Setup(
     model=Transformer(cfg, scan=s.scan),
@@ -87,7 +91,7 @@ def set_up(s: Settings) -> Setup:
     rules=rules,
     params=None if checkpoint is None and s.train == "full" else lambda: begin_with(s, cfg, checkpoint),
     identity=_identity(s, checkpoint),
-    tokenizer=tokenizer or _tokenizer(checkpoint, train),
+    tokenizer=tokenizer or _tokenizer(s, checkpoint, train),
     family=None if checkpoint is None else checkpoint.family,
   )
 
@@ -192,29 +196,6 @@ def _mesh(s: Settings, checkpoint: Checkpoint | None):
   return mesh, s.rules or parallel.default_rules(mesh)
 
 
-def begin_with(s: Settings, cfg: ModelConfig, checkpoint: Checkpoint | None = None) -> Any:
-  """The parameters that training begins with."""
-  key = jax.random.key(s.seed)
-  if checkpoint is None:
-    tokens = np.zeros((1, s.length), np.int32)
-    params = jax.jit(Transformer(cfg).init)(key, tokens)["params"]
-  else:
-    params = tree.unflatten({path: _dense(leaf) for path, leaf in tree.flatten(checkpoint.params()).items()})
-  if s.train == "qlora":
-    params = quant.apply(params, quant.SCHEMES["nf4"](double_quant=True))
-  if s.scan:
-    params = tree.stack_layers(params, len(cfg.layers))
-  if s.train != "full":
-    rules = lora.ALL_LINEAR if s.lora_targets is None else ((s.lora_targets, True),)
-    params = lora.apply(params, rules, rank=s.lora_rank, alpha=s.lora_alpha, key=jax.random.fold_in(key, 1))
-  return params
-
-
-def _dense(leaf: Any) -> Any:
-  """An array [in, out], which is what is trained: files have [out, in]."""
-  return dense(leaf).astype(leaf.dtype) if isinstance(leaf, Matrix) else leaf
-
-
 def _identity(s: Settings, checkpoint: Checkpoint | None) -> dict:
   """What tells the run from others beside model, training, text and seed; the mesh may change."""
   about = (
@@ -224,8 +205,26 @@ def _identity(s: Settings, checkpoint: Checkpoint | None) -> dict:
   return {"checkpoint": about, "lora": factors, "scan": s.scan, "eval_share": s.eval_share}
 
 
-def _tokenizer(checkpoint: Checkpoint | None, text: Text) -> hf.Tokenizer | None:
-  """For the directory that is written at the end."""
-  if checkpoint is None:
-    return hf.byte_tokenizer() if text.ids.dtype == np.uint8 and text.vocab_size == data.VOCAB_SIZE else None
-  return hf.load_tokenizer(checkpoint.directory, checkpoint.cfg, verify=bool(checkpoint.opened.kept.digests))
+def _tokenizer(s: Settings, checkpoint: Checkpoint | None, text: Text) -> hf.Tokenizer | None:
+  """For the directory that is written at the end: the model's, that of the bytes, or the one that made the text's tokens."""
+  if checkpoint is not None:
+    return hf.load_tokenizer(
+      checkpoint.directory, checkpoint.cfg, verify=bool(checkpoint.opened.kept.digests)
+    )
+  if not (s.text or "").endswith(".bin"):
+    return hf.byte_tokenizer()
+  named = s.tokenizer or text.about.get("tokenizer")
+  if named is None or not (s.tokenizer or Path(named).is_dir()):
+    return None
+  found = hf.load_tokenizer(named)
+  if found.vocab_size != text.vocab_size:
+    which = (
+      f"--tokenizer={named}"
+      if s.tokenizer
+      else f"--text={s.text}: its header names the tokenizer {named}, which"
+    )
+    raise ConfigError(
+      f"{which} has {found.vocab_size} ids, and the tokens of --text are of {text.vocab_size}; give --tokenizer=DIR of the one "
+      "that made them"
+    )
+  return found

@@ -34,9 +34,10 @@ def make_mesh(axes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if devices[0].platform == "cpu" and given > len(devices):
       virtual = f"; for virtual ones set XLA_FLAGS=--xla_force_host_platform_device_count={given}"
     fits = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    wanted = "a divisor of" if -1 in sizes.values() else "exactly"
     raise ConfigError(
       f"mesh {axes!r}: found sizes with the product {given} for {len(devices)} {devices[0].platform} devices, expected "
-      f"{'a divisor of' if -1 in sizes.values() else 'exactly'} {len(devices)}; sizes that fit are {_listed(fits)}{virtual}"
+      f"{wanted} {len(devices)}, as a mesh takes all of them; sizes that fit are {_listed(fits)}{virtual}"
     )
   kinds = (AxisType.Auto,) * len(sizes)
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)

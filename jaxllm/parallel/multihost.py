@@ -82,7 +82,8 @@ def _checked(coordinator: object, processes: object, index: object) -> tuple[str
   host, _, port = str(coordinator).rpartition(":")
   if not host or not port.isdigit() or not 0 < int(port) < 2**16:
     raise ConfigError(
-      f"multihost.initialize: found coordinator = {coordinator!r}, expected host:port, as in 10.0.0.1:1234"
+      f"multihost.initialize: found coordinator = {coordinator!r} (or {VARIABLES['coordinator']}), expected host:port, "
+      "as in 10.0.0.1:1234"
     )
   count, number = _integer("processes", processes), _integer("index", index)
   if count < 1:
@@ -98,7 +99,9 @@ def _integer(name: str, value: object) -> int:
   try:
     return int(str(value))
   except ValueError:
-    raise ConfigError(f"multihost.initialize: found {name} = {value!r}, expected an integer") from None
+    raise ConfigError(
+      f"multihost.initialize: found {name} = {value!r} (or {VARIABLES[name]}), expected an integer"
+    ) from None
 
 
 def _check_address(coordinator: str, index: int, timeout: float) -> None:

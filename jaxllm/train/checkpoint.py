@@ -120,10 +120,11 @@ class Checkpoints:
       there, here = (tree.flatten(json.loads(each)) for each in (path.read_bytes(), text))
     except (ValueError, AttributeError):
       raise CheckpointError(f"{path}: not a JSON object; restore the file, or use another --out") from None
-    other = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    if other:
+    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if keys:
+      other = [f"{key}: {_short(there.get(key))} there, {_short(here.get(key))} here" for key in keys]
       raise CheckpointError(
-        f"{path}: another run's checkpoints ({', '.join(other)} differ); use another --out"
+        f"{path}: another run's checkpoints ({'; '.join(other)}); use another --out, or what that run had"
       )
 
   def _newest(self, damaged: dict[int, CheckpointError]) -> int | None:
@@ -321,6 +322,11 @@ def _mesh(state: State) -> str | None:
   }
   shapes = {",".join(f"{axis}={size}" for axis, size in mesh.shape.items()) for mesh in meshes}
   return "; ".join(sorted(shapes)) or None
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _made_anew(path: Path) -> None:
