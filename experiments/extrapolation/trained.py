@@ -22,7 +22,7 @@ from jaxllm.study import interval, methods
 from jaxllm.study.files import write_json
 from jaxllm.train import data
 from jaxllm.train.checkpoint import move_aside, restore_tree
-from jaxllm.train.loop import fit
+from jaxllm.train.loop import Watch, fit
 from jaxllm.train.step import TrainConfig
 
 
@@ -119,11 +119,14 @@ class Trained(Models):
     directory = self._directory(scheme, seed)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "model.json", self.tested[scheme].to_dict())
-    shown = []
+    progress, tokens = self._progress, config.batch_size * config.length
 
-    def on_start(start: int) -> None:
-      tokens = config.batch_size * config.length
-      shown.append(self._progress.training(f"train {scheme}, seed {seed}", config.steps, start, tokens))
+    class Shown(Watch):
+      def start(self, step: int) -> None:
+        self.line = progress.training(f"train {scheme}, seed {seed}", config.steps, step, tokens)
+
+      def step(self, step: int, metrics: dict) -> None:
+        self.line.update(step, metrics["loss"])
 
     state = fit(
       model,
@@ -131,10 +134,8 @@ class Trained(Models):
       data.Stretches(self.corpus.train, seed, config.batch_size, config.length),
       seed,
       directory,
-      on_start=on_start,
-      on_step=lambda step, metrics: shown[0].update(step, metrics["loss"]),
-      check_stop=self._stop.check,
-      stop=self._stop,
+      Shown(),
+      self._stop,
     )
     return state["params"]
 

@@ -24,9 +24,9 @@ from jaxllm.parallel import multihost
 from jaxllm.study.files import Lock, write_json
 from jaxllm.study.progress import Progress
 from jaxllm.study.stop import StopFlag, Stopped
+from jaxllm.train import loop
 from jaxllm.train.batches import Batches
 from jaxllm.train.evaluation import make_evaluate
-from jaxllm.train.loop import fit
 
 
 def run(s: Settings) -> int:
@@ -44,23 +44,20 @@ def run(s: Settings) -> int:
     stop = flag if jax.process_count() == 1 else SharedStop(flag)
     watch = Watch(s, setup, out, progress if first else None)
     with contextlib.closing(watch):
-      state = fit(
+      state = loop.fit(
         setup.model,
         setup.config,
         Batches(setup.train, s.seed),
         s.seed,
         out / "checkpoints",
-        on_start=watch.start,
-        on_step=watch.step,
-        check_stop=stop.check,
-        stop=stop,
+        watch,
+        stop,
         params=setup.params,
         mesh=setup.mesh,
         rules=None if setup.rules is None else parallel.RULES[setup.rules],
         identity=setup.identity,
         save_every=s.save_every,
         keep=s.keep,
-        on_state=watch.state,
       )
       return results.write(s, setup, out, watch, state, first)
 
@@ -88,7 +85,7 @@ class SharedStop:
       raise Stopped("a signal")
 
 
-class Watch:
+class Watch(loop.Watch):
   """What is told of a run while it trains."""
 
   def __init__(self, s: Settings, setup: Setup, out: Path, progress: Progress | None):
@@ -96,7 +93,7 @@ class Watch:
     self.evaluate = make_evaluate(setup.model, setup.config, setup.held_out, s.eval_rows, setup.mesh)
     self._metrics, self._shown = None, None
     self._held_out: dict[int, float] = {}
-    self._skipped, self._since, self._tracing = 0, None, False
+    self._since, self._tracing = None, False
     self._away = 0.0  # seconds of looks at held-out text
     self._looks: dict[int, float] = {}  # when the steps before each were done, until it is told of
     self._tokens = s.batch_size * s.length
@@ -128,7 +125,6 @@ class Watch:
       )
 
   def state(self, step: int, state) -> None:
-    """Called with the state after `step` steps, which the devices may still compute."""
     s = self._settings
     if s.profile is not None and step in s.profile:
       jax.block_until_ready(state)
@@ -144,10 +140,8 @@ class Watch:
       self._away += self._clock() - self._looks[step]
 
   def step(self, step: int, metrics: dict) -> None:
-    """Called with what each step tells, in order."""
     if self._metrics is None:
       return
-    self._skipped += metrics.get("skipped", 0)
     self._shown.update(step, metrics["loss"])
     s, held_out = self._settings, self._held_out.pop(step, None)
     if step % s.log_every and step != s.steps and held_out is None:
@@ -156,11 +150,13 @@ class Watch:
     mfu, hfu = (None, None) if speed is None else self._utilisation(speed) or (None, None)
     self._metrics.add(
       metrics
-      | dict(step=step, skipped=self._skipped, held_out_loss=held_out)
+      | dict(step=step, skipped=step - metrics["updates"], held_out_loss=held_out)
       | dict(tokens_per_second=speed, mfu=mfu, hfu=hfu)
     )
-    self._skipped = 0
-    if step % s.save_every == 0 or step == s.steps:
+
+  def saving(self, step: int) -> None:
+    """Rows are on disk before the checkpoint of their steps is."""
+    if self._metrics is not None:
       self._metrics.sync()
 
   def _speed(self, step: int) -> float | None:

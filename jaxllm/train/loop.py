@@ -53,16 +53,39 @@ class Source(Protocol):
     """What that batch is, for errors."""
 
 
+class Watch:
+  """What a run is told to; what a subclass leaves out is told to nobody."""
+
+  def start(self, step: int) -> None:
+    """The run begins, or goes on, after `step` steps."""
+
+  def state(self, step: int, state: State) -> None:
+    """`step` steps are given to the devices, which may still compute them; the state is gone with the next one."""
+
+  def step(self, step: int, metrics: dict) -> None:
+    """What `make_step` tells of each step, in order, some steps later."""
+
+  def saving(self, step: int) -> None:
+    """All that there is to tell of `step` steps is told; their checkpoint comes next."""
+
+
+class Stop(Protocol):
+  """Whether a run is asked to stop (`study.stop.StopFlag`)."""
+
+  def __bool__(self) -> bool: ...
+
+  def check(self) -> None:
+    """Raises where it is: called where the state is on disk."""
+
+
 def fit(
   model: Transformer,
   config: TrainConfig,
   source: Source,
   seed: int,
   directory: Path,
-  on_start: Callable[[int], None],
-  on_step: Callable[[int, dict], None],
-  check_stop: Callable[[], None],
-  stop: object = False,
+  watch: Watch | None = None,
+  stop: Stop | None = None,
   *,
   params: Callable[[], Any] | None = None,
   mesh: Mesh | None = None,
@@ -70,14 +93,10 @@ def fit(
   identity: dict | None = None,
   save_every: int | None = None,
   keep: int = 2,
-  on_state: Callable[[int, State], None] | None = None,
 ) -> State:
   """Train to config.steps, or go on from the newest checkpoint in `directory`; the final state.
 
-  `on_start(step)` is told where the run begins, `on_step(steps done, metrics)` of each step in order, some steps later
-  (`make_step` says what the metrics are), and `on_state(steps done, state)` right after it is given to the devices: the state
-  is gone with the next step.  `check_stop()` is called where the state is on disk, and may raise.  `stop`, such as a
-  `StopFlag`, is true once the run is asked to stop: the step that runs then is saved, so that nothing is lost.
+  stop: once the run is asked to, the step that runs is saved, so that nothing is lost, and `stop.check` raises.
   params: makes those that training begins with (`init_state`).  Where only a part of them is trained, checkpoints hold that
   part, and params is called after a stop, too.
   mesh, rules: where the state lies; a run may go on on another mesh.  identity: what tells the run from others, beside model,
@@ -86,6 +105,7 @@ def fit(
   config.steps; OSError where there is no room to save; DivergedError where the loss or a parameter is no number, or nothing but
   skipped steps is left.
   """
+  watch = watch or Watch()
   scope = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
   with Checkpoints(directory, keep) as checkpoints, scope:
 
@@ -113,12 +133,12 @@ def fit(
       raise CheckpointError(
         f"{directory}: trained for {start} steps, expected at most {config.steps}; use another --out"
       )
-    on_start(start)
+    watch.start(start)
     if start == config.steps:
       return state
     checkpoints.check_room(_to_save(state, config))
     if stop:
-      check_stop()
+      stop.check()
     step_fn = make_step(model, config, mesh, rules, metrics=True)
     put = (lambda batch: batch) if mesh is None else lambda batch: parallel.shard_batch(batch, mesh)
     waiting, since = collections.deque(), []
@@ -128,14 +148,13 @@ def fit(
         done, metrics = waiting.popleft()
         metrics = {name: np.asarray(value).item() for name, value in metrics.items()}
         since.append(metrics)
-        on_step(done, metrics)
+        watch.step(done, metrics)
 
     every = save_every or SAVE_EVERY
     for step in range(start, config.steps):
       state, metrics = step_fn(state, put(source.batch(step)))
       waiting.append((step + 1, metrics))
-      if on_state is not None:
-        on_state(step + 1, state)
+      watch.state(step + 1, state)
       tell(IN_FLIGHT)
       if (step + 1) % every == 0 or step + 1 == config.steps or stop:
         tell(0)
@@ -147,9 +166,11 @@ def fit(
             "the checkpoint before it is kept" if checkpoints.steps else "there is no checkpoint before it"
           )
           raise DivergedError(f"{directory}: {problem}; {kept}. Lower --learning_rate and use another --out")
+        watch.saving(step + 1)
         checkpoints.save(step + 1, _to_save(state, config))
         since.clear()
-        check_stop()
+        if stop is not None:
+          stop.check()
     return state
 
 

@@ -163,7 +163,8 @@ def make_step(
   loss scale, gradients that are not all finite leave parameters, master weights and the optimizer's state as they are.
   mesh, rules: those of `init_state`; the new state lies as the old one.  It is to be called within `jax.set_mesh(mesh)`.
   metrics: in place of the loss {"loss", "learning_rate", "grad_norm": the norm of the whole gradient, divided by the loss scale
-  and not clipped, "labels": what the mean is over, and with a loss scale "loss_scale": that of this step, "skipped": 0 or 1}.
+  and not clipped, "labels": what the mean is over, "updates": how many there were, this step's too, and with a loss scale
+  "loss_scale": that of this step, "skipped": 0 or 1}.
   """
   policy, optimizer = config.precision, config.optimizer()
   layout = _layout(model, config, mesh, rules)
@@ -190,9 +191,11 @@ def make_step(
     new = layout.kept({"step": state["step"] + 1} | new)
     if not metrics:
       return new, loss
+    updates = lambda state: state["opt"][1][-1].count  # its place in the chain of `optimizer`
     told = {
       "loss": loss,
-      "learning_rate": config.schedule()(state["opt"][1][-1].count),  # its place in the chain of `optimizer`
+      "learning_rate": config.schedule()(updates(state)),
+      "updates": updates(new),
       "grad_norm": jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))),
       "labels": _labels(batch),
     }

@@ -292,7 +292,7 @@ def test_tokens_a_second_are_those_of_training(text, tmp_path, monkeypatch):
 
   def told(step):
     done(step)
-    watch.step(step, {"loss": 1.0, "skipped": step % 2})
+    watch.step(step, {"loss": 1.0, "updates": step // 2})
 
   monkeypatch.setattr(run.jax, "block_until_ready", lambda state: done(state["params"]))
   watch.evaluate = look
@@ -306,7 +306,7 @@ def test_tokens_a_second_are_those_of_training(text, tmp_path, monkeypatch):
   watch.close()
   found = rows(tmp_path)
   assert looks == [10, 12] and [row["held_out_loss"] for row in found] == [None] * 9 + [1.0, None, 1.0]
-  assert [row["skipped"] for row in found] == [step % 2 for step in range(1, 13)]
+  assert [row["skipped"] for row in found] == [step - step // 2 for step in range(1, 13)]
   rate, peak = s.batch_size * s.length / 2, flops.DEVICES["v5e"].flops
   untimed = (1, 8, 9, 11)
   assert [row["tokens_per_second"] for row in found] == [
@@ -332,3 +332,22 @@ def test_what_a_step_needs_without_a_run(tmp_path, capsys):
   assert number["all-gather, number"] > 0 and rows[0]["job"] == "train" and rows[0]["rules"] == "sequence"
   assert [path.name for path in tmp_path.iterdir()] == ["compiled"]
   assert f"report and results: {tmp_path}" in capsys.readouterr().out
+
+
+def test_overflows_are_counted_over_a_stop(text, tmp_path, monkeypatch):
+  """Stopped between two rows, with skipped steps before and after: the rows are those of a run that was not."""
+  args = (*QUICK, f"--text={text}", "--precision=O1", "--z_loss=10", "--log_every=5", "--save_every=12")
+  step = run.Watch.step
+
+  def stopping(self, number, metrics):
+    step(self, number, metrics)
+    if number == 2:
+      signal.raise_signal(signal.SIGTERM)
+
+  assert call(*args, f"--out={tmp_path / 'whole'}") == 0
+  with monkeypatch.context() as patched:
+    patched.setattr(run.Watch, "step", stopping)
+    assert call(*args, f"--out={tmp_path / 'cut'}") == 75
+  assert call(*args, f"--out={tmp_path / 'cut'}") == 0
+  assert learned(tmp_path / "cut") == learned(tmp_path / "whole")
+  assert learned(tmp_path / "whole")[0]["skipped"] > 0

@@ -199,6 +199,7 @@ def test_the_rate_counts_updates():
     state, told = run(state, batch(i))
     assert float(told["learning_rate"]) == pytest.approx(float(config.schedule()(updates)), rel=1e-6)
     updates, skipped = updates + 1 - int(told["skipped"]), skipped + int(told["skipped"])
+    assert int(told["updates"]) == updates
   assert 2 < skipped < 10
 
 

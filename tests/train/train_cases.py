@@ -10,7 +10,7 @@ from jaxllm.config import Layer, ModelConfig
 from jaxllm.nn import Transformer
 from jaxllm.position import Rope
 from jaxllm.train import data, step
-from jaxllm.train.loop import fit
+from jaxllm.train.loop import Watch, fit
 from jaxllm.train.step import TrainConfig
 
 LENGTH, BATCH = 8, 4
@@ -36,16 +36,31 @@ def config(steps, **kwargs):
 def train(directory, steps, seed=3, cfg=CFG, on_step=None, check_stop=None, stop=False, **kwargs):
   """`fit` of the small model: (state, steps at which it began)."""
   starts = []
+
+  class Told(Watch):
+    def start(self, step):
+      starts.append(step)
+
+    def step(self, step, metrics):
+      if on_step is not None:
+        on_step(step, metrics["loss"])
+
+  class Asked:
+    def __bool__(self):
+      return bool(stop)
+
+    def check(self):
+      if check_stop is not None:
+        check_stop()
+
   state = fit(
     Transformer(cfg),
     config(steps, **kwargs),
     data.Stretches(TEXT, seed, BATCH, LENGTH),
     seed,
     directory,
-    on_start=starts.append,
-    on_step=lambda step, metrics: on_step and on_step(step, metrics["loss"]),
-    check_stop=check_stop or (lambda: None),
-    stop=stop,
+    Told(),
+    Asked(),
   )
   return state, starts
 

@@ -76,16 +76,21 @@ def train(request):
         time.sleep(request.get("data_seconds", 0))
         return super().batch(step)
 
+    class Said(loop.Watch):
+      def start(self, step):
+        say("START", step)
+
+      def step(self, step, metrics):
+        say("STEP", step, np.float32(metrics["loss"]).tobytes().hex())
+
     state = loop.fit(
       model,
       train_cases.config(request["steps"]),
       Slow(train_cases.TEXT, 3, train_cases.BATCH, train_cases.LENGTH),
       3,
       Path(request["out"]),
-      on_start=lambda step: say("START", step),
-      on_step=lambda step, metrics: say("STEP", step, np.float32(metrics["loss"]).tobytes().hex()),
-      check_stop=stop.check,
-      stop=stop,
+      Said(),
+      stop,
     )
     say("DONE", digest(state))
 
