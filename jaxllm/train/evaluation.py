@@ -23,11 +23,12 @@ def make_evaluate(
   """evaluate(params) -> {"loss": nats a label, "labels": how many}, of the first `rows` rows of the data, in the run's types.
 
   The draws of an objective are those of one seed, so that values of several steps, and of several runs, are of equal examples.
-  The last batch is filled by rows without weight.
+  Rows are computed as many at a time as in training (a part of a batch, config.accumulate), the last ones with rows without
+  weight.
   """
   policy = config.precision
   model = policy.model(model)
-  count, size = min(rows, len(data.rows)), data.size
+  count, size = min(rows, len(data.rows)), data.size // config.accumulate
 
   @jax.jit
   def sums(params, batch):
