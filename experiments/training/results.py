@@ -11,6 +11,7 @@ from experiments.training.settings import Settings
 from experiments.training.setup import Setup
 from jaxllm import hf, parallel, tree
 from jaxllm.errors import ConfigError
+from jaxllm.parallel import multihost
 from jaxllm.study import files, plots, rows
 from jaxllm.train import lora
 
@@ -23,14 +24,12 @@ def write(s: Settings, setup: Setup, out: Path, watch, state, first: bool) -> in
   found = {"held_out_loss": held["loss"], "perplexity": _exp(held["loss"])}
   if s.objective == "causal" and s.model is None and not (s.text or "").endswith(".bin"):  # a token is a byte
     found["bits_per_byte"] = held["loss"] / math.log(2)
-  if first:
-    losses = [row for row in watch.rows if row["loss"] is not None]
-    if losses:
-      found["training_loss"] = losses[-1]["loss"]
-    cell = dict(model=s.name, objective=s.objective, steps=s.steps, seed=s.seed)
-    table = [rows.ok(cell | {"metric": name}, value) for name, value in found.items()]
-    files.write_results(out, table, COLUMNS)
-    _figure(s, out, losses)
+  losses = [row for row in watch.rows if row["loss"] is not None]  # of the first process
+  if losses:
+    found["training_loss"] = losses[-1]["loss"]
+  cell = dict(model=s.name, objective=s.objective, steps=s.steps, seed=s.seed)
+  table = [rows.ok(cell | {"metric": name}, value) for name, value in found.items()]
+  multihost.by_first(lambda: _results(s, out, table, losses), out)
   where, reason = _save(s, setup, out, state)
   if not first:
     return 0
@@ -43,6 +42,11 @@ def write(s: Settings, setup: Setup, out: Path, watch, state, first: bool) -> in
     else f"no model for transformers: {reason}; its checkpoint is in {out}/checkpoints"
   )
   return int(any(row["status"] == "failed" for row in table))
+
+
+def _results(s: Settings, out: Path, table: list[dict], losses: list[dict]) -> None:
+  files.write_results(out, table, COLUMNS)
+  _figure(s, out, losses)
 
 
 def _exp(loss: float) -> float:

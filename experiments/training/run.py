@@ -40,7 +40,8 @@ def run(s: Settings) -> int:
   if first:
     print(*said, sep="\n", end="\n" * bool(said), flush=True)
   out.mkdir(parents=True, exist_ok=True)
-  with StopFlag() as flag, Lock(out) if first else contextlib.nullcontext(), Progress() as progress:
+  with StopFlag() as flag, contextlib.ExitStack() as lock, Progress() as progress:
+    multihost.by_first(lambda: lock.enter_context(Lock(out)) and None, out)
     stop = flag if jax.process_count() == 1 else SharedStop(flag)
     watch = Watch(s, setup, out, progress if first else None)
     with contextlib.closing(watch):
@@ -109,20 +110,16 @@ class Watch(loop.Watch):
 
   def start(self, step: int) -> None:
     """The run goes on from `step`."""
-    if self._progress is not None:
-      self._out.mkdir(parents=True, exist_ok=True)
-      # not before: a run that is refused, as its directory is another's, leaves that one's record
-      settings = dataclasses.asdict(self._settings)
-      write_json(self._out / "config.json", {**provenance.record(), "settings": settings})
-      self._metrics = metrics_lib.Metrics(self._out, step, self._settings.tensorboard)
-      self._shown = self._progress.training(
-        f"train {self._settings.name}",
-        self._settings.steps,
-        step,
-        self._tokens,
-        self._utilisation,
-        self._clock,
-      )
+    multihost.by_first(lambda: self._open(step), self._out)
+
+  def _open(self, step: int) -> None:
+    """The files of the first process: not before, as a run that is refused leaves the record of the directory's own."""
+    s = self._settings
+    write_json(self._out / "config.json", {**provenance.record(), "settings": dataclasses.asdict(s)})
+    self._metrics = metrics_lib.Metrics(self._out, step, s.tensorboard)
+    self._shown = self._progress.training(
+      f"train {s.name}", s.steps, step, self._tokens, self._utilisation, self._clock
+    )
 
   def state(self, step: int, state) -> None:
     s = self._settings

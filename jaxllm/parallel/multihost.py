@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxllm.errors import ConfigError, JaxllmError
 
@@ -71,6 +76,29 @@ def initialize(
   finally:
     late.cancel()
   return True
+
+
+def by_first(work: Callable[[], Any], where: object, tell: bool = False) -> Any:
+  """work() in the first process of a run, for whose end the others wait; all raise where it fails.
+
+  where: what it is done to, for errors.  tell: give its result, a whole number from 0 or None, to the others too.  Raises in
+  the first process what work() does, in the others OSError.
+  """
+  if jax.process_count() == 1:
+    return work()
+  result, error = None, None
+  if jax.process_index() == 0:
+    try:
+      result = work()
+    except Exception as e:
+      error = e
+  told = -1 if not tell or result is None else result
+  failed, told = multihost_utils.broadcast_one_to_all(np.array([error is not None, told], np.int32))
+  if error is not None:
+    raise error
+  if failed:
+    raise OSError(errno.EIO, "process 0 failed, and says why", str(where))
+  return None if told < 0 else int(told)
 
 
 def _checked(coordinator: object, processes: object, index: object) -> tuple[str, int, int]:

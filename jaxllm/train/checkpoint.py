@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxllm import tree
 from jaxllm.errors import CheckpointError
 from jaxllm.failpoint import failpoint
+from jaxllm.parallel import multihost
 from jaxllm.train import disk, manifest
 
 State = Any
@@ -168,25 +168,7 @@ class Checkpoints:
         shutil.rmtree(path)
 
   def _by_first(self, work: Callable[[], Any], tell: bool = False) -> Any:
-    """work() in the first process of a run, for whose end the others wait; all raise where it fails.
-
-    tell: give its result, a step or None, to the others too.
-    """
-    if jax.process_count() == 1:
-      return work()
-    result, error = None, None
-    if jax.process_index() == 0:
-      try:
-        result = work()
-      except Exception as e:
-        error = e
-    told = -1 if not tell or result is None else result
-    failed, told = multihost_utils.broadcast_one_to_all(np.array([error is not None, told], np.int32))
-    if error is not None:
-      raise error
-    if failed:
-      raise disk.refusal(errno.EIO, self.directory)  # the first process says why
-    return None if told < 0 else int(told)
+    return multihost.by_first(work, self.directory, tell)
 
 
 def move_aside(path: Path, problem: object) -> None:

@@ -110,3 +110,15 @@ def test_a_signal_to_one_process_stops_both_at_one_step(one, tmp_path):
     steps.append(restore_tree(out / "checkpoints")[0])
     (out / "metrics.jsonl").write_text("")
   assert 0 < steps[0] < steps[1] < 100000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["results.jsonl", "metrics.jsonl", "LOCK"])
+def test_what_the_first_process_cannot_write_ends_both(one, tmp_path, name):
+  """At the end, at the begin, and before: neither waits for the other."""
+  (tmp_path / "two" / name).mkdir(parents=True)
+  start = time.monotonic()
+  codes, said = both(*one[1], MESH, f"--out={tmp_path / 'two'}")
+  assert codes[0] not in (0, None) and codes[1] not in (0, None), "\n".join(said)
+  assert name in said[0] and "process 0 failed, and says why" in said[1], "\n".join(said)
+  assert time.monotonic() - start < 90
