@@ -44,7 +44,7 @@ def run(s: Settings) -> int:
     multihost.by_first(lambda: lock.enter_context(Lock(out)) and None, out)
     stop = flag if jax.process_count() == 1 else SharedStop(flag)
     watch = Watch(s, setup, out, progress if first else None)
-    with contextlib.closing(watch):
+    with multihost.together(), contextlib.closing(watch):
       state = loop.fit(
         setup.model,
         setup.config,

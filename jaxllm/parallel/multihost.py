@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,9 +27,27 @@ VARIABLES = {
 
 
 class MultihostError(JaxllmError):
-  """The processes of a run did not find each other."""
+  """The processes of a run did not find each other, or one was lost."""
 
   exit_code = 1
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Of several processes, what JAX says of collectives that another one left is a MultihostError.
+
+  After it JAX itself ends the process, within the minute in which it waits for the others, by SIGABRT.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    which = f"process {jax.process_index()} of {jax.process_count()}"
+    raise MultihostError(
+      f"multihost: {which}: another process was lost, or a device failed ({str(error).splitlines()[0][:200]}); what was saved "
+      "is kept: see what the others say, and start all of them again"
+    ) from error
 
 
 def initialize(

@@ -88,8 +88,8 @@ class Checkpoints:
     except BaseException as e:
       if jax.process_index() == 0:
         shutil.rmtree(staging, ignore_errors=True)
-      if not isinstance(e, Exception) or isinstance(e, MemoryError):
-        raise
+      if not isinstance(e, Exception) or isinstance(e, (MemoryError, jax.errors.JaxRuntimeError)):
+        raise  # the second is of a device, or of a process that was lost
       # whatever Orbax and the formats below it raise for a failed write
       raise disk.refusal(disk.number(e) or errno.EIO, self.directory, _size(state)) from e
     self._by_first(self._remove_old)

@@ -122,3 +122,24 @@ def test_what_the_first_process_cannot_write_ends_both(one, tmp_path, name):
   assert codes[0] not in (0, None) and codes[1] not in (0, None), "\n".join(said)
   assert name in said[0] and "process 0 failed, and says why" in said[1], "\n".join(said)
   assert time.monotonic() - start < 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_lost_is_told_of_by_the_other(one, tmp_path, lost):
+  """It ends within the minute, not with 0, and another run goes on from what was saved."""
+
+  def kill(processes):
+    while not (tmp_path / "two" / "checkpoints" / "12").exists():
+      assert all(process.poll() is None for process in processes)
+      time.sleep(0.05)
+    processes[lost].kill()
+
+  args = (*one[1], MESH, "--steps=100000", f"--out={tmp_path / 'two'}")
+  codes, said = both(*args, strike=kill)
+  assert codes[lost] == -signal.SIGKILL and codes[1 - lost] != 0
+  assert f"error: multihost: process {1 - lost} of 2: another process was lost" in said[1 - lost], said[
+    1 - lost
+  ]
+  saved = max(int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir() if path.name.isdigit())
+  assert saved >= 12 and restore_tree(tmp_path / "two" / "checkpoints")[0] == saved
