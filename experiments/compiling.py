@@ -176,7 +176,7 @@ def report_training(
     state = abstract_state(model, config, mesh, parallel.RULES[rules], params)
     tokens = _laid_out(jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32), "B-", mesh)
     program = compiled(make_step(model, config, mesh, parallel.RULES[rules]), state, tokens)
-  count = count_of(cfg, config, parallel.batch_shards(mesh))
+  count = count_of(cfg, config, parallel.batch_shards(mesh), params)
   tokens = config.batch_size * config.length
   how = f"{parallel.spell(mesh)}, {rules}, remat {config.remat}"
   title = f"training step, batch {config.batch_size} of {config.length:,}, {how}"

@@ -27,7 +27,7 @@ COLUMNS = (
 )
 """step: how many are done.  loss: nats a label of that step.  labels: what it is a mean over.  skipped: steps of the run so
 far whose gradients overflowed.  tokens_per_second: slots, since the row before that has it, without looks at held-out text;
-of a run on several devices, of all.  mfu, hfu: where the chip is known and all parameters are trained."""
+of a run on several devices, of all.  mfu, hfu: where the chip is known (`flops.DEVICES`)."""
 
 
 class Metrics:

@@ -16,10 +16,12 @@ from experiments import provenance
 from experiments.step_cost import count_of
 from experiments.training import metrics as metrics_lib
 from experiments.training import results
+from experiments.training.begin import shapes_of
 from experiments.training.notes import notes
 from experiments.training.settings import Settings
 from experiments.training.setup import Setup, set_up
 from jaxllm import flops, parallel
+from jaxllm.errors import DataError
 from jaxllm.parallel import multihost
 from jaxllm.study.files import Lock, write_json
 from jaxllm.study.progress import Progress
@@ -99,9 +101,10 @@ class Watch(loop.Watch):
     self._looks: dict[int, float] = {}  # when the steps before each were done, until it is told of
     self._tokens = s.batch_size * s.length
     shards = 1 if setup.mesh is None else parallel.batch_shards(setup.mesh)
-    self._cost = count_of(setup.model.cfg, setup.config, shards)
-    # what is counted has the gradients of all weights, of which a run that trains a part computes some
-    self._peak = _peak(s.device) if s.train == "full" and not s.trained else None
+    self._peak, self._cost = _peak(s.device), None
+    with contextlib.suppress(DataError):  # products that cannot be counted
+      if self._peak is not None and self._progress is not None:
+        self._cost = count_of(setup.model.cfg, setup.config, shards, shapes_of(s, setup.model.cfg))
 
   @property
   def rows(self) -> list[dict]:
@@ -171,8 +174,8 @@ class Watch(loop.Watch):
     return time.monotonic() - self._away
 
   def _utilisation(self, tokens_per_second: float) -> tuple[float, float] | None:
-    """(MFU, HFU) of all devices; None where the peak of one is not known."""
-    if self._peak is None:
+    """(MFU, HFU) of all devices; None where the peak of one is not known, or how many products a step has."""
+    if self._cost is None:
       return None
     each = tokens_per_second / (1 if self._setup.mesh is None else math.prod(self._setup.mesh.shape.values()))
     return self._cost.mfu(each, self._peak), self._cost.hfu(each, self._peak)

@@ -45,7 +45,8 @@ class Count:
   """Parameters of a model and the FLOPs of its products in training on sequences of `length` tokens.
 
   forward: of one sequence, by part (`work.forward`).  recomputed: of one sequence (`work.recomputed`).  active: the parameters
-  that a token meets, of experts its own.  A backward pass is two forward ones: each product has two for its gradients.
+  that a token meets, of experts its own.  A backward pass is two forward ones: each product has two for its gradients.  step:
+  of a forward and a backward pass over one sequence, where not all parameters are trained; None: three times `forward`.
   """
 
   length: int
@@ -53,11 +54,12 @@ class Count:
   active: int
   forward: dict[str, int]
   recomputed: int
+  step: int | None = None
 
   @property
   def model(self) -> float:
     """FLOPs a token of a forward and a backward pass, without what is computed again."""
-    return 3 * sum(self.forward.values()) / self.length
+    return (3 * sum(self.forward.values()) if self.step is None else self.step) / self.length
 
   @property
   def hardware(self) -> float:

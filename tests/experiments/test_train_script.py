@@ -170,7 +170,14 @@ def test_factors_alone_are_trained_and_kept(checkpoint, text, tmp_path, train):
   """A checkpoint of the run holds factors only, which are small; the model that is written has them added."""
   out = tmp_path / "out"
   args = (*QUICK, f"--model={checkpoint}", f"--text={text}", f"--train={train}", "--lora_rank=4")
-  assert call(*args, "--learning_rate=0.02", f"--out={out}") == 0
+  assert call(*args, "--learning_rate=0.02", "--device=v5e", f"--out={out}") == 0
+  told = rows(out)[-1]
+  assert (
+    4 / 9
+    < told["mfu"]
+    / (told["tokens_per_second"] * flops.count(hf.load_config(checkpoint)[1], 16).model / 197e12)
+    < 1
+  )
   state = tree.flatten(restore_tree(out / "checkpoints")[1]["params"])
   assert {path.rpartition("/")[2] for path in state} == {"a", "b"} and len(state) == 2 * 14
   before, after = (
