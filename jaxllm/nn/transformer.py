@@ -22,6 +22,7 @@ from jaxllm.nn.moe import MoeFeedForward
 from jaxllm.ops.constrain import constrain, gathered, looked_up, summed
 from jaxllm.ops.einsum import einsum
 from jaxllm.ops.head import Head, shrink_gradient
+from jaxllm.ops.lookup import lookup
 from jaxllm.position import Position
 from jaxllm.position.base import Params
 from jaxllm.position.tables import PositionTables
@@ -154,7 +155,7 @@ class Transformer(nn.Module):
       self, "embed", (cfg.vocab_size, cfg.token_width), nn.initializers.normal(cfg.token_width**-0.5)
     )
     # in float32 whatever the type of the table, and rounded once, when all is added
-    x_BTD = shrink_gradient(looked_up(embed_VD[tokens_BT]), cfg.embed_gradient)
+    x_BTD = shrink_gradient(looked_up(lookup(embed_VD, tokens_BT)), cfg.embed_gradient)
     if (
       self.sequence
     ):  # each device looks all tokens up in its rows of the table, which would be gathered for a part of them
