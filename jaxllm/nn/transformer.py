@@ -22,6 +22,7 @@ from jaxllm.nn.moe import MoeFeedForward
 from jaxllm.ops.constrain import constrain, gathered, looked_up, summed
 from jaxllm.ops.einsum import einsum
 from jaxllm.ops.head import Head, shrink_gradient
+from jaxllm.ops.lookup import lookup
 from jaxllm.position import Position
 from jaxllm.position.base import Params
 from jaxllm.position.tables import PositionTables
@@ -112,12 +113,14 @@ class Transformer(nn.Module):
   for training deep models; every checkpoint holds the unstacked layout.  `remat` is what a layer keeps for its gradient, by its
   name in `REMATS`.
   `sequence` splits the tokens of the residual stream between blocks over the mesh axis `tensor` (sequence parallelism).
+  `split_table` is whether the mesh axis `fsdp` splits the embedding's width: its rows then take an all-to-all (`looked_up`).
   """
 
   cfg: ModelConfig
   scan: bool = False
   remat: str = "none"
   sequence: bool = False
+  split_table: bool = True
 
   @nn.compact
   def __call__(
@@ -154,7 +157,8 @@ class Transformer(nn.Module):
       self, "embed", (cfg.vocab_size, cfg.token_width), nn.initializers.normal(cfg.token_width**-0.5)
     )
     # in float32 whatever the type of the table, and rounded once, when all is added
-    x_BTD = shrink_gradient(looked_up(embed_VD[tokens_BT]), cfg.embed_gradient)
+    x_BTD = lookup(embed_VD, tokens_BT)
+    x_BTD = shrink_gradient(looked_up(x_BTD) if self.split_table else x_BTD, cfg.embed_gradient)
     if (
       self.sequence
     ):  # each device looks all tokens up in its rows of the table, which would be gathered for a part of them

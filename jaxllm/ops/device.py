@@ -24,13 +24,19 @@ class Device:
 
 
 def current_device() -> Device:
-  """The default backend, and the mesh in scope (`jax.set_mesh`), whose devices may be TPUs that are compiled for from afar."""
+  """That of the mesh in scope (`jax.set_mesh`), whose devices may be TPUs that are compiled for from afar, or the default one.
+
+  The default one is that of `jax.default_device`, or of the default backend.  Of arguments that lie on another device, as
+  `jax.device_put` may have them, nothing is known while a program is traced.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   split = any(size > 1 for size in mesh.shape.values())
-  if getattr(mesh.abstract_device, "device_kind", "").startswith("TPU"):
-    return Device("tpu", partitioned=split)
-  platform, first = jax.default_backend(), jax.devices()[0]
-  if platform == "gpu" and "cuda" in first.client.platform_version:
+  kind = getattr(mesh.abstract_device, "device_kind", "")
+  if kind == "cpu" or kind.startswith("TPU"):
+    return Device(kind[:3].lower(), partitioned=split)
+  default = jax.config.jax_default_device
+  first = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+  if first.platform == "gpu" and "cuda" in first.client.platform_version:
     major, minor = str(first.compute_capability).split(".")
     return Device("cuda", (int(major), int(minor)), split)
-  return Device(platform, partitioned=split)
+  return Device(first.platform, partitioned=split)

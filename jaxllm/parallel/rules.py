@@ -328,7 +328,7 @@ def _spec(entries: Sequence[Any]) -> PartitionSpec:
 
 def _indivisible(name: str, size: int, axes: Sequence[str], shards: int) -> str:
   near = max(1, math.floor(size / shards + 0.5)) * shards
-  most = next(n for n in range(min(size, shards), 0, -1) if size % n == 0)
+  most = math.gcd(size, shards)  # of these devices the rest can then be copies
   over = " x ".join(axes)
   return (
     f"found {name} = {size} over {over} = {shards}, which does not divide it; the nearest {name} that it divides is {near}, "

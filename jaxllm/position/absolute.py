@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.errors import ConfigError, check_positive
+from jaxllm.ops.lookup import lookup
 from jaxllm.position import phase
 from jaxllm.position.base import Params, Position
 from jaxllm.position.rope import base_power
@@ -66,5 +67,5 @@ class Learned(Position):
     return {"table": ((self.offset + self.max_length, cfg.embed_dim), jax.nn.initializers.normal(0.02))}
 
   def embed(self, x_BTD: jax.Array, pos_BT: jax.Array, p: Params) -> jax.Array:
-    rows_BTD = p["table"].at[self.offset + pos_BT].get(mode="fill", fill_value=jnp.nan)
+    rows_BTD = lookup(p["table"], self.offset + pos_BT, fill=jnp.nan)
     return x_BTD + rows_BTD.astype(x_BTD.dtype)

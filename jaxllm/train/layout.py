@@ -37,6 +37,12 @@ class Layout:
   rules: RuleSet
   cfg: ModelConfig
 
+  @property
+  def splits_table(self) -> bool:
+    """Whether products, and so tokens, read the embedding's width in parts over fsdp (`nn.Transformer.split_table`)."""
+    width = (None, *tree.first_match(self.rules, "embed"))[-1]
+    return SHARDS in (width if isinstance(width, tuple) else (width,))
+
   def state(self, state: dict[str, Any]) -> dict[str, Any]:
     """A jax.ShapeDtypeStruct for each array of a `step.State`: its shape with the vocabulary padded, and its sharding."""
     params = self._placed(state["params"], self.rules.stage >= 3)

@@ -219,7 +219,8 @@ def make_gradient(
   mesh, rules: as in `make_step`.
   """
   policy, parts, layout = config.precision, config.accumulate, _layout(model, config, mesh, rules)
-  model = policy.model(model).clone(remat=config.remat, sequence=layout.rules.sequence or model.sequence)
+  sequence = layout.rules.sequence or model.sequence
+  model = policy.model(model).clone(remat=config.remat, sequence=sequence, split_table=layout.splits_table)
 
   def objective(changed, params, batch, count, scale):
     params = with_trained(params, changed, config.trained)

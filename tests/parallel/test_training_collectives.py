@@ -102,6 +102,12 @@ def test_no_device_has_all_rows_of_what_is_looked_up(axes):
   assert not re.search(rf"\[(1,)?{rows},{T},{D}\]", text)
 
 
+@pytest.mark.parametrize(("rules", "axes"), [("zero1", "data=2,fsdp=4"), ("tensor", "fsdp=2,tensor=4")])
+def test_rows_of_a_whole_width_take_no_all_to_all(rules, axes):
+  """Where fsdp does not split the table, each device has what its tokens read."""
+  assert {name for name, _ in sent(rules, axes, 1)} == {"all-reduce"}
+
+
 def score(cfg, p, hidden_BTD, ids):
   nll_BT, _ = cross_entropy(hidden_BTD, head(cfg, p), ids[:, 1:], chunk=B * T // 2, z_loss=1e-3)
   return jnp.mean(nll_BT)
