@@ -52,10 +52,16 @@ class Blockwise:
     # where order is known while tracing, two numbers say that a tile is empty, and its mask is never computed
     by_number = q_side.in_order and k_side.in_order and q_side.prefix is None and q_side.segment is None
     q_side, k_side = (dataclasses.replace(side, in_order=False) for side in (q_side, k_side))  # tiles are not
+    # a gradient is added up over tiles in the type of what all of them read
+    q_type, k_type, v_type = (x.dtype for x in (q_BTNH, k_BSKH, v_BSKH))
+    q_BTNH = q_BTNH.astype(jnp.float32) if s < S else q_BTNH
+    if t < T:
+      k_BSKH, v_BSKH = k_BSKH.astype(jnp.float32), v_BSKH.astype(jnp.float32)
     # heads before tokens: what products want, and a transpose here is one a call in place of one a tile
     keys = [_tiles(jnp.moveaxis(x, 2, 1), s, 2) for x in (k_BSKH, v_BSKH)]
     keys += [jax.tree.map(lambda x: _tiles(x, s), k_side)]
     queries = (_tiles(jnp.moveaxis(q_BTNH, 2, 1), t, 2), jax.tree.map(lambda x: _tiles(x, t), q_side))
+    sinks = None if sinks_N is None else per_head(sinks_N, K)
     number = lambda tiles: jnp.arange(tiles.shape[0], dtype=jnp.int32)
 
     def query_tile(query):
@@ -64,11 +70,12 @@ class Blockwise:
 
       @jax.checkpoint
       def key_tile(carry, key):
-        j, k, v, k_tile = key
+        j, k_BKSH, v_BKSH, k_tile = key
 
         def attend(carry):
           top, total, out = carry
-          scores = score(q_BTNH, jnp.moveaxis(k, 1, 2), q_tile.pos, k_tile.pos)
+          q, k, v = q_BTNH.astype(q_type), jnp.moveaxis(k_BKSH, 1, 2).astype(k_type), v_BKSH.astype(v_type)
+          scores = score(q, k, q_tile.pos, k_tile.pos)
           mask = (allowed(q_tile, k_tile, window) if by_number else seen)[:, None, None]
           # the result does not depend on the running maximum, so no gradient flows through it
           new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(jnp.where(mask, scores, MASKED), axis=-1)))
@@ -94,12 +101,12 @@ class Blockwise:
       if sinks_N is None:
         top, total = zeros(rows) + MASKED, zeros(rows)
       else:  # the sink is the first key seen, and its value is 0
-        sink = zeros(rows) + per_head(sinks_N, K)[..., 0]
+        sink = zeros(rows) + sinks[..., 0]
         top = jax.lax.stop_gradient(sink)
         total = jnp.exp(sink - top)
       start = (top, total, zeros((*rows, H)))
       (_, total, out), _ = jax.lax.scan(key_tile, start, (number(keys[0]), *keys))
-      return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q_BTNH.dtype)
+      return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q_type)
 
     out = jax.lax.map(query_tile, (number(queries[0]), *queries))  # [T / t, B, K, G, t, H]
     return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, -1, N, H)[:, :T]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -65,7 +67,7 @@ class Adafactor:
   """g / sqrt(v), v from means of rows and columns; at most `clip` in root mean square, and relative to that of the weight.
 
   v <- b v + (1 - b) (g^2 + eps), b = 1 - s^-decay at step s from 1; matrices of less than `factored_from` rows or columns keep
-  all of v.  No momentum: the run's betas mean nothing here.
+  all of v.  No momentum: the run's betas mean nothing here.  Of stacked layers each has a root mean square of its own.
   Source: Shazeer and Stern (2018), algorithms 4 and 5, with their defaults (eps2 is 1e-3).
   """
 
@@ -75,11 +77,15 @@ class Adafactor:
   factored_from: int = 128
 
   def direction(self, beta1: float, beta2: float) -> optax.GradientTransformation:
-    return optax.chain(
-      optax.scale_by_factored_rms(True, self.decay, 0, self.factored_from, self.eps),
-      optax.clip_by_block_rms(self.clip),
-      optax.scale_by_param_block_rms(),
-    )
+    rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x)))
+
+    def sized(path, u, w):
+      of_one = lambda u, w: u / jnp.maximum(1, rms(u) / self.clip) * jnp.maximum(rms(w), 1e-3)
+      return (jax.vmap(of_one) if path[0].key == "blocks" else of_one)(u, w)
+
+    relative = optax.stateless(functools.partial(jax.tree_util.tree_map_with_path, sized))
+    factored = optax.scale_by_factored_rms(True, self.decay, 0, self.factored_from, self.eps)
+    return optax.chain(factored, relative)
 
 
 @dataclasses.dataclass(frozen=True)

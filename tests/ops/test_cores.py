@@ -143,6 +143,26 @@ def test_the_core_does_not_change_the_model_in_bfloat16():
   assert relative_error(blockwise.astype(np.float32), plain.astype(np.float32)) <= 2**-7
 
 
+@pytest.mark.parametrize("tiles", [(4, 512), (512, 4)])
+def test_gradients_of_bfloat16_are_added_up_over_tiles_in_float32(tiles):
+  """Over 128 tiles: in bfloat16 those of keys, or of queries, are 0.008 off."""
+  rng, length = np.random.default_rng(0), 512
+  draw = lambda heads: jnp.asarray(rng.standard_normal((1, length, heads, 8)), jnp.bfloat16)
+  args = (draw(N) / 3, draw(K), draw(K) + 0.3, jnp.zeros(N, jnp.bfloat16))
+  cotangent, at = draw(N) + 0.3, jnp.arange(length, dtype=jnp.int32)[None]
+  score, side = lambda q, k, *_: inner_products(q, k), Side(at, at, in_order=True)
+
+  def gradient(core, dtype):
+    cast = [x.astype(dtype) for x in args]
+    run = lambda q, k, v, sinks: core(q, k, v, side, side, None, score, sinks)
+    return jax.jit(lambda *x: jax.vjp(run, *x)[1](cotangent.astype(dtype)))(*cast)
+
+  found, expected = gradient(Blockwise(*tiles), jnp.bfloat16), gradient(Plain(), jnp.float32)
+  for x, truth in zip(found, expected, strict=True):
+    error = np.linalg.norm(x.astype(jnp.float32) - truth) / np.linalg.norm(truth)
+    assert x.dtype == jnp.bfloat16 and error <= 0.004, (error, x.shape)
+
+
 @pytest.mark.parametrize("name", ["alibi", "rerope"])
 def test_with_64_bit_types_on(name):
   """JAX_ENABLE_X64 changes what jnp makes by default, and nothing of the result."""

@@ -75,6 +75,16 @@ def test_what_no_size_divides_stays_whole(name):
       assert held == (math.prod(x.shape) // 8 if divisible else math.prod(x.shape)), (x.shape, x.sharding)
 
 
+def test_of_the_dimensions_that_divide_the_largest_is_divided():
+  """As the rest of an array is then in the fewest pieces, and a vocabulary before a width."""
+  state, _ = planned(dataclasses.replace(CFG, vocab_size=60), "zero1", "fsdp=4")
+  found = {
+    (tuple(x.shape), x.sharding.spec.index("fsdp")) for x in jax.tree.leaves(state["opt"]) if x.ndim == 2
+  }
+  assert {((60, 32), 0), ((32, 60), 1), ((32, 48), 1), ((48, 32), 0), ((32, 128), 1)} <= found
+  assert all(at == shape.index(max(shape)) for shape, at in found)
+
+
 def test_divided_further_where_rules_divide_already():
   """With a tensor axis too: a matrix over both, a vector of the hidden width over both in its one dimension."""
   cfg = dataclasses.replace(CASES["gpt_neox"], num_layers=1)

@@ -243,3 +243,21 @@ def test_the_record_tells_values_apart():
 def test_fields_that_cannot_be_run_are_refused(field, value):
   with pytest.raises(ConfigError, match=field):
     train_cases.config(3, **{field: value})
+
+
+@pytest.mark.parametrize("rule", [Adafactor(), Adafactor(factored_from=4), Muon(), Lion()])
+def test_stacked_layers_are_as_many_layers(rule):
+  """Of weights and gradients of other sizes in each layer."""
+  sizes = {"layers/0": 0.1, "layers/1": 3.0}
+  spread = lambda values: {
+    path.replace("layers/0", layer): np.float32(size * x)
+    for layer, size in sizes.items()
+    for path, x in values.items()
+  }
+  stacked = lambda values: tree.flatten(tree.stack_layers(tree.unflatten(values), 1))
+  start, grads = spread(START), [spread(g) for g in GRADS]
+  expected = stacked(found_after(rule, start, grads))
+  found = found_after(rule, stacked(start), [stacked(g) for g in grads])
+  assert found.keys() == expected.keys()
+  for path, x in found.items():
+    np.testing.assert_allclose(x, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
