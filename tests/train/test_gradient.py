@@ -75,6 +75,18 @@ def test_parts_of_a_batch_count_by_their_labels():
   assert gradient_error(jax.tree.map(lambda a, b: (a + b) / 2, *halves), expected) > 0.03
 
 
+def test_the_mean_is_by_weights_of_any_size():
+  """A quarter of every weight is the same mean, and weights of 1 and 3 are those of rows that are there three times."""
+  plain = batch_of(TOKENS, COUNTED)
+  scaled = dataclasses.replace(plain, weights=plain.weights / 4)
+  thrice = jax.tree.map(lambda x: x[[0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 7, 7]], plain)
+  weighed = dataclasses.replace(plain, weights=plain.weights * np.float32([1, 1, 1, 3, 1, 1, 1, 3])[:, None])
+  for one, other in ((plain, scaled), (thrice, weighed)):
+    (loss, grads), (expected_loss, expected) = gradient(one), gradient(other)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert gradient_error(grads, expected) <= 1e-6
+
+
 def test_without_a_label_there_is_no_gradient():
   loss, grads = gradient(batch_of(TOKENS, np.zeros((B, T))), accumulate=2)
   assert loss == 0 and not any(np.any(x) for x in jax.tree.leaves(grads))
