@@ -87,6 +87,15 @@ def test_the_mean_is_by_weights_of_any_size():
     assert gradient_error(grads, expected) <= 1e-6
 
 
+@pytest.mark.parametrize("label", [-100, 10**6])
+def test_a_label_that_does_not_count_may_be_any_number(label):
+  """Also one outside the vocabulary, whose own loss is NaN."""
+  batch = batch_of(TOKENS, COUNTED)
+  other = dataclasses.replace(batch, labels=np.where(COUNTED, batch.labels, np.int32(label)))
+  for one, two in zip(*map(jax.tree.leaves, (gradient(batch), gradient(other))), strict=True):
+    np.testing.assert_array_equal(one, two)
+
+
 def test_without_a_label_there_is_no_gradient():
   loss, grads = gradient(batch_of(TOKENS, np.zeros((B, T))), accumulate=2)
   assert loss == 0 and not any(np.any(x) for x in jax.tree.leaves(grads))
