@@ -10,7 +10,7 @@ import pytest
 import train_cases
 from mesh_checks import gradient_error
 
-from jaxllm import quant
+from jaxllm import quant, tree
 from jaxllm.experts import Moe
 from jaxllm.nn import Context, Transformer
 from jaxllm.nn.layers import REMATS
@@ -208,3 +208,19 @@ def test_a_layer_keeps_its_products_once_and_in_the_type_they_go_on_in(form, num
 
   nothing, products = kept("full"), kept("dots_no_batch")
   assert (products - nothing) / (cfg.num_layers * B * T) == numbers
+
+
+def test_rules_choose_what_a_step_changes():
+  """Decay, master weights and moments are of that alone, and all else stays bit for bit."""
+  rules = ((r".*/mlp/.+", True), (r".+", False))
+  config = train_cases.config(2, learning_rate=0.02, warmup=0.0, trained=rules, precision=POLICIES["O2"])
+  state = step.init_state(MODEL, config, 0, jax.tree.map(jnp.asarray, weights()))
+  assert {path for path in tree.flatten(state["master"])} == {
+    p for p in tree.flatten(weights()) if "/mlp/" in p
+  }
+  assert state["opt"][1][0].mu.keys() == state["master"].keys()
+  new, _ = step.make_step(MODEL, config)(state, TOKENS)
+  before, after = (tree.flatten(jax.device_get(x)) for x in (weights(), new["params"]))
+  for path, x in after.items():
+    assert x.dtype == ("float16" if "/mlp/" in path else "float32")
+    assert np.array_equal(x, before[path].astype(x.dtype)) == ("/mlp/" not in path), path
