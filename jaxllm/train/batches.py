@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import check_positive
@@ -22,13 +23,18 @@ class Batch:
   """What one step learns from, on the host; its structure and shapes are the same at every step.
 
   tokens_BT, labels_BT: int32.  weights_BT: float32, 0 on padding, at the ends of documents and on what is only read; the loss
-  is sum(weights nll) / sum(weights).  context: positions, segments (0 is padding) and prefixes of the rows.
+  is sum(weights nll) / sum(weights).  A label of weight 0 may be any number, such as the -100 of others.
+  context: positions, segments (0 is padding) and prefixes of the rows.
   """
 
   tokens: np.ndarray
   labels: np.ndarray
   weights: np.ndarray
   context: Context
+
+  def weighed(self, nll_BT: jax.Array) -> jax.Array:
+    """weights nll; 0 where a weight is, as 0 times what a label outside the vocabulary costs would be NaN."""
+    return jnp.where(self.weights == 0, 0, self.weights * nll_BT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def make_evaluate(
   def sums(params, batch):
     hidden_BTD, _ = model.apply({"params": params}, batch.tokens, batch.context, logits=None)
     nll_BT, _ = cross_entropy(hidden_BTD, policy.logits(head(model.cfg, params)), batch.labels)
-    return jnp.sum(nll_BT * batch.weights), jnp.sum(batch.weights)
+    return jnp.sum(batch.weighed(nll_BT)), jnp.sum(batch.weights)
 
   def evaluate(params: Any) -> dict[str, float]:
     totals = np.zeros(2)

@@ -231,7 +231,7 @@ def make_gradient(
     labels_BT = batch.labels if whole else batch[:, 1:]
     nll_BT, _ = cross_entropy(hidden_BTD, to_logits, labels_BT, z_loss=config.z_loss)
     if whole:
-      nll_BT *= batch.weights
+      nll_BT = batch.weighed(nll_BT)
     loss = jnp.sum(nll_BT) / count
     return loss if scale is None else loss * scale, loss
 

@@ -10,7 +10,7 @@ import pytest
 import train_cases
 from mesh_checks import gradient_error
 
-from jaxllm import quant
+from jaxllm import quant, tree
 from jaxllm.experts import Moe
 from jaxllm.nn import Context, Transformer
 from jaxllm.nn.layers import REMATS
@@ -73,6 +73,27 @@ def test_parts_of_a_batch_count_by_their_labels():
   # the mean of the parts' means is another gradient
   halves = [gradient(jax.tree.map(lambda x, i=i: x[i::2], batch))[1] for i in range(2)]
   assert gradient_error(jax.tree.map(lambda a, b: (a + b) / 2, *halves), expected) > 0.03
+
+
+def test_the_mean_is_by_weights_of_any_size():
+  """A quarter of every weight is the same mean, and weights of 1 and 3 are those of rows that are there three times."""
+  plain = batch_of(TOKENS, COUNTED)
+  scaled = dataclasses.replace(plain, weights=plain.weights / 4)
+  thrice = jax.tree.map(lambda x: x[[0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 7, 7]], plain)
+  weighed = dataclasses.replace(plain, weights=plain.weights * np.float32([1, 1, 1, 3, 1, 1, 1, 3])[:, None])
+  for one, other in ((plain, scaled), (thrice, weighed)):
+    (loss, grads), (expected_loss, expected) = gradient(one), gradient(other)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert gradient_error(grads, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("label", [-100, 10**6])
+def test_a_label_that_does_not_count_may_be_any_number(label):
+  """Also one outside the vocabulary, whose own loss is NaN."""
+  batch = batch_of(TOKENS, COUNTED)
+  other = dataclasses.replace(batch, labels=np.where(COUNTED, batch.labels, np.int32(label)))
+  for one, two in zip(*map(jax.tree.leaves, (gradient(batch), gradient(other))), strict=True):
+    np.testing.assert_array_equal(one, two)
 
 
 def test_without_a_label_there_is_no_gradient():
@@ -187,3 +208,19 @@ def test_a_layer_keeps_its_products_once_and_in_the_type_they_go_on_in(form, num
 
   nothing, products = kept("full"), kept("dots_no_batch")
   assert (products - nothing) / (cfg.num_layers * B * T) == numbers
+
+
+def test_rules_choose_what_a_step_changes():
+  """Decay, master weights and moments are of that alone, and all else stays bit for bit."""
+  rules = ((r".*/mlp/.+", True), (r".+", False))
+  config = train_cases.config(2, learning_rate=0.02, warmup=0.0, trained=rules, precision=POLICIES["O2"])
+  state = step.init_state(MODEL, config, 0, jax.tree.map(jnp.asarray, weights()))
+  assert {path for path in tree.flatten(state["master"])} == {
+    p for p in tree.flatten(weights()) if "/mlp/" in p
+  }
+  assert state["opt"][1][0].mu.keys() == state["master"].keys()
+  new, _ = step.make_step(MODEL, config)(state, TOKENS)
+  before, after = (tree.flatten(jax.device_get(x)) for x in (weights(), new["params"]))
+  for path, x in after.items():
+    assert x.dtype == ("float16" if "/mlp/" in path else "float32")
+    assert np.array_equal(x, before[path].astype(x.dtype)) == ("/mlp/" not in path), path
