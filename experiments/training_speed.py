@@ -263,9 +263,7 @@ def speeds(dtype: str, f, notes: list[str], problems: list[str]) -> dict[str, fl
     elif f.compiled:
       sides["torch.compile"] = torch_side(directory, *task, compiled=True)
     losses, seconds = measure(sides, f.rounds)
-    found = {}
-    if utilisation := utilised(dtype, f, statistics.median(seconds["jaxllm"])):
-      found |= dict(zip(("MFU", "HFU"), utilisation, strict=True))
+    found = utilised(dtype, f, statistics.median(seconds["jaxllm"]))
     for name, times in seconds.items():
       found[f"{name} tokens/s"] = f.batch * f.length / statistics.median(times)
       if name == "jaxllm":
@@ -288,8 +286,8 @@ def speeds(dtype: str, f, notes: list[str], problems: list[str]) -> dict[str, fl
   return found
 
 
-def utilised(dtype: str, f, seconds: float) -> tuple[float, float] | None:
-  """(MFU, HFU) of a step that takes so long; None of a chip that is not known, and of float32, whose peak is not told."""
+def utilised(dtype: str, f, seconds: float) -> dict[str, float]:
+  """MFU and HFU of a step that takes so long; nothing of a chip that is not known, and of float32, whose peak is not told."""
   import jax
 
   from experiments.step_cost import count_of
@@ -297,10 +295,10 @@ def utilised(dtype: str, f, seconds: float) -> tuple[float, float] | None:
 
   chip = flops.known_as(jax.devices()[0].device_kind)
   if chip is None or dtype == "float32":
-    return None
+    return {}
   cost = count_of(model_config(f.size, f.attention), train_config(dtype, f.batch, f.length, f.remat), 1)
   speed, peak = f.batch * f.length / seconds, flops.DEVICES[chip].flops
-  return cost.mfu(speed, peak), cost.hfu(speed, peak)
+  return {"MFU": cost.mfu(speed, peak), "HFU": cost.hfu(speed, peak)}
 
 
 def missed(dtype: str, found: dict[str, float]) -> list[str]:

@@ -58,7 +58,7 @@ def test_utilisation_is_of_the_chip_and_of_what_remat_does_again(monkeypatch):
   from jaxllm import flops
 
   f = SimpleNamespace(size="20m", attention="plain", batch=4, length=512, remat="full")
-  assert training_speed.utilised("bfloat16", f, 1.0) is None  # of a CPU
+  assert training_speed.utilised("bfloat16", f, 1.0) == {}  # of a CPU
   monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H200")])
   cfg = training_speed.model_config("20m", "plain")
   layers = cfg.num_layers * (
@@ -66,9 +66,9 @@ def test_utilisation_is_of_the_chip_and_of_what_remat_does_again(monkeypatch):
   )  # all pairs: scores, and their values
   once = 2 * 4 * 512 * (layers + 384 * 8192) / flops.DEVICES["h200"].flops
   again = 2 * 4 * 512 * layers / flops.DEVICES["h200"].flops
-  mfu, hfu = training_speed.utilised("bfloat16", f, 1.0)
-  assert mfu == pytest.approx(3 * once) and hfu == pytest.approx(3 * once + again)
-  assert training_speed.utilised("float32", f, 1.0) is None
+  found = training_speed.utilised("bfloat16", f, 1.0)
+  assert found == {"MFU": pytest.approx(3 * once), "HFU": pytest.approx(3 * once + again)}
+  assert training_speed.utilised("float32", f, 1.0) == {}
 
 
 TEXT = """
