@@ -47,11 +47,13 @@ def _model(s: Settings, setup: Setup) -> list[str]:
   try:
     hf.families.write_config(setup.model.cfg, family=setup.family)
   except ConfigError as e:
-    other = "; --position=rope has one" if s.objective == "glm" and s.position == "rope_2d" else ""
+    other = (
+      "; --position=rope has one" if s.model is None and s.shape is None and s.position != "rope" else ""
+    )
     return [
       f"no model for transformers will be written: {e}{other}; the parameters are in {s.out}/checkpoints"
     ]
-  if s.objective == "prefix_lm":
+  if s.objective != "causal":
     said.append(
       "the model will be written as one with a causal mask, as transformers has no prefix that sees itself: read there it "
       "gives other numbers on the prefix"

@@ -188,6 +188,11 @@ def train_config(s: Settings, precision: str | None = None) -> TrainConfig:
 
 
 def _mesh(s: Settings, checkpoint: Checkpoint | None):
+  if s.mesh is None and jax.process_count() > 1:
+    n = jax.device_count()
+    raise ConfigError(
+      f"--mesh: missing, and {jax.process_count()} processes train one model on {n} devices; give it, as --mesh=fsdp={n}"
+    )
   if checkpoint is not None:
     return checkpoint.mesh, checkpoint.rules
   if s.mesh is None:

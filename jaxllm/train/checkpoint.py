@@ -91,7 +91,7 @@ class Checkpoints:
       if not isinstance(e, Exception) or isinstance(e, (MemoryError, jax.errors.JaxRuntimeError)):
         raise  # the second is of a device, or of a process that was lost
       # whatever Orbax and the formats below it raise for a failed write
-      raise disk.refusal(disk.number(e) or errno.EIO, self.directory, _size(state)) from e
+      raise disk.refusal(disk.number(e), self.directory, _size(state), e) from e
     self._by_first(self._remove_old)
 
   def restore(self, target: State) -> State | None:

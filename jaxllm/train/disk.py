@@ -55,8 +55,16 @@ def check_room(directory: Path, size: int) -> None:
     raise refusal(errno.ENOSPC, directory, size)
 
 
-def refusal(code: int, directory: Path, size: int | None = None) -> OSError:
-  """The system's error about a directory; of space, with the bytes that a state of `size` needs and those that are free."""
+def refusal(
+  code: int | None, directory: Path, size: int | None = None, cause: Exception | None = None
+) -> OSError:
+  """The system's error about a directory; of space, with the bytes that a state of `size` needs and those that are free.
+
+  code None: an error of input or output, in the words of its cause.
+  """
+  if code is None:
+    said = (str(cause).splitlines() or [""])[0][:200]
+    return OSError(errno.EIO, f"{os.strerror(errno.EIO)} ({type(cause).__name__}: {said})", str(directory))
   text = os.strerror(code)
   if size is not None and code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
     free = free_bytes(directory)

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import loaded_case
 import numpy as np
 import pytest
@@ -37,6 +38,14 @@ def test_a_mesh_is_told_with_what_a_device_holds(tmp_path):
   )  # of what is frozen there are no moments
 
 
+def test_several_processes_have_a_mesh(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(
+    ConfigError, match=r"--mesh: missing, and 2 processes .* 8 devices; give it, as --mesh=fsdp=8"
+  ):
+    prepared(tmp_path, f"--text={write_text(tmp_path)}")
+
+
 def test_what_blocks_do_not_divide_is_not_quantized(tmp_path, capsys):
   args = (f"--text={write_text(tmp_path)}", "--train=qlora", "--embed_dim=64", "--num_heads=4")
   (said,), _ = prepared(tmp_path, *args, "--mlp_dim=100")
@@ -54,7 +63,9 @@ def test_what_blocks_do_not_divide_is_not_quantized(tmp_path, capsys):
   ("args", "words"),
   [
     (("--objective=glm",), "no model for transformers will be written: rope_2d.*--position=rope has one"),
+    (("--position=alibi",), "no model for transformers will be written: .*; --position=rope has one"),
     (("--objective=prefix_lm",), "the model will be written as one with a causal mask"),
+    (("--objective=glm", "--position=rope"), "the model will be written as one with a causal mask"),
   ],
 )
 def test_what_a_model_will_not_be_is_said_before(tmp_path, args, words):

@@ -84,6 +84,7 @@ def test_errors_of_a_save_keep_their_number(run, monkeypatch, raised, code):
     with pytest.raises(OSError) as e:
       checkpoints.save(30, state(30))
   assert (e.value.errno, e.value.filename) == (code, str(run))
+  assert code != errno.EIO or "(ValueError: DATA_LOSS)" in e.value.strerror
 
 
 def raising(error):
